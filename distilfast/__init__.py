@@ -1,0 +1,25 @@
+"""distilfast: distil transformers, fast, with results one can trust.
+
+The losses need torch alone; the driver's modules (train, models, data, ...) are imported by name.
+"""
+
+from distilfast.linear import linear_distillation_loss
+from distilfast.losses import (
+    DistillationLoss,
+    DistillationOutput,
+    combine_teachers,
+    distillation_loss,
+    hidden_cosine_loss,
+)
+
+from distilfast._version import __version__
+
+__all__ = [
+    "DistillationLoss",
+    "DistillationOutput",
+    "__version__",
+    "combine_teachers",
+    "distillation_loss",
+    "hidden_cosine_loss",
+    "linear_distillation_loss",
+]

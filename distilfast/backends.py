@@ -1,0 +1,134 @@
+"""The one door to the implementations of the losses. A new backend is one entry in BACKENDS.
+
+A backend is two functions with the signatures of their namesakes in `reference.py`, written by
+row: (N, V) logits in, (4, N) parts out, the gradient into a tensor that the caller gives. Shapes,
+reductions, autograd, torch.compile and errors are not its business; they live in `losses.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import distilfast_kernels
+import torch
+from torch import Tensor
+
+from distilfast import reference
+from distilfast.reference import Options
+
+logger = logging.getLogger("distilfast")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the losses.
+
+    ``unavailable`` says why the backend cannot be used on this machine, or returns None.
+    ``accepts`` says whether it takes tensors of a device type ("cpu", "cuda") and dtype.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    accepts: Callable[[str, torch.dtype], bool]
+    distillation: Callable[..., Tensor]
+    hidden_cosine: Callable[..., Tensor]
+
+
+# Rows are taken in blocks of this many logits: the intermediates of a block stay in cache, and the
+# memory above inputs and gradient does not grow with N. Measured in bench/results/blocks.csv.
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+
+def _torch_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+) -> Tensor:
+    """`reference.distillation`, a block of rows at a time."""
+    n_rows = student.shape[0]
+    block = max(1, BLOCK_ELEMENTS.get(student.device.type, 1 << 26) // options.vocab_size)
+    rows = []
+    for start in range(0, max(n_rows, 1), block):
+        part = slice(start, start + block)
+        rows.append(
+            reference.distillation(
+                student[part],
+                teacher[part],
+                None if labels is None else labels[part],
+                None if mask is None else mask[part],
+                kd_scale[part] if kd_scale.ndim else kd_scale,
+                ce_scale[part] if ce_scale.ndim else ce_scale,
+                options,
+                None if gradient is None else gradient[part],
+            )
+        )
+    return torch.cat(rows, dim=1)
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(
+        name="torch",
+        unavailable=lambda: None,
+        accepts=lambda device, dtype: True,
+        distillation=_torch_distillation,
+        hidden_cosine=reference.hidden_cosine,
+    ),
+}
+
+# Known by name, so that asking for one says why it is not there instead of "unknown".
+FUSED = ("triton", "cpp")
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot be used on this machine; None where it can."""
+    if name in BACKENDS:
+        return BACKENDS[name].unavailable()
+    return distilfast_kernels.unavailable(name)
+
+
+def usable() -> list[str]:
+    """The names of the backends that can be used on this machine."""
+    return [name for name in BACKENDS if unavailable(name) is None]
+
+
+def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    """The backend for tensors of this device and these dtypes; ``name`` may be "auto".
+
+    A backend asked for by name is used or refused, never replaced. "auto" takes triton for CUDA
+    tensors and cpp for CPU tensors where they can be used, else torch, and says so once.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot be used here or for these tensors.
+    """
+    if name == "auto":
+        fused = {"cuda": "triton", "cpu": "cpp"}.get(device.type)
+        if fused is None or torch.float64 in dtypes:
+            return "torch"
+        if fused in BACKENDS and unavailable(fused) is None:
+            return fused
+        if not torch.compiler.is_compiling():
+            _say_once(f"backend auto: torch on {device.type}, {unavailable(fused)}")
+        return "torch"
+    if name not in (*BACKENDS, *FUSED):
+        known = ", ".join(("auto", *BACKENDS, *FUSED))
+        raise ValueError(f"backend: expected one of {known}, got {name!r}")
+    reason = unavailable(name)
+    if reason is not None:
+        raise ValueError(f"backend: {name!r} cannot be used here: {reason}")
+    for dtype in dtypes:
+        if not BACKENDS[name].accepts(device.type, dtype):
+            raise ValueError(f"backend: {name!r} does not take {dtype} tensors on {device.type}")
+    return name
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

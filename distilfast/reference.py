@@ -1,0 +1,249 @@
+"""The specification: every loss and its gradient in plain PyTorch, one function a term.
+
+This file is at once the definition of what distilfast computes, the float64 oracle of its tests,
+the backend that works everywhere, and a baseline of the bench. It is written to be read; speed is
+the business of the fused backends.
+
+Notation. A row is one token. s and t are its student and teacher logits over the vocabulary, T the
+temperature, p = softmax(t / T) and q = softmax(s / T). Each function takes (N, V) tensors in the
+dtype to compute in (fp32 or fp64) and returns the (N,) losses with, where asked for, their (N, V)
+gradient with respect to s.
+
+Minus infinity marks a token that a model excludes. In every divergence 0 * log 0 = 0, so a column
+that is excluded on both sides adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+PARTS = ("kd", "ce", "cos", "mse")
+
+
+class Options(NamedTuple):
+    """What to compute for each row: the scalars that every backend receives."""
+
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    cos_weight: float
+    mse_weight: float
+    jsd_beta: float
+    divergence: str
+    ignore_index: int
+    vocab_size: int
+
+
+class Term(NamedTuple):
+    """A loss for each row, (N,), and its gradient, (N, V), or None where none was asked for."""
+
+    loss: Tensor
+    gradient: Tensor | None
+
+
+def divergence(
+    s: Tensor, t: Tensor, temperature: float, kind: str, beta: float, gradient: bool
+) -> Term:
+    """T^2 times the divergence of q from p (Hinton et al. 2015, section 2.1).
+
+    forward_kl: KL(p || q). reverse_kl: KL(q || p).
+    jsd: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    T^2 keeps the gradient's size independent of T, since d/ds carries a factor 1 / T twice.
+    Where a reverse KL is infinite its gradient does not exist: the whole row is NaN.
+    """
+    log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
+    p_is_0, q_is_0 = log_p == -math.inf, log_q == -math.inf
+    # Where exp underflows, the probability is tiny and not 0: tiny * inf is inf and not NaN.
+    tiny = torch.finfo(s.dtype).tiny
+    p, q = log_p.exp().clamp_min(tiny), log_q.exp()
+    if kind == "forward_kl":
+        loss = (p * (log_p - log_q)).masked_fill(p_is_0, 0).sum(-1)
+        grad = q - p.masked_fill(p_is_0, 0) if gradient else None
+    elif kind == "reverse_kl":
+        log_ratio = (log_q - log_p).masked_fill(q_is_0, 0)
+        loss = (q.clamp_min(tiny) * log_ratio).sum(-1)
+        grad = q * (log_ratio - loss[:, None]) if gradient else None
+        if grad is not None:
+            grad = grad.masked_fill(loss.isinf()[:, None], math.nan)
+    else:
+        neither = p_is_0 & q_is_0
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        log_m = log_m.masked_fill(neither, 0)
+        p_over_m = (log_p - log_m).masked_fill(p_is_0, 0)
+        q_over_m = (log_q - log_m).masked_fill(q_is_0, 0)
+        kl_q_m = (q * q_over_m).sum(-1)
+        loss = beta * (p * p_over_m).sum(-1) + (1 - beta) * kl_q_m
+        grad = (1 - beta) * q * (q_over_m - kl_q_m[:, None]) if gradient else None
+    return Term(temperature**2 * loss, None if grad is None else temperature * grad)
+
+
+def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
+    """-log softmax(s)[label] at temperature 1. A label outside [0, V) makes its row NaN."""
+    valid = (labels >= 0) & (labels < s.shape[-1])
+    index = labels.clamp(0, s.shape[-1] - 1)[:, None]
+    log_q = s.log_softmax(-1)
+    loss = -log_q.gather(-1, index)[:, 0].masked_fill(~valid, math.nan)
+    if not gradient:
+        return Term(loss, None)
+    grad = log_q.exp()
+    grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
+    return Term(loss, grad.masked_fill(~valid[:, None], math.nan))
+
+
+def cosine_distance(s: Tensor, t: Tensor, gradient: bool) -> Term:
+    """1 - s.t / (|s| |t|). A zero vector has no direction: distance 1, gradient 0."""
+    excluded = (s == -math.inf) & (t == -math.inf)
+    s, t = s.masked_fill(excluded, 0), t.masked_fill(excluded, 0)
+    ss, tt = (s * s).sum(-1), (t * t).sum(-1)
+    zero = ((ss == 0) | (tt == 0)) & ~(ss + tt).isnan()
+    inverse_s, inverse_t = ss.rsqrt().masked_fill(zero, 0), tt.rsqrt().masked_fill(zero, 0)
+    cosine = (s * t).sum(-1) * inverse_s * inverse_t
+    if not gradient:
+        return Term(1 - cosine, None)
+    grad = s * (cosine * inverse_s**2)[:, None] - t * (inverse_s * inverse_t)[:, None]
+    return Term(1 - cosine, grad)
+
+
+def squared_error(s: Tensor, t: Tensor, gradient: bool) -> Term:
+    """Sum over the vocabulary of (s - t)^2. Where it is infinite, the row's gradient is NaN."""
+    difference = (s - t).masked_fill((s == -math.inf) & (t == -math.inf), 0)
+    loss = (difference * difference).sum(-1)
+    if not gradient:
+        return Term(loss, None)
+    return Term(loss, (2 * difference).masked_fill(loss.isinf()[:, None], math.nan))
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Every part of the loss for each row, and the gradient of their weighted sum.
+
+    Args:
+        student: (N, V_s) logits, bf16, fp16, fp32 or fp64.
+        teacher: (N, V_t) logits.
+        labels: (N,) int64; ``options.ignore_index`` where there is no hard label. None: none.
+        mask: (N,) row weights of kd, cos and mse, in the dtype computed in. None: all ones.
+        kd_scale: () or (N,), multiplies the gradient of kd, cos and mse.
+        ce_scale: () or (N,), multiplies the gradient of ce.
+        options: the scalars; columns from ``options.vocab_size`` on are padding.
+        gradient: (N, V_s) to be overwritten with the gradient, may be ``student`` itself; or None.
+
+    Returns:
+        (4, N): kd, ce, cos and mse, the first, third and fourth times the mask. A row that a part
+        leaves out is exactly 0 there, whatever it holds; a part of weight 0 is 0.
+    """
+    n_rows, vocab = student.shape[0], options.vocab_size
+    compute = accumulation_dtype(student, teacher)
+    s, t = student[:, :vocab].to(compute), teacher[:, :vocab].to(compute)
+    rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
+    total = torch.zeros_like(s) if gradient is not None else None
+
+    def add(part: str, weight: float, used: Tensor | None, scale: Tensor, term: Term) -> None:
+        loss, grad = term
+        if used is not None:  # a number: * 0 would keep the NaN of a row that is left out
+            loss = (loss * used).masked_fill(used == 0, 0)
+        rows[PARTS.index(part)] = loss
+        if total is not None and grad is not None:
+            scale = weight * scale.to(compute)
+            if used is not None:
+                scale = scale * used
+                grad = grad.masked_fill((used == 0)[:, None], 0)
+            total.add_(grad * (scale[:, None] if scale.ndim else scale))
+
+    wanted = total is not None
+    if options.kd_weight:
+        term = divergence(
+            s, t, options.temperature, options.divergence, options.jsd_beta, wanted
+        )
+        add("kd", options.kd_weight, mask, kd_scale, term)
+    if options.ce_weight and labels is not None:
+        labelled = labels != options.ignore_index
+        term = cross_entropy(s, labels.masked_fill(~labelled, 0), wanted)
+        add("ce", options.ce_weight, labelled.to(compute), ce_scale, term)
+    if options.cos_weight:
+        add("cos", options.cos_weight, mask, kd_scale, cosine_distance(s, t, wanted))
+    if options.mse_weight:
+        add("mse", options.mse_weight, mask, kd_scale, squared_error(s, t, wanted))
+    if gradient is not None and total is not None:
+        gradient[:, :vocab].copy_(total)
+        gradient[:, vocab:].zero_()
+    return rows
+
+
+def hidden_cosine(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """The mean over layers of the cosine distance of each row's hidden states.
+
+    Args:
+        student, teacher: a list of (N, D) a layer.
+        mask: (N,) row weights in the dtype computed in, or None.
+        scale: () or (N,), multiplies the gradient.
+        gradients: (N, D) a layer to be overwritten with the gradient; empty where none is wanted.
+
+    Returns:
+        (N,), times the mask; exactly 0 where it is 0.
+    """
+    compute = accumulation_dtype(*student, *teacher)
+    total = torch.zeros(student[0].shape[0], dtype=compute, device=student[0].device)
+    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        loss, grad = cosine_distance(s.to(compute), t.to(compute), bool(gradients))
+        total += loss / len(student)
+        if grad is not None:
+            row_scale = scale.to(compute) / len(student) * (1 if mask is None else mask)
+            grad = grad * (row_scale[:, None] if row_scale.ndim else row_scale)
+            if mask is not None:
+                grad = grad.masked_fill((mask == 0)[:, None], 0)
+            gradients[layer].copy_(grad)
+    return total if mask is None else (total * mask).masked_fill(mask == 0, 0)
+
+
+def combine_teachers(
+    logits: Sequence[Tensor],
+    weights: Sequence[float],
+    temperature: float,
+    mode: str,
+    vocab_size: int,
+) -> Tensor:
+    """Logits z, (N, vocab_size), whose softmax at T is the ensemble's (Hinton et al. 2015, 1).
+
+    "probability", the arithmetic mean: z = T log sum_k w_k softmax(t_k / T).
+    "logit", the geometric mean: z = sum_k w_k t_k.
+    The weights sum to 1; a teacher of weight 0 is not read.
+    """
+    compute = accumulation_dtype(*logits)
+    z: Tensor | None = None
+    for teacher, weight in zip(logits, weights, strict=True):
+        if weight == 0:
+            continue
+        t = teacher[:, :vocab_size].to(compute)
+        if mode == "probability":
+            term = (t / temperature).log_softmax(-1) + math.log(weight)
+            z = term if z is None else torch.logaddexp(z, term)
+        else:
+            z = weight * t if z is None else z + weight * t
+    assert z is not None  # the weights sum to 1
+    return temperature * z if mode == "probability" else z
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 where a tensor is fp64, else fp32: what sums and softmaxes are computed in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

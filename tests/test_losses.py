@@ -1,0 +1,1001 @@
+"""distillation_loss: constants by hand, gradients by finite differences, parity with the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from oracle import (
+    DIVERGENCES,
+    IGNORE,
+    PARTS,
+    assert_same,
+    ce_rows,
+    check,
+    cos_rows,
+    divergence_rows,
+    expect,
+    logits_pair,
+    make_labels,
+    make_mask,
+    mse_rows,
+    plain_rows,
+    value_and_grad,
+)
+
+from distilfast import DistillationLoss, distillation_loss
+
+LN2, LN3 = math.log(2), math.log(3)
+ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# The fixtures hold strings, so that sharing them between examples is harmless.
+modest = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def run(student, teacher, labels=None, **keywords):
+    """(DistillationOutput, gradient of the student's logits)."""
+    return value_and_grad(distillation_loss, student, teacher, labels, **keywords)
+
+
+def parity(student, teacher, labels=None, *, backend, **keywords):
+    """Loss, parts and gradient lie within DESIGN.md's budget of the oracle."""
+    output, gradient = run(student, teacher, labels, backend=backend, **keywords)
+    assert gradient.dtype == student.dtype
+    check(output, gradient, expect(student, teacher, labels, **keywords))
+    return output, gradient
+
+
+def close(actual, wanted, tolerance=2e-6):
+    wanted = torch.as_tensor(wanted, dtype=torch.float64)
+    torch.testing.assert_close(
+        actual.detach().cpu().double(), wanted, rtol=tolerance, atol=tolerance
+    )
+
+
+# By hand
+#
+# At T = 2, s = [0, 2 ln 3] gives p_s = [1/4, 3/4] and t = [0, 0] gives p_t = [1/2, 1/2]. With two
+# classes a softmax gradient is p1 p2 (g2 - g1) on the second logit and its negative on the first.
+
+
+def hand_logits(device):
+    return torch.tensor([[0.0, 2 * LN3]], device=device), torch.zeros(1, 2, device=device)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta", "value", "slope"),
+    [
+        # KL(p_t || p_s) = 1/2 ln(1/2 / 1/4) + 1/2 ln(1/2 / 3/4) = 1/2 ln(4/3), times T^2 = 4;
+        # gradient T (p_s - p_t) = 2 (3/4 - 1/2)
+        ("forward_kl", 0.5, 2 * math.log(4 / 3), 0.5),
+        # KL(p_s || p_t) = 1/4 ln(1/2) + 3/4 ln(3/2) = 3/4 ln 3 - ln 2, times 4;
+        # gradient T p1 p2 (ln(3/2) - ln(1/2)) = 2 * 3/16 * ln 3
+        ("reverse_kl", 0.5, 3 * LN3 - 4 * LN2, 3 / 8 * LN3),
+        # m = [3/8, 5/8]: KL(p_t || m) = 1/2 ln(16/15), KL(p_s || m) = 1/4 ln(2/3) + 3/4 ln(6/5);
+        # gradient T (1-beta) p1 p2 (ln(p_s2/m2) - ln(p_s1/m1)) = 3/16 (ln(6/5) - ln(2/3))
+        (
+            "jsd",
+            0.5,
+            math.log(16 / 15) + 0.5 * math.log(2 / 3) + 1.5 * math.log(6 / 5),
+            3 / 16 * math.log(9 / 5),
+        ),
+        # beta = 1/4 tells the two sides apart: m = [5/16, 11/16], KL(p_t || m) = 1/2 ln(64/55),
+        # KL(p_s || m) = 1/4 ln(4/5) + 3/4 ln(12/11); gradient 2 * 3/4 * 3/16 * ln(15/11)
+        (
+            "jsd",
+            0.25,
+            0.5 * math.log(64 / 55) + 0.75 * math.log(4 / 5) + 2.25 * math.log(12 / 11),
+            9 / 32 * math.log(15 / 11),
+        ),
+    ],
+)
+def test_kd_at_temperature_two_equals_hand_value(backend, device, divergence, beta, value, slope):
+    student, teacher = hand_logits(device)
+    output, gradient = run(
+        student, teacher, divergence=divergence, jsd_beta=beta, temperature=2.0, backend=backend
+    )
+    close(output.loss, value)
+    close(output.kd, value)
+    close(gradient, [[-slope, slope]])
+
+
+def test_ce_is_taken_at_temperature_one(backend, device):
+    # softmax([0, 2 ln 3]) = [1/10, 9/10]: -ln 9/10 and -ln 1/10, whatever T is
+    student, teacher = hand_logits(device)
+    for label, value, gradient in ((1, math.log(10 / 9), 0.1), (0, math.log(10), -0.9)):
+        output, got = run(
+            student,
+            teacher,
+            torch.tensor([label], device=device),
+            kd_weight=0.0,
+            ce_weight=1.0,
+            temperature=7.0,
+            backend=backend,
+        )
+        close(output.loss, value)
+        close(output.ce, value)
+        close(got, [[gradient, -gradient]])
+
+
+def test_cos_and_mse_equal_hand_values(backend, device):
+    # s = [3, 4], t = [4, 3]: cos = 1 - 24/25, its gradient 24 s / (125 * 5) - t / 25;
+    # mse = 1 + 1 summed over the vocabulary, its gradient 2 (s - t)
+    student = torch.tensor([[3.0, 4.0]], device=device)
+    teacher = torch.tensor([[4.0, 3.0]], device=device)
+    output, gradient = run(student, teacher, kd_weight=0.0, cos_weight=1.0, backend=backend)
+    close(output.cos, 0.04)
+    close(gradient, [[-0.0448, 0.0336]])
+    output, gradient = run(student, teacher, kd_weight=0.0, mse_weight=1.0, backend=backend)
+    close(output.mse, 2.0)
+    close(gradient, [[-2.0, 2.0]])
+
+
+def test_loss_is_the_weighted_sum_of_unweighted_parts(backend, device):
+    # kd = 2 ln(4/3) and its slope 1/2, ce = ln(10/9) and its slope -1/10, from above;
+    # t = 0 makes cos = 1 without a gradient; mse = (2 ln 3)^2 with slope 4 ln 3
+    student, teacher = hand_logits(device)
+    output, gradient = run(
+        student,
+        teacher,
+        torch.ones(1, dtype=torch.int64, device=device),
+        backend=backend,
+        **ALL_PARTS,
+    )
+    kd, ce, cos, mse = 2 * math.log(4 / 3), math.log(10 / 9), 1.0, (2 * LN3) ** 2
+    for part, value in zip(PARTS, (kd, ce, cos, mse), strict=True):
+        close(getattr(output, part), value)
+    close(output.loss, 5 * kd + 2 * ce + 1.5 * cos + 0.25 * mse)
+    slope = 5 * 0.5 - 2 * 0.1 + 0.25 * 4 * LN3
+    close(gradient, [[5 * -0.5 + 2 * 0.1, slope]])
+
+
+# Three rows with mse 1, 4, 9 (V = 2, teacher 0) and ce ln 2 for s = [0, 0] alone would not show
+# the divisors, so kd-like parts are read off mse and ce off rows of known softmax.
+
+
+def three_rows(device):
+    # mse per row 1, 4, 9; ce per row (label 0) ln(1 + e^x) with x = 1, 2, 3
+    student = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]], device=device)
+    return student, torch.zeros(3, 2, device=device), [math.log1p(math.exp(x)) for x in (1, 2, 3)]
+
+
+def test_mean_divides_each_part_by_its_own_count(backend, device):
+    student, teacher, ce = three_rows(device)
+    output, gradient = run(
+        student,
+        teacher,
+        torch.tensor([0, 0, IGNORE], device=device),
+        mask=torch.tensor([False, False, True], device=device),
+        kd_weight=0.0,
+        mse_weight=2.0,
+        ce_weight=3.0,
+        backend=backend,
+    )
+    close(output.mse, 9.0)  # one row in the mask
+    close(output.ce, (ce[0] + ce[1]) / 2)  # two rows with a label, both outside the mask
+    close(output.loss, 2 * 9.0 + 1.5 * (ce[0] + ce[1]))
+    p1, p2 = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
+    close(gradient, [[-1.5 * p1, 1.5 * p1], [-1.5 * p2, 1.5 * p2], [0.0, 12.0]])
+
+
+def test_float_mask_weights_rows_and_their_divisor(backend, device):
+    student, teacher, _ = three_rows(device)
+    mask = torch.tensor([2.0, 0.5, 0.0], device=device)
+    keywords = {"kd_weight": 0.0, "mse_weight": 1.0, "mask": mask, "backend": backend}
+    output, gradient = run(student, teacher, **keywords)
+    close(output.loss, (2 * 1 + 0.5 * 4) / 2.5)
+    close(gradient, [[0.0, 2 * 2 * 1 / 2.5], [0.0, 0.5 * 2 * 2 / 2.5], [0.0, 0.0]])
+    close(run(student, teacher, reduction="sum", **keywords)[0].loss, 4.0)
+    close(run(student, teacher, reduction="none", **keywords)[0].loss, [2.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "float_tensor", "int_tensor"])
+def test_normalizers_replace_the_divisors(backend, device, kind):
+    # the count of a whole optimiser step, of which these rows are a micro-batch
+    student, teacher, ce = three_rows(device)
+    cast = {
+        "int": int,
+        "float": float,
+        "float_tensor": lambda x: torch.tensor(float(x), device=device),
+        "int_tensor": lambda x: torch.tensor(x, device=device),
+    }[kind]
+    output, gradient = run(
+        student,
+        teacher,
+        torch.tensor([IGNORE, 0, IGNORE], device=device),
+        kd_weight=0.0,
+        mse_weight=1.0,
+        ce_weight=1.0,
+        mask=torch.tensor([True, False, True], device=device),
+        kd_normalizer=cast(8),
+        ce_normalizer=cast(5),
+        backend=backend,
+    )
+    close(output.mse, (1 + 9) / 8)
+    close(output.ce, ce[1] / 5)
+    p = 1 / (1 + math.exp(-2))
+    close(gradient, [[0.0, 2 / 8], [-p / 5, p / 5], [0.0, 6 / 8]])
+
+
+def test_one_normalizer_leaves_the_other_divisor_alone(backend, device):
+    student, teacher, ce = three_rows(device)
+    labels = torch.tensor([0, 0, IGNORE], device=device)
+    keywords = {"kd_weight": 0.0, "mse_weight": 1.0, "ce_weight": 1.0, "backend": backend}
+    output, _ = run(student, teacher, labels, kd_normalizer=7, **keywords)
+    close(output.mse, 14 / 7)
+    close(output.ce, (ce[0] + ce[1]) / 2)
+    output, _ = run(student, teacher, labels, ce_normalizer=7, **keywords)
+    close(output.mse, 14 / 3)
+    close(output.ce, (ce[0] + ce[1]) / 7)
+
+
+def test_labels_are_not_shifted(backend, device):
+    # a causal model's user shifts; here row i is scored against label i
+    student = 20.0 * torch.eye(4, device=device).unsqueeze(0)
+    labels = torch.arange(4, device=device).unsqueeze(0)
+    output, _ = run(student, student, labels, kd_weight=0.0, ce_weight=1.0, backend=backend)
+    assert output.ce.item() < 1e-6
+
+
+# The oracle itself
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.3])
+def test_oracle_agrees_with_autograd_in_float64(divergence, temperature):
+    # two derivations of every row: closed form, and plain PyTorch differentiated by autograd
+    student, teacher = (x.double() for x in logits_pair((4, 9)))
+    labels = make_labels((4,), 9, "all")
+    ours = {
+        "kd": divergence_rows(student, teacher, temperature, divergence, 0.3),
+        "ce": ce_rows(student, labels),
+        "cos": cos_rows(student, teacher),
+        "mse": mse_rows(student, teacher),
+    }
+    for part in PARTS:
+        theirs = plain_rows(part, student, teacher, labels, temperature, divergence, 0.3)
+        torch.testing.assert_close(ours[part].value, theirs.value, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(ours[part].grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+# Finite differences (float64 is the torch backend's)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        *({"divergence": name, "jsd_beta": 0.3} for name in DIVERGENCES),
+        {"kd_weight": 0.0, "ce_weight": 1.0},
+        {"kd_weight": 0.0, "cos_weight": 1.0},
+        {"kd_weight": 0.0, "mse_weight": 1.0},
+        *({"divergence": name, "jsd_beta": 0.7, **ALL_PARTS} for name in DIVERGENCES),
+    ],
+    ids=["forward", "reverse", "jsd", "ce", "cos", "mse", "forward+", "reverse+", "jsd+"],
+)
+def test_gradcheck_in_float64(keywords, reduction):
+    student, teacher = (x.double() for x in logits_pair((4, 6), scale=1.0))
+    labels = make_labels((4,), 5, "some")
+    mask = make_mask((4,), "float")
+
+    def loss(logits):
+        return distillation_loss(
+            logits,
+            teacher,
+            labels,
+            mask=mask,
+            temperature=1.7,
+            vocab_size=5,
+            reduction=reduction,
+            backend="torch",
+            **keywords,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+# Parity
+
+
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 4.0, 7.3, 20.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity_at_every_temperature(backend, device, divergence, temperature, near):
+    # whole temperatures may be powers of one exponential, 7.3 and 0.5 may not
+    student, teacher = logits_pair((6, 37), near=near, device=device)
+    for extra in ({}, {"reduction": "none"}, {"reduction": "sum", **ALL_PARTS}):
+        parity(
+            student,
+            teacher,
+            make_labels((6,), 37, "some", device),
+            backend=backend,
+            temperature=temperature,
+            divergence=divergence,
+            jsd_beta=0.3,
+            **extra,
+        )
+
+
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(FP16, FP16), (BF16, BF16), (BF16, FP32), (FP32, BF16), (FP16, BF16), (FP32, FP16)],
+    ids=lambda pair: "-".join(str(x).removeprefix("torch.") for x in pair),
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity_in_every_dtype(backend, device, divergence, dtypes, near):
+    student, teacher = logits_pair((6, 41), near=near, dtypes=dtypes, device=device)
+    labels = make_labels((6,), 41, "some", device)
+    for extra in ({}, ALL_PARTS, {"kd_weight": 0.0, "ce_weight": 1.0}):
+        for temperature in (1.0, 2.0, 7.3):
+            parity(
+                student,
+                teacher,
+                labels,
+                backend=backend,
+                divergence=divergence,
+                temperature=temperature,
+                **extra,
+            )
+
+
+@pytest.mark.parametrize(
+    "vocab",
+    [
+        2,  # the smallest vocabulary: all tail
+        3,
+        7,  # one under, at and over 8: a vector of fp32 in AVX2, 16 bytes of bf16
+        8,
+        9,
+        15,  # around 16: a vector of fp32 in AVX-512, the alignment Triton looks for
+        16,
+        17,
+        31,  # around 32: a vector of bf16 in AVX-512
+        32,
+        33,
+        127,  # around 128: small blocks, several vectors unrolled
+        128,
+        129,
+        1023,  # around 1024, 2048, 4096: the blocks a kernel may choose; over = a tail of one
+        1024,
+        1025,
+        2047,
+        2048,
+        2049,
+        4095,
+        4096,
+        4097,
+        6152,  # a block, a half and 8 columns: a full main loop and an aligned tail
+        30522,  # BERT's: rows are only 4-byte aligned in bf16
+    ],
+)
+def test_parity_around_block_boundaries(backend, device, vocab):
+    # three rows, so that in an odd vocabulary each starts at another alignment
+    labels = torch.tensor([0, IGNORE, vocab - 1], device=device)  # first and last column are hit
+    for dtype, divergence in ((FP32, "jsd"), (BF16, "forward_kl"), (BF16, "reverse_kl")):
+        student, teacher = logits_pair((3, vocab), dtypes=(dtype, dtype), device=device)
+        parity(
+            student,
+            teacher,
+            labels,
+            backend=backend,
+            divergence=divergence,
+            reduction="none",
+            **ALL_PARTS,
+        )
+
+
+@pytest.mark.parametrize("where", ["first", "last", "middle"])
+@pytest.mark.parametrize("vocab", [17, 2049])
+def test_parity_with_a_peak_anywhere(backend, device, vocab, where):
+    # the row's maximum decides every rescaling of an online softmax: first, last or after a block
+    student, teacher = logits_pair((2, vocab), device=device)
+    column = {"first": 0, "last": vocab - 1, "middle": vocab // 2}[where]
+    student[:, column] += 40.0
+    teacher[:, vocab - 1 - column] += 40.0
+    labels = torch.full((2,), column, device=device)
+    for divergence in DIVERGENCES:
+        parity(
+            student,
+            teacher,
+            labels,
+            backend=backend,
+            divergence=divergence,
+            kd_weight=1.0,
+            ce_weight=1.0,
+            reduction="none",
+        )
+
+
+@pytest.mark.parametrize("offset", [100.0, -100.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity_of_logits_that_are_not_centred(backend, device, divergence, offset):
+    # exp(100 / 0.5) is infinite and exp(-100 / 0.5) is 0 unless the maximum is taken off first
+    student, teacher = logits_pair((4, 33), offset=offset, device=device)
+    parity(
+        student,
+        teacher,
+        make_labels((4,), 33, "all", device),
+        backend=backend,
+        divergence=divergence,
+        temperature=0.5,
+        ce_weight=1.0,
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity_of_confident_models(backend, device, divergence):
+    # at T = 1/2 these probabilities underflow to 0 in fp32: 0 * log 0 inside finite logits
+    student, teacher = logits_pair((5, 65), scale=25.0, device=device)
+    output, _ = parity(
+        student,
+        teacher,
+        backend=backend,
+        divergence=divergence,
+        temperature=0.5,
+        reduction="none",
+    )
+    assert output.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("which_mask", ["absent", "none", "some", "all", "float"])
+@pytest.mark.parametrize("which_labels", ["absent", "none", "some", "all"])
+def test_parity_under_masks_and_labels(backend, device, which_labels, which_mask):
+    lead, vocab = (2, 5), 19
+    student, teacher = logits_pair((*lead, vocab), device=device)
+    labels = None if which_labels == "absent" else make_labels(lead, vocab, which_labels, device)
+    weights = {**ALL_PARTS, "ce_weight": 0.0 if labels is None else 2.0}
+    for reduction in ("mean", "sum", "none"):
+        parity(
+            student,
+            teacher,
+            labels,
+            backend=backend,
+            reduction=reduction,
+            mask=make_mask(lead, which_mask, device),
+            **weights,
+        )
+
+
+@pytest.mark.parametrize(
+    "lead",
+    [
+        (),  # one row without any leading dimension
+        (1,),
+        (5,),
+        (2, 3),  # batch and sequence
+        (2, 1, 3),
+        (0,),  # an empty batch
+        (2, 0),
+    ],
+    ids=str,
+)
+def test_parity_at_every_leading_shape(backend, device, lead):
+    student, teacher = logits_pair((*lead, 11), device=device)
+    labels, mask = make_labels(lead, 11, "all", device), make_mask(lead, "float", device)
+    for reduction in ("mean", "sum", "none"):
+        output, gradient = parity(
+            student,
+            teacher,
+            labels,
+            backend=backend,
+            mask=mask,
+            reduction=reduction,
+            **ALL_PARTS,
+        )
+        wanted = lead if reduction == "none" else ()
+        assert all(part.shape == wanted for part in output)
+        assert gradient.shape == (*lead, 11)
+
+
+@pytest.mark.parametrize(
+    ("student_width", "teacher_width", "vocab_size"),
+    [
+        (24, 21, 21),  # the student's head is padded
+        (21, 24, 21),  # the teacher's is
+        (24, 32, 21),  # both, differently
+        (24, 24, 21),  # both, alike
+        (24, 24, 24),  # vocab_size says what is already so
+        (136, 129, 128),  # padding of one column and of a vector
+        (30528, 30522, 30522),  # BERT's head padded to a multiple of 64
+    ],
+)
+def test_parity_of_a_padded_vocabulary(backend, device, student_width, teacher_width, vocab_size):
+    # the padding holds the largest logits, so counting it would show
+    student, _ = logits_pair((3, student_width), device=device)
+    teacher, _ = logits_pair((3, teacher_width), seed=1, device=device)
+    student[:, vocab_size:], teacher[:, vocab_size:] = 50.0, 60.0
+    labels = torch.tensor([0, vocab_size - 1, IGNORE], device=device)
+    for divergence in DIVERGENCES:
+        _, gradient = parity(
+            student,
+            teacher,
+            labels,
+            backend=backend,
+            divergence=divergence,
+            vocab_size=vocab_size,
+            **ALL_PARTS,
+        )
+        assert (gradient[:, vocab_size:] == 0).all()
+
+
+def strided(name, tensor):
+    """The same values in another memory layout."""
+    if name == "column_stride":
+        return torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[..., 0]
+    if name == "row_stride":  # a slice of a wider tensor, not a multiple of anything
+        return torch.cat([tensor, tensor.new_full((*tensor.shape[:-1], 3), math.nan)], -1)[
+            ..., : tensor.shape[-1]
+        ]
+    if name == "transposed_lead":  # (sequence, batch) storage seen as (batch, sequence)
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if name == "transposed_vocab":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if name == "unaligned":  # the storage begins one element later
+        flat = torch.cat([tensor.new_full((1,), math.nan), tensor.reshape(-1)])
+        return flat[1:].view(tensor.shape)
+    if name == "every_other_row":
+        return torch.stack([tensor, torch.full_like(tensor, math.nan)], 1)[:, 0]
+    if name == "slice_of_batch":
+        return torch.cat([tensor, torch.full_like(tensor, math.nan)], 1)[:, : tensor.shape[1]]
+    raise ValueError(name)
+
+
+LAYOUTS = [
+    "column_stride",
+    "row_stride",
+    "transposed_lead",
+    "transposed_vocab",
+    "unaligned",
+    "every_other_row",
+    "slice_of_batch",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_parity_is_blind_to_memory_layout(backend, device, dtype, layout):
+    student, teacher = logits_pair((3, 4, 19), dtypes=(dtype, dtype), device=device)
+    labels, mask = make_labels((3, 4), 19, "some", device), make_mask((3, 4), "float", device)
+    s, t = strided(layout, student), strided(layout, teacher)
+    assert torch.equal(s, student)
+    keywords = {"backend": backend, **ALL_PARTS}
+    labels, mask = labels.t().contiguous().t(), mask.t().contiguous().t()
+    first, grad_first = parity(s, teacher, labels, mask=mask, **keywords)
+    second, grad_second = parity(student, t, labels, mask=mask, **keywords)
+    third, grad_third = parity(s, t, labels, mask=mask, **keywords)
+    # a layout may change the order of a sum, nothing more
+    for output, gradient in ((second, grad_second), (third, grad_third)):
+        torch.testing.assert_close(output.loss, first.loss)
+        torch.testing.assert_close(gradient, grad_first)
+
+
+def test_expanded_inputs_accumulate_their_gradient(backend, device):
+    # stride 0: one row stands for four; its gradient is the sum over them
+    row, teacher = logits_pair((4, 13), device=device)
+    row = row[:1].clone().requires_grad_()
+    label = torch.tensor([3], device=device)
+    mask = torch.tensor([0.5], device=device)
+    keywords = {"reduction": "sum", "backend": backend, **ALL_PARTS}
+    distillation_loss(
+        row.expand(4, 13), teacher, label.expand(4), mask=mask.expand(4), **keywords
+    ).loss.backward()
+    wanted = expect(
+        row.detach().repeat(4, 1),
+        teacher,
+        label.repeat(4),
+        mask=mask.repeat(4),
+        reduction="sum",
+        **ALL_PARTS,
+    )
+    torch.testing.assert_close(
+        row.grad.cpu().double(), wanted.grad.sum(0, keepdim=True), rtol=1e-5, atol=1e-5
+    )
+    # a teacher shared by all rows
+    parity(teacher, row.detach().expand(4, 13), label.expand(4), backend=backend, **ALL_PARTS)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float64_stays_float64(divergence, reduction):
+    student, teacher = (x.double() for x in logits_pair((3, 8)))
+    output, gradient = run(
+        student,
+        teacher,
+        make_labels((3,), 8, "some"),
+        divergence=divergence,
+        reduction=reduction,
+        backend="torch",
+        **ALL_PARTS,
+    )
+    assert output.loss.dtype == gradient.dtype == torch.float64
+    wanted = expect(
+        student,
+        teacher,
+        make_labels((3,), 8, "some"),
+        divergence=divergence,
+        reduction=reduction,
+        **ALL_PARTS,
+    )
+    check(output, gradient, wanted)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+def test_output_is_fp32_and_parts_are_detached(backend, device, dtype):
+    student, teacher = logits_pair((3, 8), dtypes=(dtype, dtype), device=device)
+    student.requires_grad_()
+    output = distillation_loss(
+        student, teacher, make_labels((3,), 8, "all", device), backend=backend, **ALL_PARTS
+    )
+    assert all(number.dtype == FP32 for number in output)
+    assert output._fields == ("loss", "kd", "ce", "cos", "mse")
+    assert output.loss.requires_grad
+    assert not any(getattr(output, part).requires_grad for part in PARTS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_weight_zero_is_zero(backend, device, part):
+    student, teacher = logits_pair((3, 8), device=device)
+    labels = make_labels((3,), 8, "all", device)
+    weights = {**ALL_PARTS, f"{part}_weight": 0.0}
+    for reduction in ("mean", "none"):
+        output, _ = parity(
+            student, teacher, labels, reduction=reduction, backend=backend, **weights
+        )
+        assert (getattr(output, part) == 0).all()
+        assert all((getattr(output, other) > 0).any() for other in PARTS if other != part)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradient_follows_grad_output(backend, device, reduction):
+    student, teacher = logits_pair((4, 9), dtypes=(BF16, BF16), device=device)
+    labels, mask = make_labels((4,), 9, "some", device), make_mask((4,), "some", device)
+    shape = (4,) if reduction == "none" else ()
+    upstreams = [torch.full(shape, -3.5, device=device), torch.zeros(shape, device=device)]
+    if reduction == "none":
+        upstreams.append(torch.tensor([1.0, -2.0, 0.0, 0.25], device=device))
+        upstreams.append(torch.tensor(2.0, device=device).expand(4))  # what sum() sends back
+    for upstream in upstreams:
+        parity(
+            student,
+            teacher,
+            labels,
+            mask=mask,
+            reduction=reduction,
+            backend=backend,
+            grad_output=upstream,
+            **ALL_PARTS,
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_is_scaled_before_it_is_rounded(backend, device, reduction):
+    # a loss scale of 2^20 meets a divisor of 2^20: rounding a gradient to fp16 between the two
+    # would flush it to 0, which is how small fp16 gradients die
+    student, teacher = logits_pair((3, 40), dtypes=(FP16, FP16), device=device)
+    big = 2.0**20
+    keywords = {"reduction": reduction, "backend": backend}
+    if reduction == "mean":
+        keywords["kd_normalizer"] = big
+    else:
+        keywords["mask"] = torch.full((3,), 1 / big, device=device)
+    _, gradient = parity(
+        student,
+        teacher,
+        grad_output=torch.full((3,) if reduction == "none" else (), big, device=device),
+        **keywords,
+    )
+    assert (gradient != 0).float().mean() > 0.9
+
+
+def test_reductions_agree_with_each_other(backend, device):
+    student, teacher = logits_pair((2, 5, 9), device=device)
+    labels, mask = make_labels((2, 5), 9, "some", device), make_mask((2, 5), "float", device)
+    keywords = {"mask": mask, "backend": backend, **ALL_PARTS}
+    none, _ = run(student, teacher, labels, reduction="none", **keywords)
+    total, grad_total = run(student, teacher, labels, reduction="sum", **keywords)
+    mean, _ = run(student, teacher, labels, **keywords)
+    count = {"ce": (labels != IGNORE).sum(), **dict.fromkeys(("kd", "cos", "mse"), mask.sum())}
+    for part in PARTS:
+        torch.testing.assert_close(getattr(none, part).sum(), getattr(total, part))
+        torch.testing.assert_close(getattr(total, part) / count[part], getattr(mean, part))
+    torch.testing.assert_close(none.loss.sum(), total.loss)
+    weighted = sum(ALL_PARTS[f"{part}_weight"] * getattr(mean, part) for part in PARTS)
+    torch.testing.assert_close(weighted, mean.loss)
+    # 1 as both normalisers turns a mean into a sum
+    ones, grad_ones = run(student, teacher, labels, kd_normalizer=1, ce_normalizer=1, **keywords)
+    torch.testing.assert_close(ones.loss, total.loss)
+    torch.testing.assert_close(grad_ones, grad_total)
+
+
+def test_micro_batches_with_global_normalizers_add_up_to_the_batch(backend, device):
+    # "a batch is exact": any split, each part divided by the count of the whole step
+    student, teacher = logits_pair((12, 17), device=device)
+    labels, mask = make_labels((12,), 17, "some", device), make_mask((12,), "some", device)
+    whole, gradient = run(student, teacher, labels, mask=mask, backend=backend, **ALL_PARTS)
+    counts = {"kd_normalizer": mask.sum(), "ce_normalizer": (labels != IGNORE).sum()}
+    for sizes in ((12,), (5, 7), (1,) * 12):
+        pieces = [
+            run(s, t, y, mask=m, backend=backend, **counts, **ALL_PARTS)
+            for s, t, y, m in zip(
+                *(x.split(sizes) for x in (student, teacher, labels, mask)), strict=True
+            )
+        ]
+        torch.testing.assert_close(sum(output.loss for output, _ in pieces), whole.loss)
+        torch.testing.assert_close(torch.cat([grad for _, grad in pieces]), gradient)
+
+
+# Properties
+
+
+@modest
+@given(data=st.data())
+def test_parity_of_drawn_calls(backend, device, data):
+    draw = data.draw
+    lead = tuple(draw(st.lists(st.integers(1, 4), max_size=3), label="lead"))
+    vocab = draw(st.integers(2, 70), label="vocab")
+    padding = draw(st.tuples(st.integers(0, 9), st.integers(0, 9)), label="padding")
+    dtype = st.sampled_from([FP32, FP16, BF16])
+    dtypes = draw(st.tuples(dtype, dtype), label="dtypes")
+    seed = draw(st.integers(0, 10_000), label="seed")
+    scale, near = draw(st.sampled_from([0.5, 3.0, 8.0])), draw(st.booleans(), label="near")
+    wide = (*lead, vocab + max(padding))
+    student, teacher = logits_pair(
+        wide, seed=seed, scale=scale, near=near, dtypes=dtypes, device=device
+    )
+    student = student[..., : vocab + padding[0]]
+    teacher = teacher[..., : vocab + padding[1]]
+    weight = st.sampled_from([0.0, 0.3, 1.0, 5.0])
+    weights = {f"{part}_weight": draw(weight, label=part) for part in PARTS}
+    if not any(weights.values()):
+        weights["kd_weight"] = 1.0
+    reduction = draw(st.sampled_from(["mean", "sum", "none"]), label="reduction")
+    labels = make_labels(lead, vocab, draw(st.sampled_from(["none", "some", "all"])), device)
+    which = draw(st.sampled_from(["absent", "none", "some", "all", "float"]), label="mask")
+    normalizers = {}
+    if reduction == "mean" and draw(st.booleans(), label="normalised"):
+        normalizers = {"kd_normalizer": 3.5, "ce_normalizer": 11}
+    parity(
+        student,
+        teacher,
+        labels,
+        backend=backend,
+        mask=make_mask(lead, which, device),
+        temperature=draw(st.floats(0.5, 20.0), label="temperature"),
+        divergence=draw(st.sampled_from(DIVERGENCES), label="divergence"),
+        jsd_beta=draw(st.floats(0.05, 0.95), label="beta"),
+        vocab_size=vocab,
+        reduction=reduction,
+        grad_output=draw(st.sampled_from([1.0, -0.5, 128.0]), label="upstream"),
+        **weights,
+        **normalizers,
+    )
+
+
+@modest
+@given(seed=st.integers(0, 1000), keep=st.lists(st.booleans(), min_size=7, max_size=7))
+def test_masked_equals_filtered(backend, device, seed, keep):
+    # the rows that a mask and ignored labels leave out might as well not be in the batch
+    student, teacher = logits_pair((7, 12), seed=seed, device=device)
+    keep = torch.tensor(keep, device=device)
+    labels = make_labels((7,), 12, "all", device)
+    keywords = {"backend": backend, **ALL_PARTS}
+    ours, gradient = run(student, teacher, labels.masked_fill(~keep, IGNORE), mask=keep, **keywords)
+    theirs, filtered = run(student[keep], teacher[keep], labels[keep], **keywords)
+    torch.testing.assert_close(tuple(ours), tuple(theirs))
+    torch.testing.assert_close(gradient[keep], filtered)
+    assert (gradient[~keep] == 0).all()
+
+
+@modest
+@given(seed=st.integers(0, 1000), shift=st.floats(-20, 20), kind=st.sampled_from(DIVERGENCES))
+def test_divergence_ignores_a_shift_and_is_never_negative(backend, device, seed, shift, kind):
+    student, teacher = logits_pair((3, 10), seed=seed, device=device)
+    keywords = {"divergence": kind, "backend": backend, "reduction": "none"}
+    base, gradient = run(student, teacher, **keywords)
+    moved, moved_gradient = run(student + shift, teacher - shift, **keywords)
+    torch.testing.assert_close(moved.kd, base.kd, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved_gradient, gradient, rtol=1e-4, atol=1e-4)
+    assert (base.kd >= 0).all()
+    # the gradient of anything behind a softmax adds up to 0
+    assert gradient.sum(-1).abs().max() <= 1e-5
+
+
+@modest
+@given(seed=st.integers(0, 1000), beta=st.floats(0.1, 0.9), temperature=st.floats(0.5, 10))
+def test_jsd_is_symmetric_and_bounded(backend, device, seed, beta, temperature):
+    student, teacher = logits_pair((3, 10), seed=seed, device=device)
+    keywords = {"divergence": "jsd", "temperature": temperature, "reduction": "none"}
+    one, _ = run(student, teacher, jsd_beta=beta, backend=backend, **keywords)
+    # swapping the models swaps beta for 1 - beta
+    two, _ = run(teacher, student, jsd_beta=1 - beta, backend=backend, **keywords)
+    torch.testing.assert_close(one.kd, two.kd, rtol=1e-4, atol=1e-5 * max(1, temperature**2))
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+    assert (one.kd <= temperature**2 * entropy * (1 + 1e-5)).all()
+
+
+def test_reverse_kl_swaps_the_two_models(backend, device):
+    student, teacher = logits_pair((3, 10), device=device)
+    forward, _ = run(student, teacher, backend=backend)
+    reverse, _ = run(teacher, student, divergence="reverse_kl", backend=backend)
+    torch.testing.assert_close(forward.kd, reverse.kd)
+    other, _ = run(student, teacher, divergence="reverse_kl", backend=backend)
+    assert abs(other.kd - forward.kd) > 0.1
+
+
+def test_jsd_near_equality_is_a_share_of_the_kl(backend, device):
+    # beta (1 - beta) times the KL: why a weight does not carry over
+    student, teacher = logits_pair((4, 10), near=True, device=device)
+    for beta in (0.5, 0.2):
+        jsd, _ = run(student, teacher, divergence="jsd", jsd_beta=beta, backend=backend)
+        kl, _ = run(student, teacher, backend=backend)
+        assert jsd.kd.item() == pytest.approx(beta * (1 - beta) * kl.kd.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_models_have_no_soft_loss(backend, device, divergence):
+    student, _ = logits_pair((3, 50), device=device)
+    output, gradient = run(
+        student,
+        student.clone(),
+        divergence=divergence,
+        cos_weight=1.0,
+        mse_weight=1.0,
+        backend=backend,
+    )
+    assert output.kd.abs() <= 1e-5 and output.cos.abs() <= 1e-6 and output.mse == 0
+    assert gradient.abs().max() <= 1e-6
+
+
+def test_temperature_squared_keeps_the_gradient_alive(backend, device):
+    # Hinton et al. 2015: for large T, T^2 * KL tends to the squared distance of the centred
+    # logits over 2V, with gradient (s - t) / V, so both stay of one size as T grows
+    student, teacher = logits_pair((2, 6), scale=1.0, device=device)
+    centred = [x - x.mean(-1, keepdim=True) for x in (student, teacher)]
+    limit = (centred[0] - centred[1]) / 6
+    for divergence in ("forward_kl", "reverse_kl"):
+        output, gradient = run(
+            student,
+            teacher,
+            temperature=100.0,
+            divergence=divergence,
+            reduction="sum",
+            backend=backend,
+        )
+        torch.testing.assert_close(gradient, limit, rtol=0, atol=0.02)
+        assert output.kd.item() == pytest.approx(3 * limit.square().sum().item(), rel=0.05)
+
+
+# The module
+
+
+def test_module_equals_the_function(backend, device):
+    student, teacher = logits_pair((2, 3, 11), device=device)
+    labels, mask = make_labels((2, 3), 9, "some", device), make_mask((2, 3), "some", device)
+    keywords = {
+        "temperature": 3.0,
+        "divergence": "jsd",
+        "jsd_beta": 0.3,
+        "vocab_size": 9,
+        "ignore_index": IGNORE,
+        "backend": backend,
+        **ALL_PARTS,
+    }
+    call = {"mask": mask, "kd_normalizer": 8, "ce_normalizer": torch.tensor(3.0, device=device)}
+    module = DistillationLoss(**keywords)
+    assert isinstance(module, torch.nn.Module)
+    assert not list(module.parameters())
+    ours, gradient = value_and_grad(module, student, teacher, labels, **call)
+    theirs, wanted = run(student, teacher, labels, **keywords, **call)
+    assert_same([*ours, gradient], [*theirs, wanted])
+    # defaults are the function's defaults
+    ours, gradient = value_and_grad(DistillationLoss(), student, teacher)
+    theirs, wanted = run(student, teacher)
+    assert_same([*ours, gradient], [*theirs, wanted])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_module_keeps_its_reduction(backend, device, reduction):
+    student, teacher = logits_pair((2, 3, 11), device=device)
+    module = DistillationLoss(reduction=reduction, backend=backend)
+    wanted = distillation_loss(student, teacher, reduction=reduction, backend=backend)
+    assert_same(module(student, teacher), wanted)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_training_with_the_module_brings_the_student_to_the_teacher(backend, device, divergence):
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, device=device)
+    teacher = torch.nn.Linear(8, 5).to(device)
+    student = torch.nn.Linear(8, 5).to(device)
+    with torch.no_grad():
+        target = 3 * teacher(x)
+    labels = target.argmax(-1)
+    criterion = DistillationLoss(divergence=divergence, ce_weight=0.1, backend=backend)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    history = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        output = criterion(student(x), target, labels)
+        output.loss.backward()
+        optimizer.step()
+        history.append(output.kd.item())
+    assert history[-1] < 0.05 * history[0]
+    assert (student(x).argmax(-1) == labels).float().mean() > 0.9
+
+
+# torch.compile
+
+
+def compiled(function):
+    """fullgraph: a graph break is an error; aot_eager: the tracing without the code generation."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_compiled_function_equals_eager(backend, device, divergence):
+    def loss(logits, teacher, labels, mask, count):
+        return distillation_loss(
+            2 * logits,
+            teacher,
+            labels,
+            mask=mask,
+            ce_normalizer=count,
+            divergence=divergence,
+            vocab_size=11,
+            backend=backend,
+            **ALL_PARTS,
+        )
+
+    fast = compiled(loss)
+    for rows in (4, 6):  # the second call meets another batch size
+        student, teacher = logits_pair((rows, 12), device=device)
+        labels = make_labels((rows,), 11, "some", device)
+        mask = make_mask((rows,), "float", device)
+        count = (labels != IGNORE).sum()
+        eager = value_and_grad(loss, student, teacher, labels, mask, count)
+        ours = value_and_grad(fast, student, teacher, labels, mask, count)
+        torch.testing.assert_close(tuple(ours[0]), tuple(eager[0]))
+        torch.testing.assert_close(ours[1], eager[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiled_kd_alone_equals_eager(backend, device, reduction):
+    def loss(logits, teacher):
+        return distillation_loss(logits, teacher, reduction=reduction, backend=backend).loss.sum()
+
+    student, teacher = logits_pair((2, 4, 12), dtypes=(BF16, BF16), device=device)
+    eager = value_and_grad(loss, student, teacher)
+    ours = value_and_grad(compiled(loss), student, teacher)
+    torch.testing.assert_close(ours, eager)
+
+
+def test_compiled_module_equals_eager(backend, device):
+    module = DistillationLoss(ce_weight=1.0, backend=backend)
+    student, teacher = logits_pair((4, 12), device=device)
+    labels = make_labels((4,), 12, "some", device)
+    eager = value_and_grad(module, student, teacher, labels)
+    ours = value_and_grad(compiled(module), student, teacher, labels)
+    torch.testing.assert_close(tuple(ours[0]), tuple(eager[0]))
+    torch.testing.assert_close(ours[1], eager[1])
+
+
+def test_compiled_call_without_gradient_equals_eager(backend, device):
+    student, teacher = logits_pair((4, 12), device=device)
+
+    def loss(s, t):
+        return distillation_loss(s, t, cos_weight=1.0, backend=backend)
+
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tuple(compiled(loss)(student, teacher)), tuple(loss(student, teacher))
+        )

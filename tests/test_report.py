@@ -1,0 +1,451 @@
+"""The report page: what it shows, that it needs nothing else, and how metrics.jsonl is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distilfast import report as report_module
+from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
+
+NAN = math.nan
+
+
+def metrics(steps: int, *, hidden: bool = True, kd: bool = True) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "tokens": 2048 * step, "loss": 20 / step, "ce": 4.0 + 1 / step}
+        line["kd"] = 9 / step if kd else 0.0
+        if hidden:
+            line["hidden_cos"] = 1 / step
+        lines.append(line)
+        if step % 10 == 0:
+            lines.append({"step": step, "eval_loss": 3 + 9 / step, "eval_accuracy": 0.5 - 1 / step})
+    return lines
+
+
+def student(name: str, loss: float, **changes: Any) -> ModelRow:
+    row = ModelRow(name, 22_713_216, 86.64, loss, 0.5853, 0.7421, 192.0, 3000)
+    return replace(row, **changes)
+
+
+def full_report() -> Report:
+    guesses = {
+        "bert": [Guess("paris", 0.4168), Guess("lyon", 0.25)],
+        "small": [Guess("rome", 0.375), Guess("paris", 0.125)],
+    }
+    return Report(
+        title="Six layers",
+        lead="The student is smaller.",
+        models=[
+            ModelRow("bert", 109_514_298, 417.8, 1.8714, 0.6412, None, None, None, "teacher"),
+            student("small", 2.3123, note="every other layer"),
+            student("smaller", 2.5),
+        ],
+        curves={"small": metrics(60), "smaller": metrics(40, hidden=False)},
+        samples=[Sample("The capital of France is [MASK].", guesses, "paris")],
+        facts={"Device": "2-core CPU", "Commit": "3f9c2d1"},
+        config="steps: 3000\nloss: {temperature: 2.0}\n",
+    )
+
+
+def empty_report(**changes: Any) -> Report:
+    return replace(Report("Title", "", [], {}, [], {}, ""), **changes)
+
+
+class Page(HTMLParser):
+    """The page as a reader meets it: its elements, its ids and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.chunks: list[str] = []
+        self.feed(html)
+        self.close()
+        self.text = " ".join("".join(self.chunks).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "br"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.chunks.append(data)
+
+    def plots(self) -> dict[str, str]:
+        """Each plot's heading, with its SVG element."""
+        found = re.findall(r"<h3>(.*?) <small>.*?(<svg.*?</svg>)", self.html, flags=re.DOTALL)
+        return dict(found)
+
+
+def page(report: Report, folder: Path) -> Page:
+    return Page(write_report(report, folder / "report.html").read_text(encoding="utf-8"))
+
+
+# ---- What the page shows ----------------------------------------------------------------------
+
+
+def test_page_shows_every_name_and_figure(tmp_path: Path) -> None:
+    text = page(full_report(), tmp_path).text
+    for shown in (
+        *("Six layers", "The student is smaller.", "bert", "small", "smaller", "teacher"),
+        *("109.5 M", "22.7 M", "417.8", "86.6", "1.871", "2.312", "64.1 %", "74.2 %"),
+        *("3,000", "3 min 12 s", "every other layer", "The capital of France is [MASK]"),
+        *("paris", "41.7 %", "rome", "12.5 %", "Device", "2-core CPU", "3f9c2d1"),
+        "steps: 3000 loss: {temperature: 2.0}",
+    ):
+        assert shown in text, shown
+
+
+def test_page_captions_say_what_is_measured(tmp_path: Path) -> None:
+    text = page(full_report(), tmp_path).text
+    assert "cross entropy in nats at masked positions" in text
+    assert "share of masked tokens guessed first" in text
+    assert "share of masked positions where the model’s first guess is the teacher’s" in text
+    assert "smoothed: each point is the mean over the 2 % of the run’s steps around it" in text
+
+
+def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    shown = page(full_report(), tmp_path)
+    assert "http:" not in shown.html and "https:" not in shown.html and "@import" not in shown.html
+    assert not re.search(r"url\((?!#)", shown.html)
+    tags = {tag for tag, _ in shown.elements}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in shown.elements:
+        for name in ("src", "srcset", "href", "xlink:href", "action", "data"):
+            target = attributes.get(name) or "#"
+            assert target.startswith("#") or target == "data:,", (tag, name, target)
+    assert ("meta", "viewport") in [
+        (tag, attributes.get("name")) for tag, attributes in shown.elements
+    ]
+
+
+def test_page_is_well_formed(tmp_path: Path) -> None:
+    shown = page(full_report(), tmp_path)  # the parser checks that elements are closed in order
+    assert shown.open == []
+    ids = [attributes["id"] for _, attributes in shown.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = re.findall(
+        r'(?:href="#|url\(#|aria-labelledby="|aria-describedby=")([^")]+)', shown.html
+    )
+    assert targets and set(targets) <= set(ids)
+
+
+def test_page_escapes_every_string(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>&\"{{ 7 * 7 }}$_$"
+    report = Report(
+        title=evil,
+        lead=evil,
+        models=[student(evil, 2.0, note=evil), student("teacher" + evil, 1.0, eval_agreement=None)],
+        curves={evil: metrics(20)},
+        samples=[Sample(f"{evil} [MASK]", {evil: [Guess(evil, 0.5)]}, evil)],
+        facts={evil: evil},
+        config=evil,
+    )
+    shown = page(report, tmp_path)
+    assert "script" not in {tag for tag, _ in shown.elements}
+    assert "<script" not in shown.html
+    # title (twice), lead, name and note, teacher, two legends and a level, a caption, a sample
+    # with its model, token and answer, a fact, the configuration
+    assert shown.text.count(evil) >= 15
+    assert any(
+        attributes.get("aria-label", "").endswith(evil)  # type: ignore[union-attr]
+        for _, attributes in shown.elements
+    )
+
+
+def test_page_marks_the_word_that_was_hidden(tmp_path: Path) -> None:
+    report = full_report()
+    assert page(report, tmp_path).text.count("paris ✓") == 2
+    without = replace(report, samples=[replace(report.samples[0], answer=None)])
+    assert "✓" not in page(without, tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("models", "best"),
+    [
+        ([student("a", 2.5), student("b", 2.25)], "b"),
+        ([student("a", NAN), student("b", 2.25), student("c", 2.5)], "b"),
+        ([student("t", 1.0, eval_agreement=None), student("a", 2.5), student("b", 2.75)], "a"),
+        ([student("a", 2.5, eval_agreement=NAN), student("b", 2.75)], "a"),
+        ([student("t", 1.0, eval_agreement=None), student("a", 2.5)], None),  # nothing to beat
+        ([student("a", 2.5), student("b", NAN)], None),
+        ([student("a", 2.5), student("b", 2.5)], None),
+        ([student("a", math.inf), student("b", NAN)], None),
+    ],
+)
+def test_best_student_is_the_lowest_finite_loss_of_several(
+    models: list[ModelRow], best: str | None, tmp_path: Path
+) -> None:
+    html = page(empty_report(models=models), tmp_path).html
+    rows = re.findall(r'<tr role="row" class="best">\s*<th[^>]*>(\w+)', html)
+    assert rows == ([best] if best else [])
+    assert ("lowest held-out loss" in html) == (best is not None)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0 k"), (66_049, "66.0 k"), (999_949, "999.9 k"),
+     (999_950, "1.0 M"), (22_713_216, "22.7 M"), (109_514_298, "109.5 M"), (1_336_000_000, "1.3 B")],
+)  # fmt: skip
+def test_count_has_one_decimal_of_its_unit(number: int, text: str) -> None:
+    assert report_module._count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (NAN, "NaN"), (0.0, "0.0 s"), (4.24, "4.2 s"), (9.96, "10 s"), (59.4, "59 s"),
+     (59.6, "1 min 00 s"), (192.0, "3 min 12 s"), (3599.6, "1 h 00 min"), (11_042.0, "3 h 04 min"),
+     (86_399.0, "1 d 00 h"), (273_600.0, "3 d 04 h")],
+)  # fmt: skip
+def test_duration_has_two_units_at_most(seconds: float | None, text: str) -> None:
+    assert report_module._duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (NAN, "NaN"), (math.inf, "∞"), (-math.inf, "−∞"), (-1.5, "−1.500"),
+     (1234.5678, "1,234.568")],
+)  # fmt: skip
+def test_fixed_shows_what_is_not_a_number(value: float | None, text: str) -> None:
+    assert report_module._fixed(value, 3) == text
+
+
+# ---- Plots ------------------------------------------------------------------------------------
+
+
+def drawn_lines(svg: str) -> dict[str, int]:
+    """The series colours of a plot, each with the number of points of its line."""
+    found = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-(\d)\)', svg)
+    return {series: len(re.findall("[ML]", path)) for path, series in found}
+
+
+def test_plots_draw_each_run_that_has_the_figure(tmp_path: Path) -> None:
+    plots = page(full_report(), tmp_path).plots()
+    assert {title: drawn_lines(svg) for title, svg in plots.items()} == {
+        "Held-out loss": {"1": 6, "2": 4},
+        "Held-out accuracy": {"1": 6, "2": 4},
+        "Training loss": {"1": 60, "2": 40},
+        "kd": {"1": 60, "2": 40},
+        "ce": {"1": 60, "2": 40},
+        "hidden_cos": {"1": 60},
+    }
+
+
+def test_plots_keep_text_as_text_and_follow_the_colour_scheme(tmp_path: Path) -> None:
+    for svg in page(full_report(), tmp_path).plots().values():
+        assert re.search(r"<text[^>]*>step</text>", svg)
+        assert "var(--muted)" in svg and "var(--rule)" in svg
+        assert re.findall(r"#[0-9a-f]{6}\b", svg) == []
+
+
+@pytest.mark.parametrize(
+    ("curves", "titles"),
+    [
+        ({}, []),
+        ({"a": []}, []),
+        ({"a": [{"step": 1}]}, []),
+        ({"a": [{"step": 50, "eval_loss": 3.0}]}, ["Held-out loss"]),
+        ({"a": [{"step": 0, "loss": 3.0}], "b": []}, ["Training loss"]),
+        ({"a": metrics(9, hidden=False, kd=False)}, ["Training loss", "ce"]),
+        ({"a": [{"step": 1, "loss": NAN}, {"step": 2, "loss": math.inf}]}, []),
+        ({"a": [{"step": 1, "loss": None}, {"loss": 2.0}, {"step": "2", "loss": 2.0}]}, []),
+        ({"a": [{"step": 1, "loss": 10**400}, {"step": 2, "loss": 1e308}]}, []),
+    ],
+)
+def test_plots_leave_out_what_is_missing(
+    curves: dict[str, list[dict[str, Any]]], titles: list[str], tmp_path: Path
+) -> None:
+    shown = page(empty_report(curves=curves), tmp_path)
+    assert list(shown.plots()) == titles
+    assert ("Learning curves" in shown.text) == any("Held-out" in title for title in titles)
+
+
+def test_plots_show_values_that_are_not_finite_as_gaps(tmp_path: Path) -> None:
+    lines = metrics(90)
+    for line in lines[30:40]:
+        line.update(dict.fromkeys(line.keys() & {"loss", "eval_loss"}, NAN))
+    shown = page(empty_report(curves={"a": lines}), tmp_path)
+    loss = re.search(r'<path d="([^"]*)"[^>]*var\(--series-1\)', shown.plots()["Training loss"])
+    assert loss is not None and loss[1].count("M") == 2 and "nan" not in shown.html.lower()
+    assert "A value that was not finite is a gap." in shown.text
+    assert "gap" not in page(empty_report(curves={"a": metrics(90)}), tmp_path).text
+
+
+def test_plots_show_the_teacher_as_a_level(tmp_path: Path) -> None:
+    report = full_report()
+    with_level = page(report, tmp_path)
+    dashed = r"stroke-dasharray: [^\"]*stroke: var\(--muted\)"
+    assert len(re.findall(dashed, with_level.plots()["Held-out loss"])) == 1
+    assert "The dashed line is the level of bert." in with_level.text
+    blind = replace(report.models[0], eval_loss=NAN, eval_accuracy=NAN)
+    without = page(replace(report, models=[blind, *report.models[1:]]), tmp_path)
+    assert not re.findall(dashed, without.plots()["Held-out loss"])
+    assert "dashed" not in without.text
+
+
+def test_plots_stay_small_for_a_long_run(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 5.0 + step % 7} for step in range(100_000)]
+    svg = page(empty_report(curves={"a": lines}), tmp_path).plots()["Training loss"]
+    assert 50 < drawn_lines(svg)["1"] <= 400  # matplotlib merges points that it can't tell apart
+
+
+def test_plots_take_more_runs_than_colours(tmp_path: Path) -> None:
+    curves = {f"run {i}": [{"step": 1, "loss": 1.0 + i}, {"step": 2, "loss": i}] for i in range(20)}
+    shown = page(empty_report(curves=curves), tmp_path)
+    swatches = re.findall(r'<path d="M1 4H23" ([^/]*)/>', shown.html)
+    assert len(swatches) == len(set(swatches)) == 20
+
+
+def test_curve_takes_the_later_line_of_a_step_that_was_repeated() -> None:
+    lines = [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]
+    curve = report_module._curve("a", lines, "loss")
+    assert curve is not None
+    assert (curve.steps, curve.values) == ([1.0, 2.0], [5.0, 4.0])
+
+
+def test_smoothing_is_the_mean_of_a_centred_window() -> None:
+    curve = report_module._Curve("a", [1, 2, 3, 4, 5, 6], [8.0, 2.0, 5.0, NAN, 1.0, 3.0])
+    smooth = report_module._thin(curve, window=3).values
+    assert smooth[:3] == [8.0, 5.0, 3.5]  # the first is kept; the NaN is left out of the third
+    assert math.isnan(smooth[3])
+    assert smooth[4:] == [2.0, 2.0]
+
+
+# ---- The file ---------------------------------------------------------------------------------
+
+
+def test_report_is_deterministic(tmp_path: Path) -> None:
+    first = write_report(full_report(), tmp_path / "a.html").read_bytes()
+    # another process: neither ids drawn by chance nor hash order may show
+    code = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:0] = {[p for p in sys.path if p]!r} + [{str(Path(__file__).parent)!r}]\n"
+        "from test_report import full_report, write_report\n"
+        f"write_report(full_report(), Path({str(tmp_path / 'b.html')!r}))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert (tmp_path / "b.html").read_bytes() == first
+
+
+def test_report_makes_its_folder_and_returns_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "one" / "report.html"
+    assert write_report(empty_report(), path) == path
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("broken", ["render", "write", "replace"])
+def test_report_that_fails_leaves_the_earlier_one(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_report(full_report(), tmp_path / "report.html")
+    before = path.read_bytes()
+
+    def write_half(self: Path, data: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("disk full")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    report = full_report()
+    if broken == "render":
+        report = replace(report, samples=[None])  # type: ignore[list-item]
+    elif broken == "write":
+        monkeypatch.setattr(Path, "write_bytes", write_half)
+    else:
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(Exception):  # noqa: B017 - whatever it is, the file must survive it
+        write_report(replace(report, title="Another"), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_report_takes_text_that_is_not_valid_unicode(tmp_path: Path) -> None:
+    sample = Sample("日本 [MASK]", {"模型": [Guess("\ud800", 0.5), Guess("é", NAN)]})
+    report = empty_report(samples=[sample], curves={"模型 $x_1$": metrics(5)})
+    text = page(report, tmp_path).text
+    assert "日本 [MASK]" in text and "模型 $x_1$" in text and "é NaN" in text
+
+
+def test_import_is_cheap() -> None:
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('distilfast')\n"  # without what distilfast itself imports
+        f"package.__path__ = [{str(Path(report_module.__file__).parent)!r}]\n"
+        "sys.modules['distilfast'] = package\n"
+        "import distilfast.report\n"
+        "print([m for m in ('matplotlib', 'jinja2', 'numpy', 'torch') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]"
+
+
+# ---- metrics.jsonl ----------------------------------------------------------------------------
+
+
+def test_read_metrics_returns_every_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = metrics(20)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(path) == lines
+
+
+@pytest.mark.parametrize(
+    ("content", "steps"),
+    [
+        (b"", []),
+        (b'{"step": 1}\n', [1]),
+        (b'{"step": 1}\n{"step": 2', [1]),
+        (b'{"step": 1}\n{"step": 2}', [1, 2]),  # whole, only its newline is missing
+        (b'{"step": 1}\n{"name": "\xc3', [1]),  # cut inside a character
+        (b'{"ste', []),
+        (b'{"step": 1}\r\n{"step": 2}\r\n', [1, 2]),
+        (b'{"step": 1}\n\n{"step": 2}\n\n', [1, 2]),
+    ],
+)
+def test_read_metrics_ignores_only_a_half_written_last_line(
+    content: bytes, steps: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    assert [line["step"] for line in read_metrics(path)] == steps
+
+
+@pytest.mark.parametrize("bad", [b'{"step": 2', b"[2]", b"2", b"null", b"\xff\xfe"])
+@pytest.mark.parametrize("end", [b"\n", b'\n{"step": 3}\n', b'\n{"step": 3'])
+def test_read_metrics_names_file_and_line_of_a_bad_line(
+    bad: bytes, end: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + end)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 2: expected a JSON obj"):
+        read_metrics(path)
+
+
+def test_read_metrics_keeps_values_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN, "grad_norm": Infinity}\n')
+    (line,) = read_metrics(path)
+    assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf
