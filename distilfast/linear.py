@@ -125,12 +125,13 @@ def linear_distillation_op(
         hidden = student_hidden[chunk]
         logits = student.logits(hidden)
         z = [head.logits(h[chunk]) for head, h in zip(teachers, teacher_hidden, strict=True)]
-        target = z.pop()
-        if z:
+        if len(z) > 1:
             target = reference.combine_teachers(
-                [*z, target], teacher_weights, options.temperature, ensemble, vocab_size
+                z, teacher_weights, options.temperature, ensemble, vocab_size
             )
-            del z
+        else:
+            target = z[0] if z else logits  # without a teacher nothing reads it
+        del z
         capped = logits.clone() if any(wanted) and student.softcap else None
         gradient = logits if any(wanted) else None
         rows[:, chunk] = distillation(
@@ -279,8 +280,8 @@ linear_distillation_op.register_autograd(_linear_backward, setup_context=_linear
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | Sequence[Tensor],
-    teacher_weight: Tensor | Sequence[Tensor],
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_weight: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -311,7 +312,8 @@ def linear_distillation_loss(
     Args:
         student_hidden: (..., D_s).
         student_weight: (V_s, D_s), as ``nn.Linear.weight`` or a tied embedding.
-        teacher_hidden: (..., D_t), or a sequence: an ensemble.
+        teacher_hidden: (..., D_t), or a sequence: an ensemble. None, as teacher_weight, where
+            ce_weight alone is > 0.
         teacher_weight: (V_t, D_t), or a sequence. Hidden states, weights and biases of a teacher
             are constants here, whether they require a gradient or not.
         labels: (...) int64.
@@ -357,9 +359,10 @@ def linear_distillation_loss(
     if chunk_rows != "auto" and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows: expected 'auto' or a whole number >= 1, got {chunk_rows!r}")
 
-    t_hidden = _as_teachers("teacher_hidden", teacher_hidden)
-    t_weight = _as_teachers("teacher_weight", teacher_weight)
-    t_bias = [] if teacher_bias is None else _as_teachers("teacher_bias", teacher_bias)
+    soft = bool(kd_weight or cos_weight or mse_weight)
+    t_hidden = _as_teachers("teacher_hidden", teacher_hidden, soft)
+    t_weight = _as_teachers("teacher_weight", teacher_weight, soft)
+    t_bias = _as_teachers("teacher_bias", teacher_bias, False)
     for name, group in (("teacher_weight", t_weight), ("teacher_bias", t_bias)):
         if len(group) != len(t_hidden) and not (name == "teacher_bias" and teacher_bias is None):
             raise ValueError(
@@ -370,7 +373,7 @@ def linear_distillation_loss(
             "cos_weight, mse_weight: expected 0 with ensemble='probability', whose logits are "
             f"known only up to a constant, got {cos_weight} and {mse_weight}; use ensemble='logit'"
         )
-    shares = normalize_weights("teacher_weights", teacher_weights, len(t_hidden))
+    shares = normalize_weights("teacher_weights", teacher_weights, len(t_hidden)) if t_hidden else []
     check_tensor("student_hidden", student_hidden)
     leading, device = student_hidden.shape[:-1], student_hidden.device
     _check_head("student", student_hidden, student_weight, student_bias, leading, device)
@@ -438,7 +441,9 @@ def linear_distillation_loss(
     return as_output(loss, parts, leading, reduction)
 
 
-def _as_teachers(name: str, value: Any) -> list[Tensor]:
+def _as_teachers(name: str, value: Any, needed: bool) -> list[Tensor]:
+    if value is None and not needed:
+        return []
     teachers = list(value) if isinstance(value, (list, tuple)) else [value]
     if not teachers:
         raise ValueError(f"{name}: expected a tensor or a sequence of them, got an empty one")

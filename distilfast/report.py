@@ -302,13 +302,17 @@ def _plot(
         axes.set_xlim(-0.015 * end, 1.015 * end)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            bottom, top = axes.get_ylim()
+            subs = (1.0, 2.0, 5.0) if top < 1e3 * bottom else (1.0,)
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
             axes.yaxis.set_minor_locator(ticker.NullLocator())
         else:
             axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-            if percent:
-                axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(
+            ticker.PercentFormatter(1.0, symbol=" %")
+            if percent
+            else ticker.FuncFormatter(lambda value, _: f"{value:,.6g}")
+        )
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.set_xlabel("step")

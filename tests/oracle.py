@@ -315,7 +315,7 @@ def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) 
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:
-            assert a is None and b is None
+            assert a is b
             continue
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 

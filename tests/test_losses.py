@@ -851,7 +851,9 @@ def test_equal_models_have_no_soft_loss(backend, device, divergence):
         mse_weight=1.0,
         backend=backend,
     )
-    assert output.kd.abs() <= 1e-5 and output.cos.abs() <= 1e-6 and output.mse == 0
+    assert output.kd.abs() <= 1e-5
+    assert output.cos.abs() <= 1e-6
+    assert output.mse == 0
     assert gradient.abs().max() <= 1e-6
 
 

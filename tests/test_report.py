@@ -126,7 +126,9 @@ def test_page_captions_say_what_is_measured(tmp_path: Path) -> None:
 
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     shown = page(full_report(), tmp_path)
-    assert "http:" not in shown.html and "https:" not in shown.html and "@import" not in shown.html
+    assert "http:" not in shown.html
+    assert "https:" not in shown.html
+    assert "@import" not in shown.html
     assert not re.search(r"url\((?!#)", shown.html)
     tags = {tag for tag, _ in shown.elements}
     assert not tags & {"script", "img", "iframe", "object", "embed", "base", "form"}
@@ -144,10 +146,12 @@ def test_page_is_well_formed(tmp_path: Path) -> None:
     assert shown.open == []
     ids = [attributes["id"] for _, attributes in shown.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+    assert [tag for tag, _ in shown.elements].count("style") == 1  # no plot may style the page
     targets = re.findall(
         r'(?:href="#|url\(#|aria-labelledby="|aria-describedby=")([^")]+)', shown.html
     )
-    assert targets and set(targets) <= set(ids)
+    assert targets
+    assert set(targets) <= set(ids)
 
 
 def test_page_escapes_every_string(tmp_path: Path) -> None:
@@ -205,7 +209,8 @@ def test_best_student_is_the_lowest_finite_loss_of_several(
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0"), (999, "999"), (1000, "1.0 k"), (66_049, "66.0 k"), (999_949, "999.9 k"),
-     (999_950, "1.0 M"), (22_713_216, "22.7 M"), (109_514_298, "109.5 M"), (1_336_000_000, "1.3 B")],
+     (999_950, "1.0 M"), (22_713_216, "22.7 M"), (109_514_298, "109.5 M"),
+     (1_336_000_000, "1.3 B")],
 )  # fmt: skip
 def test_count_has_one_decimal_of_its_unit(number: int, text: str) -> None:
     assert report_module._count(number) == text
@@ -254,7 +259,8 @@ def test_plots_draw_each_run_that_has_the_figure(tmp_path: Path) -> None:
 def test_plots_keep_text_as_text_and_follow_the_colour_scheme(tmp_path: Path) -> None:
     for svg in page(full_report(), tmp_path).plots().values():
         assert re.search(r"<text[^>]*>step</text>", svg)
-        assert "var(--muted)" in svg and "var(--rule)" in svg
+        assert "var(--muted)" in svg
+        assert "var(--rule)" in svg
         assert re.findall(r"#[0-9a-f]{6}\b", svg) == []
 
 
@@ -280,13 +286,23 @@ def test_plots_leave_out_what_is_missing(
     assert ("Learning curves" in shown.text) == any("Held-out" in title for title in titles)
 
 
+def test_legends_name_only_the_runs_that_are_drawn(tmp_path: Path) -> None:
+    curves = {"idle": [], "held": [{"step": 1, "eval_loss": 2.0}], "trained": metrics(5)}
+    html = page(empty_report(curves=curves), tmp_path).html
+    legends = re.findall(r'<ul class="legend">(.*?)</ul>', html, flags=re.DOTALL)
+    names = [re.findall(r"</svg>(\w+)</li>", legend) for legend in legends]
+    assert names == [["held"], ["trained"]]
+
+
 def test_plots_show_values_that_are_not_finite_as_gaps(tmp_path: Path) -> None:
     lines = metrics(90)
     for line in lines[30:40]:
         line.update(dict.fromkeys(line.keys() & {"loss", "eval_loss"}, NAN))
     shown = page(empty_report(curves={"a": lines}), tmp_path)
     loss = re.search(r'<path d="([^"]*)"[^>]*var\(--series-1\)', shown.plots()["Training loss"])
-    assert loss is not None and loss[1].count("M") == 2 and "nan" not in shown.html.lower()
+    assert loss is not None
+    assert loss[1].count("M") == 2
+    assert "nan" not in shown.html.lower()
     assert "A value that was not finite is a gap." in shown.text
     assert "gap" not in page(empty_report(curves={"a": metrics(90)}), tmp_path).text
 
@@ -307,6 +323,19 @@ def test_plots_stay_small_for_a_long_run(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 5.0 + step % 7} for step in range(100_000)]
     svg = page(empty_report(curves={"a": lines}), tmp_path).plots()["Training loss"]
     assert 50 < drawn_lines(svg)["1"] <= 400  # matplotlib merges points that it can't tell apart
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("ratio", [1.001, 2.0, 9.0, 100.0, 1e5, 1e12])
+def test_plots_label_their_axis_at_every_scale(scale: float, ratio: float, tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": scale * ratio ** (step / 5)} for step in range(6)]
+    shown = page(empty_report(curves={"a": lines}), tmp_path)
+    svg = shown.plots()["Training loss"]
+    labels = re.findall(r"<text[^>]*text-anchor: end[^>]*>([^<]*)</text>", svg)
+    levels = [float(label.replace(",", "")) for label in labels]
+    assert 2 <= len(set(levels)) <= 10
+    assert scale / 10 <= max(levels) <= 10 * scale * ratio  # no common factor is hidden elsewhere
+    assert ("log scale" in shown.text) == (ratio > 8)
 
 
 def test_plots_take_more_runs_than_colours(tmp_path: Path) -> None:
@@ -348,6 +377,14 @@ def test_report_is_deterministic(tmp_path: Path) -> None:
     assert (tmp_path / "b.html").read_bytes() == first
 
 
+def test_report_does_not_depend_on_the_settings_of_matplotlib(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    plain = write_report(full_report(), tmp_path / "a.html").read_bytes()
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 40, "lines.marker": "x"}):
+        assert write_report(full_report(), tmp_path / "b.html").read_bytes() == plain
+        assert matplotlib.rcParams["font.size"] == 40
+
+
 def test_report_makes_its_folder_and_returns_the_path(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "one" / "report.html"
     assert write_report(empty_report(), path) == path
@@ -386,7 +423,9 @@ def test_report_takes_text_that_is_not_valid_unicode(tmp_path: Path) -> None:
     sample = Sample("日本 [MASK]", {"模型": [Guess("\ud800", 0.5), Guess("é", NAN)]})
     report = empty_report(samples=[sample], curves={"模型 $x_1$": metrics(5)})
     text = page(report, tmp_path).text
-    assert "日本 [MASK]" in text and "模型 $x_1$" in text and "é NaN" in text
+    assert "日本 [MASK]" in text
+    assert "模型 $x_1$" in text
+    assert "é NaN" in text
 
 
 def test_import_is_cheap() -> None:
@@ -448,4 +487,5 @@ def test_read_metrics_keeps_values_that_are_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN, "grad_norm": Infinity}\n')
     (line,) = read_metrics(path)
-    assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf
+    assert math.isnan(line["loss"])
+    assert line["grad_norm"] == math.inf

@@ -1,0 +1,508 @@
+"""The schema of a run, and its documentation: one YAML file, every key also on the command line.
+
+Each class checks its own values; what needs more than one class is checked in `Config`. A wrong
+value is a `ConfigError` of one line: the key, what was expected, what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = next(
+    folder
+    for folder in (Path(__file__).parent.parent / "configs", Path(__file__).parent / "recipes")
+    if folder.is_dir()
+)
+
+
+class ConfigError(ValueError):
+    """Something the user can put right: one line, exit status 2, nothing written."""
+
+
+def expect(ok: bool, key: str, expected: str, got: Any) -> None:
+    """A ConfigError naming key, expectation and value unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _positive(key: str, value: float) -> None:
+    expect(math.isfinite(value) and value > 0, key, "a number > 0", value)
+
+
+def _not_negative(key: str, value: float) -> None:
+    expect(math.isfinite(value) and value >= 0, key, "a number >= 0", value)
+
+
+def _fraction(key: str, value: float) -> None:
+    expect(0 <= value < 1, key, "a number from 0 up to, not including, 1", value)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher of an ensemble.
+
+    Args:
+        name: hub name or folder.
+        weight: its share of the ensemble; the weights are normalised.
+        revision: commit of the hub's repository, to pin it.
+    """
+
+    name: str
+    weight: float = 1.0
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _not_negative("teacher.weight", self.weight)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A data set of the hub, pinned.
+
+    Args:
+        name: hub name.
+        config: its configuration, such as 20231101.en.
+        revision: commit of its repository.
+        split: the split to read.
+        column: the column with the text.
+    """
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student's shape and where its weights come from.
+
+    Args:
+        layers: the teacher's layers to keep: alternate is round(linspace(0, L-1, ceil(L/2))), all,
+            or a list such as [0, 2, 4, 7, 9, 11].
+        init: weights from the (first) teacher, or random.
+        architecture: auto is distilbert for a BERT teacher and the teacher's own otherwise; same
+            is the teacher's own.
+        dropout: null is the family's own; 0 makes a batch exact whatever its split.
+        fold_token_type: add BERT's token-type embedding 0, which DistilBERT has no place for, to
+            the position embeddings. The original code drops it.
+        copy_mlm_transform: start the masked-LM transform from the teacher's.
+    """
+
+    layers: Literal["alternate", "all"] | list[int] = "alternate"
+    init: Literal["teacher", "random"] = "teacher"
+    architecture: Literal["auto", "distilbert", "same"] = "auto"
+    dropout: float | None = None
+    fold_token_type: bool = True
+    copy_mlm_transform: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str):
+            expect(len(self.layers) > 0, "student.layers", "at least one layer", self.layers)
+            rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+            expect(rising and self.layers[0] >= 0, "student.layers", "rising indices", self.layers)
+        if self.dropout is not None:
+            _fraction("student.dropout", self.dropout)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, and the tokens made of it.
+
+    Args:
+        source: a file or folder of .txt, .jsonl, .parquet or .csv, a hub name, or a list of them
+            (hub entries may be {name, config, revision, split, column}).
+        prepared: folder of the tokens; made from source where it is missing. null: in output.
+        column: the column with the text, in .jsonl, .parquet and .csv.
+        txt_rows: what one text of a .txt file is.
+        max_length: tokens an example, special tokens included; longer texts are cut into several.
+        min_length: shorter examples are dropped.
+        max_unknown: examples with this share of unknown tokens or more are dropped.
+        heldout: the share of the texts kept for evaluation, whole texts, at least one.
+    """
+
+    source: str | list[str | SourceSpec] | None = None
+    prepared: str | None = None
+    column: str = "text"
+    txt_rows: Literal["line", "paragraph", "document"] = "line"
+    max_length: int = 512
+    min_length: int = 12
+    max_unknown: float = 0.5
+    heldout: float = 0.01
+
+    def __post_init__(self) -> None:
+        expect(self.max_length >= 3, "data.max_length", "at least 3", self.max_length)
+        expect(self.min_length >= 3, "data.min_length", "at least 3", self.min_length)
+        expect(
+            self.min_length <= self.max_length,
+            "data.min_length",
+            f"at most data.max_length ({self.max_length})",
+            self.min_length,
+        )
+        expect(0 < self.max_unknown <= 1, "data.max_unknown", "0 < x <= 1", self.max_unknown)
+        _fraction("data.heldout", self.heldout)
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Which tokens the model has to guess, drawn afresh at every epoch.
+
+    Args:
+        probability: expected share of the non-padding tokens.
+        mask, random, keep: what becomes of a chosen token: [MASK], a random one, itself. Sum 1.
+        smoothing: rare tokens are chosen more often, by the weight count^-smoothing.
+    """
+
+    probability: float = 0.15
+    mask: float = 0.8
+    random: float = 0.1
+    keep: float = 0.1
+    smoothing: float = 0.7
+
+    def __post_init__(self) -> None:
+        expect(0 < self.probability < 1, "masking.probability", "0 < x < 1", self.probability)
+        shares = (self.mask, self.random, self.keep)
+        ok = min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-9)
+        expect(ok, "masking.mask, random, keep", "numbers >= 0 of sum 1", shares)
+        _not_negative("masking.smoothing", self.smoothing)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The weighted sum that the student learns from.
+
+    Args:
+        temperature: T of the soft targets.
+        kd_weight: of T^2 KL(teacher || student) over the vocabulary.
+        ce_weight: of the masked-LM cross entropy at the masked positions.
+        hidden_cos_weight: of the cosine distance between last hidden states.
+        logit_cos_weight: of the cosine distance between logits.
+        mse_weight: of the squared error of the logits, summed over the vocabulary.
+        divergence: what kd measures.
+        jsd_beta: the teacher's share in jsd's mixture.
+        kd_rows: the tokens of kd, logit_cos and mse: all (non-padding) or the masked ones.
+        ensemble: how several teachers become one: the mean of probabilities or of logits.
+        backend: of the losses.
+    """
+
+    temperature: float = 2.0
+    kd_weight: float = 5.0
+    ce_weight: float = 2.0
+    hidden_cos_weight: float = 1.0
+    logit_cos_weight: float = 0.0
+    mse_weight: float = 0.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = 0.5
+    kd_rows: Literal["all", "masked"] = "all"
+    ensemble: Literal["probability", "logit"] = "probability"
+    backend: Literal["auto", "triton", "cpp", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        _positive("loss.temperature", self.temperature)
+        names = ("kd", "ce", "hidden_cos", "logit_cos", "mse")
+        weights = {f"loss.{name}_weight": getattr(self, f"{name}_weight") for name in names}
+        for key, weight in weights.items():
+            _not_negative(key, weight)
+        expect(any(weights.values()), ", ".join(weights), "at least one weight > 0", "all 0")
+        expect(0 < self.jsd_beta < 1, "loss.jsd_beta", "0 < x < 1", self.jsd_beta)
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether the teacher's logits are needed."""
+        return bool(self.kd_weight or self.logit_cos_weight or self.mse_weight)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.vocabulary or self.hidden_cos_weight > 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, decay and clipping.
+
+    Args:
+        name: adamw.
+        learning_rate: the peak.
+        weight_decay: not applied to biases and LayerNorms.
+        betas, epsilon: Adam's.
+        warmup_ratio: the share of the steps over which the rate rises from 0.
+        decay: what it does after that, down to 0 at the last step.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    warmup_ratio: float = 0.05
+    decay: Literal["linear", "constant"] = "linear"
+    max_grad_norm: float = 5.0
+
+    def __post_init__(self) -> None:
+        _positive("optimizer.learning_rate", self.learning_rate)
+        _not_negative("optimizer.weight_decay", self.weight_decay)
+        ok = all(0 <= beta < 1 for beta in self.betas)
+        expect(ok, "optimizer.betas", "two numbers from 0 up to 1", self.betas)
+        _positive("optimizer.epsilon", self.epsilon)
+        _fraction("optimizer.warmup_ratio", self.warmup_ratio)
+        _not_negative("optimizer.max_grad_norm", self.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One optimiser step.
+
+    Args:
+        sequences: examples a step, all ranks together.
+        micro_sequences: examples a forward; accumulation follows from both and the ranks.
+    """
+
+    sequences: int = 4096
+    micro_sequences: int = 32
+
+    def __post_init__(self) -> None:
+        expect(self.sequences >= 1, "batch.sequences", "at least 1", self.sequences)
+        expect(self.micro_sequences >= 1, "batch.micro_sequences", "at least 1", self.micro_sequences)
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches a rank and step."""
+        unit = self.micro_sequences * ranks
+        if self.sequences % unit:
+            nearest = max(1, round(self.sequences / unit)) * unit
+            raise ConfigError(
+                f"batch.sequences: expected a multiple of micro_sequences x ranks "
+                f"({self.micro_sequences} x {ranks} = {unit}), got {self.sequences}; "
+                f"the nearest is {nearest}"
+            )
+        return self.sequences // unit
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation on the held-out part, at the first, each ``every``-th and the last step.
+
+    Args:
+        every: steps between evaluations; 0: the first and last only.
+        max_examples: at most this many held-out examples; null: all.
+    """
+
+    every: int = 500
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.every >= 0, "evaluate.every", "a number >= 0", self.every)
+        ok = self.max_examples is None or self.max_examples >= 1
+        expect(ok, "evaluate.max_examples", "null or at least 1", self.max_examples)
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """DeepSpeed's partitioning of the optimiser's state.
+
+    Args:
+        stage: 0 keeps everything on every rank, 1 splits the optimiser's state over the ranks.
+        offload: none.
+    """
+
+    stage: Literal[0, 1] = 1
+    offload: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run goes on from.
+
+    Args:
+        every: steps between checkpoints; 0: only when stopped by a signal.
+        keep: the newest so many are kept.
+    """
+
+    every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        expect(self.every >= 0, "checkpoint.every", "a number >= 0", self.every)
+        expect(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Args:
+        teacher: hub name or folder, or a list of names or {name, weight, revision}: an ensemble.
+        student: the student.
+        data: text and tokens.
+        masking: what has to be guessed.
+        loss: what is learned from.
+        optimizer: how.
+        batch: one step.
+        steps: optimiser steps; or
+        epochs: passes over the data (whole steps, rounded down).
+        evaluate: on held-out text.
+        zero: DeepSpeed's partitioning.
+        precision: bf16 (weights and activations; masters, sums and gradients of a step in fp32) or
+            fp32.
+        seed: of masks, order and whatever else is drawn.
+        checkpoint: what a killed run goes on from.
+        resume: auto goes on from the newest checkpoint in output; never wants an empty output.
+        tensorboard: write TensorBoard's event files beside metrics.jsonl.
+        output: folder of the run.
+    """
+
+    teacher: str | list[str | TeacherSpec] = "bert-base-uncased"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    steps: int | None = None
+    epochs: float | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 56
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: Literal["auto", "never"] = "auto"
+    tensorboard: bool = True
+    output: str = "runs/distilfast"
+
+    def __post_init__(self) -> None:
+        given = (self.steps is None) + (self.epochs is None)
+        expect(given == 1, "steps, epochs", "one of the two", (self.steps, self.epochs))
+        if self.steps is not None:
+            expect(self.steps >= 1, "steps", "at least 1", self.steps)
+        if self.epochs is not None:
+            _positive("epochs", self.epochs)
+        expect(0 <= self.seed < 2**64, "seed", "0 to 2^64 - 1", self.seed)
+        expect(len(self.teachers) > 0, "teacher", "at least one teacher", self.teacher)
+        expect(sum(t.weight for t in self.teachers) > 0, "teacher", "a weight > 0", self.teacher)
+        expect(
+            self.precision == "fp32" or self.zero.stage >= 1,
+            "zero.stage",
+            "1 with precision bf16 (DeepSpeed sums bf16 gradients in bf16 at stage 0)",
+            self.zero.stage,
+        )
+        ensemble = len(self.teachers) > 1 and self.loss.ensemble == "probability"
+        expect(
+            not (ensemble and (self.loss.mse_weight or self.loss.logit_cos_weight)),
+            "loss.mse_weight, loss.logit_cos_weight",
+            "0 with ensemble probability, whose logits are known only up to a constant",
+            (self.loss.mse_weight, self.loss.logit_cos_weight),
+        )
+
+    @property
+    def teachers(self) -> list[TeacherSpec]:
+        """The teachers as a list of specs, whatever form the key had."""
+        value: Sequence[str | TeacherSpec] = (
+            [self.teacher] if isinstance(self.teacher, str) else self.teacher
+        )
+        return [TeacherSpec(t) if isinstance(t, str) else t for t in value]
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The sources as a list of specs, whatever form the key had."""
+        source = self.data.source
+        value = [] if source is None else [source] if isinstance(source, str) else source
+        return [
+            SourceSpec(s, column=self.data.column) if isinstance(s, str) else s for s in value
+        ]
+
+
+def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
+    """Command line and YAML into a checked Config.
+
+    ``--config FILE`` comes first, ``--key.sub value`` overrides it. ``--help`` and
+    ``--print_config`` print and exit.
+
+    Raises:
+        ConfigError: in one line, whatever was wrong.
+    """
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, exit_on_error=False, description=f"Recipes: {RECIPES}"
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these keys")
+    parser.add_argument("--local_rank", type=int, default=0, help=jsonargparse.SUPPRESS)
+    parser.add_class_arguments(Config, None, fail_untyped=True, sub_configs=False)
+    _check_config_file(arguments)
+    try:
+        namespace = parser.parse_args(list(arguments))
+        namespace.pop("config", None)
+        namespace.pop("local_rank", None)
+        made = parser.instantiate(namespace)
+        return Config(**{key: made[key] for key in made.keys() if "." not in key})
+    except ConfigError:
+        raise
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(_explain(str(error))) from error
+
+
+def _check_config_file(arguments: Sequence[str]) -> None:
+    """That --config names a YAML file of sections; the parser's own words for this are obscure."""
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            continue
+        path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise ConfigError(
+                f"--config: expected a YAML file, got {str(path)!r}; recipes in {RECIPES}: {known}"
+            )
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+        expect(isinstance(content, dict), str(path), "a mapping of keys", content)
+        for key in (f.name for f in fields(Config) if is_dataclass(f.default_factory)):
+            section = content.get(key, {})
+            expect(isinstance(section, dict), f"{path}: {key}", "a mapping of keys", section)
+
+
+def _explain(message: str) -> str:
+    """The parser's message as "key: expected ..., got ...", in one line."""
+    text = " ".join(message.split())
+    text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+    if found := re.match(r"(?:Group '(.*)' does not accept o|O)ption '(.*)'", text):
+        key = ".".join(filter(None, found.groups()))
+        return f"{key}: unknown key{_nearest(key)}"
+    if found := re.match(r"unrecognized arguments: --([\w.]+)", text):
+        return f"--{found[1]}: unknown key{_nearest(found[1])}"
+    if found := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', text):
+        return f"{found[1]}: expected {found[2]}, got {found[3]}"
+    union = r'Parser key "(.*?)": .*Subtypes: \[(.*?)\] Errors.*Given value: (.*)'
+    if found := re.match(union, text):
+        return f"{found[1]}: expected {found[2]}, got {found[3]}"
+    return text
+
+
+def _nearest(key: str) -> str:
+    known = []
+    for top in fields(Config):
+        section = top.default_factory
+        known += [f"{top.name}.{f.name}" for f in fields(section)] if is_dataclass(section) else []
+        known.append(top.name)
+    close = difflib.get_close_matches(key, known, n=1)
+    top = ", ".join(f.name for f in fields(Config))
+    return f"; did you mean {close[0]}?" if close else f"; known are {top}"
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `parse` reads back to an equal Config."""
+    plain = asdict(config)
+    plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,352 @@
+"""Text to tokens to batches.
+
+`prepare` turns text into a store: two `datasets` folders of token ids (train and held out), the
+tokens' counts, and a record of what it was made from. A `Store` opens one. `Batches` deals a step's
+examples to ranks and micro-batches; all of a step is known before its first forward, so that every
+loss can be divided by the count of the whole step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distilfast import names
+from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
+from distilfast.masking import EVALUATION_EPOCH, IGNORE_INDEX, Masker, permutation
+
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMAT = 1  # of the store; raised when its files change meaning
+PAD_TO = 8  # widths of a batch are multiples of this
+
+
+# --- From text to a store -------------------------------------------------------------------------
+
+
+def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
+    """Make the store in ``folder``, unless a valid one is there, and open it.
+
+    Raises:
+        ConfigError: no source, a missing file or column, an empty corpus, or a folder that holds
+            something else. Nothing is left behind.
+    """
+    record = _record(config, tokenizer)
+    if (folder / "store.json").is_file():
+        store = Store.open(folder)
+        differing = [k for k, v in record.items() if store.record.get(k) != v]
+        if config.sources and differing:
+            raise ConfigError(
+                f"data.prepared: expected an empty folder or tokens made with these settings, "
+                f"got {str(folder)!r}, which differs in {', '.join(differing)}"
+            )
+        if store.record["tokenizer"] != record["tokenizer"]:
+            raise ConfigError(
+                f"data.prepared: expected tokens of the teacher's tokenizer, got {str(folder)!r}, "
+                "made with another"
+            )
+        return store
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
+    if not config.sources:
+        raise ConfigError("data.source: expected a file, folder or hub name, got null")
+    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        _tokenize(config.data, config.sources, tokenizer, scratch, record)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Store.open(folder)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of the tokenizer's vocabulary: two tokenizers of one hash give the same ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What a store is made from: equal records, equal tokens."""
+    settings = asdict(config.data)
+    del settings["prepared"], settings["source"]
+    return {
+        "format": FORMAT,
+        "source": [asdict(s) for s in config.sources],
+        "tokenizer": fingerprint(tokenizer),
+        **settings,
+    }
+
+
+def _tokenize(
+    data: DataConfig,
+    sources: Sequence[SourceSpec],
+    tokenizer: Any,
+    folder: Path,
+    record: dict[str, Any],
+) -> None:
+    import datasets
+
+    # Every source is looked at before the first is tokenised.
+    texts = datasets.concatenate_datasets([_read(spec, data) for spec in sources])
+    if len(texts) == 0:
+        raise ConfigError(f"data.source: expected text, got none in {_names(sources)}")
+    heldout = _heldout_rows(len(texts), data.heldout)
+    cls_token, sep_token = tokenizer.cls_token_id, tokenizer.sep_token_id
+    unknown, body = tokenizer.unk_token_id, data.max_length - 2
+
+    def cut(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {"input_ids": [], "heldout": []}
+        strings = [text or "" for text in batch["text"]]
+        encoded = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+        for row, ids in zip(rows, encoded, strict=True):
+            for start in range(0, len(ids), body):
+                piece = ids[start : start + body]
+                if len(piece) + 2 < data.min_length:
+                    continue
+                if piece.count(unknown) >= data.max_unknown * len(piece):
+                    continue
+                made["input_ids"].append([cls_token, *piece, sep_token])
+                made["heldout"].append(bool(heldout[row]))
+        return made
+
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32")), "heldout": datasets.Value("bool")}
+    )
+    examples = texts.map(
+        cut,
+        batched=True,
+        with_indices=True,
+        remove_columns=texts.column_names,
+        features=features,
+        desc="tokenizing",
+    )
+    flags = np.asarray(examples.data.column("heldout").to_numpy())
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    for split, chosen in (("train", ~flags), ("heldout", flags)):
+        part = examples.select(np.flatnonzero(chosen)).remove_columns("heldout")
+        part = part.flatten_indices() if len(part) else part
+        if len(part) == 0 and (split == "train" or data.heldout):
+            raise ConfigError(
+                f"data.source: expected examples of at least {data.min_length} tokens for both "
+                f"training and evaluation, got none for {split} in {_names(sources)}"
+            )
+        part.save_to_disk(folder / split)
+        if split == "train":
+            for piece in _token_arrays(part):
+                counts += np.bincount(piece, minlength=len(counts))
+    np.save(folder / "counts.npy", counts)
+    (folder / "store.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _read(spec: SourceSpec, data: DataConfig) -> Any:
+    """One source as a data set of the one column "text"."""
+    import datasets
+
+    path = names.local_path("data.source", spec.name)
+    if path is None:
+        names.require_hub("data.source", spec.name, "dataset", spec.revision)
+        try:
+            loaded = datasets.load_dataset(
+                spec.name, spec.config, split=spec.split, revision=spec.revision
+            )
+        except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
+            message = " ".join(str(error).split())
+            raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
+        column = spec.column
+    else:
+        files = sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
+        if not files or any(p.suffix not in READERS for p in files):
+            raise ConfigError(
+                f"data.source: expected files of type {', '.join(READERS)}, got {str(path)!r}"
+            )
+        parts = [_read_file(file, spec.column, data.txt_rows) for file in files]
+        loaded, column = datasets.concatenate_datasets(parts), "text"
+    if column not in loaded.column_names:
+        raise ConfigError(
+            f"data.source: expected a column {column!r} in {spec.name!r}, got "
+            f"{', '.join(loaded.column_names)}; name it with data.column"
+        )
+    return loaded.select_columns(column).rename_columns({column: "text"} if column != "text" else {})
+
+
+def _read_file(file: Path, column: str, txt_rows: str) -> Any:
+    import datasets
+
+    reader = READERS[file.suffix]
+    if file.stat().st_size == 0:
+        return datasets.Dataset.from_dict(
+            {"text": []}, features=datasets.Features({"text": datasets.Value("string")})
+        )
+    options = {"sample_by": txt_rows} if reader == "text" else {}
+    try:
+        loaded = datasets.load_dataset(reader, data_files=str(file), split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"data.source: {str(file)!r} is no valid {reader} file: {cause}") from error
+    column = "text" if reader == "text" else column
+    if column not in loaded.column_names:
+        raise ConfigError(
+            f"data.source: expected a column {column!r} in {str(file)!r}, got "
+            f"{', '.join(loaded.column_names)}; name it with data.column"
+        )
+    loaded = loaded.select_columns(column)
+    loaded = loaded.rename_column(column, "text") if column != "text" else loaded
+    return loaded.cast_column("text", datasets.Value("string"))
+
+
+def _names(sources: Sequence[SourceSpec]) -> str:
+    return ", ".join(repr(s.name) for s in sources)
+
+
+def _heldout_rows(n_texts: int, share: float) -> Tensor:
+    """Which texts are held out, (n_texts,) bool: whole ones, so that no piece of a text that is
+    evaluated was trained on. The choice depends on nothing but the number of texts."""
+    count = min(max(1, round(share * n_texts)), n_texts - 1) if share and n_texts > 1 else 0
+    chosen = torch.zeros(n_texts, dtype=torch.bool)
+    chosen[permutation(0, 0, n_texts)[:count]] = True
+    return chosen
+
+
+def _token_arrays(dataset: Any) -> Iterator[np.ndarray]:
+    """All token ids of a data set, an array for each of its Arrow chunks."""
+    for chunk in dataset.data.column("input_ids").chunks:
+        yield chunk.flatten().to_numpy(zero_copy_only=False)
+
+
+# --- A store --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Store:
+    """Tokens on disk, memory-mapped by `datasets`."""
+
+    train: Any
+    heldout: Any
+    counts: Tensor  # (V,) int64, of the training part
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """Raises ConfigError where ``folder`` holds no store, or a damaged one."""
+        import datasets
+
+        try:
+            record = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
+            return cls(
+                *(datasets.load_from_disk(str(folder / s)) for s in ("train", "heldout")),
+                torch.from_numpy(np.load(folder / "counts.npy")),
+                record,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"data.prepared: expected a folder made by `distilfast prepare`, got "
+                f"{str(folder)!r}: {' '.join(str(error).split())}"
+            ) from error
+
+    def lengths(self, split: str) -> Tensor:
+        """(n,) tokens of each example."""
+        chunks = getattr(self, split).data.column("input_ids").chunks
+        parts = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+
+    def rows(self, split: str, examples: Tensor) -> list[np.ndarray]:
+        """The token ids of some examples."""
+        dataset = getattr(self, split).with_format("numpy")
+        return list(dataset[examples.tolist()]["input_ids"])
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward sees. Row numbers count the B x L positions, row by row."""
+
+    input_ids: Tensor  # (B, L) int64, masked
+    attention_mask: Tensor  # (B, L) int64
+    tokens: Tensor  # (n,) int64, rows that are no padding
+    masked: Tensor  # (m,) int64, rows with a label
+    labels: Tensor  # (B * L,) int64, IGNORE_INDEX where there is none
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = (x.to(device, non_blocking=True) for x in vars(self).values())
+        return MicroBatch(*moved)
+
+
+class Batches:
+    """The micro-batches of a step: a pure function of (seed, step), whatever ran before it.
+
+    Step after step takes the next examples of an endless sequence of epochs, each in an order of
+    its own. Within a step the examples are sorted by length, which leaves its gradient as it is
+    and saves padding.
+    """
+
+    def __init__(self, store: Store, masker: Masker, pad_token: int, sequences: int):
+        self.store, self.masker, self.pad_token = store, masker, pad_token
+        self.sequences = sequences
+        self.n_examples = len(store.train)
+        self.lengths = {split: store.lengths(split) for split in ("train", "heldout")}
+        self._order: tuple[int, Tensor] | None = None
+
+    def examples(self, step: int) -> tuple[Tensor, Tensor]:
+        """The examples of step 0, 1, ... and their epochs, (sequences,) int64 each."""
+        position = torch.arange(step * self.sequences, (step + 1) * self.sequences)
+        epochs, place = position // self.n_examples, position % self.n_examples
+        examples = torch.empty_like(position)
+        for epoch in epochs.unique().tolist():
+            rows = epochs == epoch
+            examples[rows] = self._epoch_order(epoch)[place[rows]]
+        return examples, epochs
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(self.masker.seed, epoch, self.n_examples)
+        return self._order[1]
+
+    def step(self, step: int, rank: int, ranks: int, micro_sequences: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step. Neighbours in length share a micro-batch, and the
+        ranks take turns, so that they finish together."""
+        examples, epochs = self.examples(step)
+        by_length = self.lengths["train"][examples].argsort(stable=True)
+        micro = by_length.split(micro_sequences)[rank::ranks]
+        return [self._micro_batch("train", examples[part], epochs[part]) for part in micro]
+
+    def heldout(
+        self, rank: int, ranks: int, micro_sequences: int, limit: int | None
+    ) -> Iterator[MicroBatch]:
+        """This rank's share of the held-out examples, masked the same way every time."""
+        by_length = self.lengths["heldout"][:limit].argsort(stable=True)
+        for part in by_length.split(micro_sequences)[rank::ranks]:
+            yield self._micro_batch("heldout", part, EVALUATION_EPOCH)
+
+    def _micro_batch(self, split: str, examples: Tensor, epochs: Tensor | int) -> MicroBatch:
+        rows = self.store.rows(split, examples)
+        width = -(-max(len(row) for row in rows) // PAD_TO) * PAD_TO
+        input_ids = torch.full((len(rows), width), self.pad_token)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        lengths = self.lengths[split][examples]
+        attention_mask = (torch.arange(width) < lengths[:, None]).long()
+        masked_ids, labels = self.masker.apply(input_ids, examples, epochs)
+        labels = labels.flatten()
+        return MicroBatch(
+            input_ids=masked_ids,
+            attention_mask=attention_mask,
+            tokens=attention_mask.flatten().nonzero()[:, 0],
+            masked=(labels != IGNORE_INDEX).nonzero()[:, 0],
+            labels=labels,
+        )

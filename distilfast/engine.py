@@ -1,0 +1,305 @@
+"""DeepSpeed, made exact: processes, the optimiser step, checkpoints.
+
+What is done here and nowhere else:
+
+- DeepSpeed's averages over micro-batches and ranks are cancelled. The losses arrive divided by the
+  counts of the whole step, so gradients are to be summed.
+- Gradients accumulate in fp32, whatever the precision.
+- Nothing is compiled: a first run neither waits for a build nor hangs on a stale lock.
+- A checkpoint appears under its name when it is complete, and not before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distilfast.config import Config, ConfigError, OptimizerConfig
+
+Result = TypeVar("Result")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and what they do together."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def first(self, work: Callable[[], Result]) -> Result | None:
+        """``work`` on the first rank while the others wait. Its error is everybody's error."""
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        if self.ranks > 1:
+            told = [None if failure is None else (type(failure).__name__, str(failure))]
+            torch.distributed.broadcast_object_list(told, src=0)
+            if failure is None and told[0] is not None:
+                kind, message = told[0]
+                failure = ConfigError(message) if kind == "ConfigError" else RuntimeError(message)
+        if failure is not None:
+            raise failure
+        return result
+
+
+def start() -> World:
+    """Join the processes of `deepspeed` or torchrun, or be one process alone. May be called again."""
+    deepspeed = _import_deepspeed()
+    if not torch.distributed.is_initialized():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        if "WORLD_SIZE" not in os.environ:
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        # Its shared-memory collectives would be compiled at the first run, for most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def finish() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports, none about what we do
+        import deepspeed
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# --- The optimiser step ---------------------------------------------------------------------------
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step 0, 1, ...: a pure function, so that a resumed run needs no scheduler."""
+    warmup = round(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if config.decay == "constant":
+        return config.learning_rate
+    return config.learning_rate * (steps - step) / max(1, steps - warmup)
+
+
+class Engine:
+    """A module and its optimiser under DeepSpeed.
+
+    A step is `accumulation` times backward(loss), then step(rate). ``loss`` is a share of the
+    step's loss: gradients add up over micro-batches and ranks.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, world: World):
+        self.config, self.world = config, world
+        dtype = DTYPES[config.precision]
+        accumulation = config.batch.accumulation(world.ranks)
+        options = config.optimizer
+        optimizer = torch.optim.AdamW(
+            _groups(module, options.weight_decay),
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.epsilon,
+            fused=True,
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": options.max_grad_norm,
+            "zero_optimization": {"stage": config.zero.stage},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "steps_per_print": 2**31,
+        }
+        self.deepspeed, self.optimizer, _, _ = _import_deepspeed().initialize(
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.deepspeed(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        # The ranks' gradients will be averaged; we want their sum.
+        self.deepspeed.backward(loss * self.world.ranks, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def step(self, rate: float) -> float:
+        """Apply the gradients and return their norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self._stage_0_norm() if self.config.zero.stage == 0 else None
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def _stage_0_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weights by name, on the CPU; every rank has to ask."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = self.deepspeed.module.named_parameters(remove_duplicate=False)
+        if self.config.zero.stage == 0:
+            return {name: p.detach().float().cpu() for name, p in named}
+        return {name: safe_get_full_fp32_param(p).cpu() for name, p in named}
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay: vectors (biases, LayerNorms) have none."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
+    """Write ``folder``/step-N, complete or not at all, and drop all but the newest ``keep``."""
+    scratch = f"tmp-step-{step}"
+    world = engine.world
+    world.first(lambda: shutil.rmtree(folder / scratch, ignore_errors=True))
+    engine.deepspeed.save_checkpoint(str(folder), tag=scratch, save_latest=False)
+    torch.distributed.barrier()
+
+    def publish() -> None:
+        manifest = {
+            "step": step,
+            "files": {p.name: p.stat().st_size for p in sorted((folder / scratch).iterdir())},
+            **_layout(engine),
+        }
+        for path in (folder / scratch).iterdir():
+            _sync(path)
+        (folder / scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(folder / scratch / "manifest.json")
+        target = folder / f"step-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder / scratch, target)
+        _sync(folder)
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(folder / f"step-{old}")
+
+    world.first(publish)
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint."""
+    return max(_complete(folder), default=None)
+
+
+def load(engine: Engine, folder: Path, step: int) -> None:
+    """Weights and optimiser as they were after ``step`` steps.
+
+    Raises:
+        ConfigError: the checkpoint is of another number of ranks, stage or precision.
+    """
+    path = folder / f"step-{step}"
+    manifest = json.loads((path / "manifest.json").read_text())
+    for key, value in _layout(engine).items():
+        if manifest[key] != value:
+            raise ConfigError(
+                f"resume: expected {key} = {manifest[key]}, as {path} was written with, got {value}"
+            )
+    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag=path.name)
+    if loaded is None:
+        raise ConfigError(f"resume: {path} cannot be loaded")
+
+
+def _layout(engine: Engine) -> dict[str, Any]:
+    return {
+        "ranks": engine.world.ranks,
+        "zero.stage": engine.config.zero.stage,
+        "precision": engine.config.precision,
+    }
+
+
+def _complete(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first; a damaged one is passed over by name."""
+    steps = []
+    for path in folder.glob("step-*"):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            wrong = [
+                name for name, size in manifest["files"].items() if (path / name).stat().st_size != size
+            ]
+        except (OSError, ValueError, KeyError) as error:
+            wrong = [str(error)]
+        if wrong:
+            logging.getLogger("distilfast").warning(f"{path} is damaged, passed over: {wrong}")
+        else:
+            steps.append(int(manifest["step"]))
+    return sorted(steps)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(world: World) -> Sequence[str]:
+    """Device and versions, for reports."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
+    unit = "GPU" if world.device.type == "cuda" else "process"
+    plural = "es" if unit == "process" and world.ranks > 1 else "s" if world.ranks > 1 else ""
+    threads = "" if world.device.type == "cuda" else f", {torch.get_num_threads()} threads each"
+    return [f"{name}, {world.ranks} {unit}{plural}{threads}", f"torch {torch.__version__}"]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()

@@ -1,0 +1,144 @@
+"""Dynamic masking: which tokens the model has to guess, and what it sees in their place.
+
+Each position is masked independently with probability 1 - exp(-c w), w = max(count, 1)^-smoothing
+of its token and 0 for special tokens (the published recipe's weights, Sanh et al. 2019's code). c
+is solved once so that the expected share of non-padding tokens is exactly the one asked for.
+
+The random numbers are a pure function of (seed, epoch, example, position): the counter-based
+generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in
+integers, so that every rank, device and resumed run draws the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distilfast.config import ConfigError, MaskingConfig
+
+IGNORE_INDEX = -100
+EVALUATION_EPOCH = 0xFFFFFFFF  # held-out text is masked the same way every time
+ORDER_POSITION = 0xFFFFFFFF  # no position of a text: the stream that shuffles the examples
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(seed: int, epoch: int, example: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """Four independent uniform 32-bit integers for each (example, position).
+
+    Args:
+        seed: 0 to 2^64 - 1, the key.
+        epoch: 0 to 2^32 - 1.
+        example, position: int64 of shapes that broadcast, values >= 0; position < 2^32.
+
+    Returns:
+        Four int64 tensors of values 0 to 2^32 - 1. The counter is (position, example's low and
+        high word, epoch).
+    """
+    example, position = torch.broadcast_tensors(example, position)
+    counter = [position, example & _LOW, example >> 32, torch.full_like(position, epoch)]
+    key = [seed & _LOW, seed >> 32]
+    for _ in range(10):
+        # int64 products wrap, and their bits are those of the unsigned product.
+        products = [counter[0] * _MULTIPLIERS[0], counter[2] * _MULTIPLIERS[1]]
+        high, low = [(p >> 32) & _LOW for p in products], [p & _LOW for p in products]
+        counter = [high[1] ^ counter[1] ^ key[0], low[1], high[0] ^ counter[3] ^ key[1], low[0]]
+        key = [(k + w) & _LOW for k, w in zip(key, _WEYL, strict=True)]
+    return tuple(counter)
+
+
+def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
+    """The order of the examples in an epoch, (n_examples,) int64: a pure function of its arguments."""
+    high, low, *_ = philox(seed, epoch, torch.arange(n_examples), torch.tensor(ORDER_POSITION))
+    return ((high >> 1 << 32) | low).argsort(stable=True)
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Masks batches of token ids.
+
+    ``thresholds``: (V,) int64, a token is masked where a uniform 32-bit integer is below its own.
+    """
+
+    thresholds: Tensor
+    mask_token: int
+    config: MaskingConfig
+    seed: int
+
+    @classmethod
+    def from_counts(
+        cls, counts: Tensor, special: list[int], mask_token: int, config: MaskingConfig, seed: int
+    ) -> Masker:
+        """Solve for c from the corpus.
+
+        Args:
+            counts: (V,) how often each token stands in the training text.
+            special: ids that are never masked.
+            mask_token: the id of [MASK].
+
+        Raises:
+            ConfigError: the share asked for cannot be reached.
+        """
+        counts = counts.double()
+        weights = counts.clamp_min(1) ** -config.smoothing
+        weights[special] = 0
+        wanted, reachable = config.probability * counts.sum(), counts[weights > 0].sum()
+        if wanted >= reachable:
+            raise ConfigError(
+                f"masking.probability: expected less than {reachable / counts.sum():.3f}, the share "
+                f"of tokens that may be masked, got {config.probability}"
+            )
+        low, high = 0.0, 1.0
+
+        def expected(c: float) -> float:
+            return float((counts * -torch.expm1(-c * weights)).sum())
+
+        while expected(high) < wanted:
+            low, high = high, 2 * high
+        while low < (middle := (low + high) / 2) < high:  # until the doubles are neighbours
+            low, high = (middle, high) if expected(middle) < wanted else (low, middle)
+        probabilities = -torch.expm1(-high * weights)
+        return cls((probabilities * 2**32).round().long(), mask_token, config, seed)
+
+    def apply(
+        self, input_ids: Tensor, examples: Tensor, epochs: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """Masked ids and labels.
+
+        Args:
+            input_ids: (B, L) int64; padding is a special token and so never masked.
+            examples: (B,) int64, each row's number in the data set.
+            epochs: (B,) int64 or one number.
+
+        Returns:
+            (B, L) ids with 80/10/10 (or as configured) of the chosen positions replaced, and
+            (B, L) labels: the original id there, IGNORE_INDEX elsewhere.
+        """
+        choose, action, replacement = self._draw(input_ids, examples, epochs)
+        chosen = choose < self.thresholds[input_ids]
+        labels = torch.where(chosen, input_ids, IGNORE_INDEX)
+        to_mask = math.floor(self.config.mask * 2**32)
+        to_random = math.floor((self.config.mask + self.config.random) * 2**32)
+        vocab = len(self.thresholds)
+        masked = torch.where(chosen & (action < to_mask), self.mask_token, input_ids)
+        random = chosen & (action >= to_mask) & (action < to_random)
+        return torch.where(random, (replacement * vocab) >> 32, masked), labels
+
+    def _draw(
+        self, input_ids: Tensor, examples: Tensor, epochs: Tensor | int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if isinstance(epochs, int):
+            return philox(self.seed, epochs, examples[:, None], position)[:3]
+        drawn = [torch.empty_like(input_ids) for _ in range(3)]
+        for epoch in epochs.unique().tolist():  # one, or two where a step spans the epochs' border
+            rows = epochs == epoch
+            parts = philox(self.seed, epoch, examples[rows][:, None], position)
+            for whole, part in zip(drawn, parts, strict=False):
+                whole[rows] = part
+        return drawn[0], drawn[1], drawn[2]

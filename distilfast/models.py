@@ -1,0 +1,322 @@
+"""Teachers and students: what differs between model families, and how a student is made.
+
+A new family is one row in FAMILIES: where a masked-LM model of it keeps its body, its head and its
+layers. Everything else about a model is transformers'.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilfast import names
+from distilfast.config import ConfigError, StudentConfig, TeacherSpec
+
+logger = logging.getLogger("distilfast")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a masked-LM model of a family is taken apart.
+
+    hidden: (model, input_ids, attention_mask) -> (B, L, D), the last hidden states.
+    features: (model, (n, D)) -> (n, D), what the head's product over the vocabulary is applied to.
+    head: the nn.Linear of that product; its weight may be tied to the embeddings.
+    layers: prefix of the layers' names in the state dict.
+    head_prefix: prefix of the head's own names.
+    n_layers, dropouts: names in the model's config.
+    """
+
+    hidden: Callable[[Any, Tensor, Tensor], Tensor]
+    features: Callable[[Any, Tensor], Tensor]
+    head: Callable[[Any], nn.Linear]
+    layers: str
+    head_prefix: str
+    transform: tuple[str, ...]
+    n_layers: str
+    dropouts: tuple[str, str]
+
+
+def _distilbert_features(model: Any, hidden: Tensor) -> Tensor:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+
+
+FAMILIES = {
+    "bert": Family(
+        hidden=lambda m, ids, mask: m.bert(ids, attention_mask=mask).last_hidden_state,
+        features=lambda m, hidden: m.cls.predictions.transform(hidden),
+        head=lambda m: m.cls.predictions.decoder,
+        layers="bert.encoder.layer.",
+        head_prefix="cls.predictions.",
+        transform=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+        n_layers="num_hidden_layers",
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    ),
+    "distilbert": Family(
+        hidden=lambda m, ids, mask: m.distilbert(ids, attention_mask=mask).last_hidden_state,
+        features=_distilbert_features,
+        head=lambda m: m.vocab_projector,
+        layers="distilbert.transformer.layer.",
+        head_prefix="vocab_",
+        transform=("vocab_transform", "vocab_layer_norm"),
+        n_layers="n_layers",
+        dropouts=("dropout", "attention_dropout"),
+    ),
+}
+
+
+def family(model: Any) -> Family:
+    return FAMILIES[model.config.model_type]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher as loaded: fp32, in eval mode, without gradients."""
+
+    name: str
+    weight: float  # its share of the ensemble, as given
+    model: Any
+    has_head: bool  # whether the checkpoint came with a masked-LM head
+
+
+def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
+    """The teachers and the tokenizer that they share.
+
+    Raises:
+        ConfigError: a folder that is missing, a hub that does not answer, a family or tokenizer
+            that does not fit.
+    """
+    from distilfast.data import fingerprint
+
+    loaded = [_load(spec) for spec in specs]
+    tokenizer = loaded[0][1]
+    for teacher, other in loaded:
+        if fingerprint(other) != fingerprint(tokenizer):
+            raise ConfigError(
+                f"teacher: expected one vocabulary, got {loaded[0][0].name!r} with "
+                f"{len(tokenizer)} tokens and {teacher.name!r} with {len(other)}, not the same"
+            )
+        if len(other) > teacher.model.config.vocab_size:
+            raise ConfigError(
+                f"teacher: {teacher.name!r} has embeddings for {teacher.model.config.vocab_size} "
+                f"tokens, its tokenizer {len(other)}"
+            )
+    missing = [n for n in ("cls", "sep", "mask", "pad") if tokenizer.__getattr__(f"{n}_token_id") is None]
+    if missing:
+        raise ConfigError(f"teacher: the tokenizer of {specs[0].name!r} has no {missing} token")
+    return [teacher for teacher, _ in loaded], tokenizer
+
+
+def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
+    import transformers
+
+    path = names.local_path("teacher", spec.name)
+    if path is None:
+        names.require_hub("teacher", spec.name, revision=spec.revision)
+    elif not (path / "config.json").is_file():
+        raise ConfigError(f"teacher: expected a folder with config.json, got {str(path)!r}")
+    source, revision = (spec.name, spec.revision) if path is None else (str(path), None)
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+            if config.model_type not in FAMILIES:
+                raise ConfigError(
+                    f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
+                    f"{spec.name!r} of type {config.model_type!r}"
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+                source, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        message = " ".join(str(error).split())
+        raise ConfigError(f"teacher: {spec.name!r} cannot be loaded: {message}") from error
+    parts = FAMILIES[config.model_type]
+    own = [k for k in info["missing_keys"] if not k.startswith(parts.head_prefix)]
+    if own:
+        raise ConfigError(f"teacher: {spec.name!r} lacks weights: {', '.join(sorted(own)[:3])} ...")
+    has_head = not any(k.startswith(parts.transform) for k in info["missing_keys"])
+    if not has_head:
+        start_transform(model)
+    return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report and progress bars; what matters in them is checked here."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def start_transform(model: Any) -> None:
+    """A masked-LM transform that was never trained starts at the identity: an encoder whose hidden
+    states already resemble its embeddings then starts far ahead of a random one."""
+    dense, norm = (model.get_submodule(name) for name in family(model).transform)
+    with torch.no_grad():
+        nn.init.eye_(dense.weight)
+        for zero in (dense.bias, norm.bias, family(model).head(model).bias):
+            zero.zero_()
+        norm.weight.fill_(1)
+
+
+# --- The student ----------------------------------------------------------------------------------
+
+
+def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
+    """The teacher's layers that the student keeps. Of 12, alternate is [0, 2, 4, 7, 9, 11].
+
+    Raises:
+        ConfigError: an index outside the teacher.
+    """
+    if config.layers == "all":
+        return list(range(n_layers))
+    if config.layers == "alternate":
+        return torch.linspace(0, n_layers - 1, -(-n_layers // 2)).round().long().tolist()
+    for layer in config.layers:
+        if not isinstance(layer, int) or layer >= n_layers:
+            raise ConfigError(
+                f"student.layers: expected indices 0 to {n_layers - 1} of the teacher's {n_layers} "
+                f"layers, got {config.layers}"
+            )
+    return list(config.layers)
+
+
+def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
+    """A student of the teacher's family (a DistilBERT for a BERT), fp32.
+
+    Args:
+        teacher: a masked-LM model.
+        config: layers, where the weights come from, and so on.
+        seed: of a random initialisation.
+
+    Raises:
+        ConfigError: a layer outside the teacher, or an architecture that cannot hold it.
+    """
+    kind = teacher.config.model_type
+    layers = layers_of(config, getattr(teacher.config, family(teacher).n_layers))
+    to_distilbert = kind == "bert" and config.architecture in ("auto", "distilbert")
+    if config.architecture == "distilbert" and kind not in ("bert", "distilbert"):
+        raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
+    make_config = _distilbert_config if to_distilbert else _same_config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        student_config = make_config(teacher.config, len(layers), config.dropout)
+        student = type(teacher)(student_config) if not to_distilbert else _distilbert(student_config)
+    if config.init == "random":
+        return student.train()
+    state = _keep_layers(teacher.state_dict(), family(teacher).layers, layers)
+    if to_distilbert:
+        state = _bert_to_distilbert(state, config.fold_token_type)
+    if not config.copy_mlm_transform:
+        drop = family(student).transform
+        state = {name: value for name, value in state.items() if not name.startswith(drop)}
+    missing, unexpected = student.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    allowed = () if config.copy_mlm_transform else family(student).transform
+    assert all(name.startswith(allowed) for name in missing), missing
+    student.tie_weights()
+    return student.train()
+
+
+def _same_config(teacher: Any, n_layers: int, dropout: float | None) -> Any:
+    parts = FAMILIES[teacher.model_type]
+    config = type(teacher).from_dict(teacher.to_dict())
+    setattr(config, parts.n_layers, n_layers)
+    if dropout is not None:
+        for name in parts.dropouts:
+            setattr(config, name, dropout)
+    return config
+
+
+def _distilbert_config(teacher: Any, n_layers: int, dropout: float | None) -> Any:
+    import transformers
+
+    if teacher.layer_norm_eps != 1e-12:
+        raise ConfigError(
+            "student.architecture: expected same, since DistilBERT's LayerNorms have eps 1e-12 and "
+            f"the teacher's {teacher.layer_norm_eps}"
+        )
+    return transformers.DistilBertConfig(
+        vocab_size=teacher.vocab_size,
+        max_position_embeddings=teacher.max_position_embeddings,
+        n_layers=n_layers,
+        n_heads=teacher.num_attention_heads,
+        dim=teacher.hidden_size,
+        hidden_dim=teacher.intermediate_size,
+        dropout=teacher.hidden_dropout_prob if dropout is None else dropout,
+        attention_dropout=teacher.attention_probs_dropout_prob if dropout is None else dropout,
+        activation=teacher.hidden_act,
+        initializer_range=teacher.initializer_range,
+        pad_token_id=teacher.pad_token_id,
+        tie_word_embeddings=teacher.tie_word_embeddings,
+    )
+
+
+def _distilbert(config: Any) -> Any:
+    import transformers
+
+    return transformers.DistilBertForMaskedLM(config)
+
+
+def _keep_layers(state: dict[str, Tensor], prefix: str, layers: list[int]) -> dict[str, Tensor]:
+    """The state dict with the chosen layers alone, numbered anew."""
+    kept = {}
+    for name, value in state.items():
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if int(number) not in layers:
+                continue
+            name = f"{prefix}{layers.index(int(number))}.{rest}"
+        kept[name] = value
+    return kept
+
+
+# BERT's names, in the order in which they are replaced, and DistilBERT's.
+_RENAMED = (
+    ("bert.encoder.layer.", "distilbert.transformer.layer."),
+    ("bert.embeddings.", "distilbert.embeddings."),
+    ("attention.self.query", "attention.q_lin"),
+    ("attention.self.key", "attention.k_lin"),
+    ("attention.self.value", "attention.v_lin"),
+    ("attention.output.dense", "attention.out_lin"),
+    ("attention.output.LayerNorm", "sa_layer_norm"),
+    ("intermediate.dense", "ffn.lin1"),
+    ("output.dense", "ffn.lin2"),
+    ("output.LayerNorm", "output_layer_norm"),
+    ("cls.predictions.transform.dense", "vocab_transform"),
+    ("cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
+    ("cls.predictions.decoder", "vocab_projector"),
+)
+
+
+def _bert_to_distilbert(state: dict[str, Tensor], fold_token_type: bool) -> dict[str, Tensor]:
+    """A BERT's weights under DistilBERT's names. DistilBERT has no token types: embedding 0, which
+    BERT adds to every token of a single text, moves into the position embeddings."""
+    state = dict(state)
+    token_type = state.pop("bert.embeddings.token_type_embeddings.weight")
+    state.pop("cls.predictions.bias", None)  # the decoder's, under its second name
+    position = "bert.embeddings.position_embeddings.weight"
+    if fold_token_type:
+        state[position] = state[position] + token_type[0]
+    renamed = {}
+    for name, value in state.items():
+        for old, new in _RENAMED:
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed

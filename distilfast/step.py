@@ -1,0 +1,142 @@
+"""What one forward computes: the teacher's side, and the student's with its loss.
+
+`Distillation` is the module that DeepSpeed is given. Its forward runs the student's body and calls
+the fused loss with the head's weight read there: under ZeRO-3 a weight exists only inside the
+forward of the module that was handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilfast import models
+from distilfast.config import LossConfig
+from distilfast.data import MicroBatch
+from distilfast.linear import linear_distillation_loss
+from distilfast.losses import hidden_cosine_loss, normalize_weights
+from distilfast.models import Teacher
+
+PARTS = ("loss", "kd", "ce", "hidden_cos", "logit_cos", "mse")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teachers say about a micro-batch, one entry a teacher."""
+
+    hidden: list[Tensor]  # (tokens, D)
+    features: list[Tensor]  # (rows of the vocabulary loss, D)
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """The counts of the whole step, all ranks and micro-batches: 0-d tensors on the device.
+
+    A plain object, so that DeepSpeed does not cast them to bf16 as it does tensor arguments.
+    """
+
+    rows: Tensor  # of kd, logit_cos and mse
+    masked: Tensor  # of ce
+    tokens: Tensor  # of hidden_cos
+
+
+def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
+    """The rows that any loss over the vocabulary needs; no other is projected."""
+    return batch.tokens if config.vocabulary and config.kd_rows == "all" else batch.masked
+
+
+class TeacherSide:
+    """The teachers on the device, in the dtype to run in. No module: it is never trained, saved
+    with the student, or partitioned with it."""
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        config: LossConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.config = config
+        self.models = [t.model.to(device, dtype) for t in teachers]
+        self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
+        self.heads = [models.family(m).head(m) for m in self.models]
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Targets:
+        hidden, features = [], []
+        rows = vocabulary_rows(batch, self.config)
+        for model in self.models:
+            parts = models.family(model)
+            states = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
+            if self.config.hidden_cos_weight:
+                hidden.append(states[batch.tokens])
+            if self.config.vocabulary:
+                features.append(parts.features(model, states[rows]))
+        return Targets(hidden, features)
+
+
+class Distillation(nn.Module):
+    """The student with the loss it learns from.
+
+    forward(batch, targets, normalizers) -> the loss, 0-d, and the (6,) detached PARTS. Summed over
+    the micro-batches of a step, on all ranks, they are the loss of the step.
+    """
+
+    def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide | None):
+        super().__init__()
+        self.student = student
+        self.config = config
+        self.constants = {"teacher": teacher}  # in a dict, so as not to be a part of this module
+
+    def forward(
+        self, batch: MicroBatch, targets: Targets | None, normalizers: Normalizers
+    ) -> tuple[Tensor, Tensor]:
+        config, teacher = self.config, self.constants["teacher"]
+        parts = models.family(self.student)
+        hidden = parts.hidden(self.student, batch.input_ids, batch.attention_mask).flatten(0, 1)
+        head = parts.head(self.student)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        values = dict.fromkeys(PARTS, loss)
+        if config.vocabulary or config.ce_weight:
+            rows = vocabulary_rows(batch, config)
+            soft = targets is not None and teacher is not None and config.vocabulary
+            out = linear_distillation_loss(
+                parts.features(self.student, hidden[rows]),
+                head.weight,
+                targets.features if soft else None,
+                [h.weight for h in teacher.heads] if soft else None,
+                batch.labels[rows],
+                student_bias=head.bias,
+                teacher_bias=[h.bias for h in teacher.heads] if soft else None,
+                teacher_weights=teacher.weights if soft else None,
+                ensemble=config.ensemble,
+                temperature=config.temperature,
+                kd_weight=config.kd_weight,
+                ce_weight=config.ce_weight,
+                cos_weight=config.logit_cos_weight,
+                mse_weight=config.mse_weight,
+                divergence=config.divergence,
+                jsd_beta=config.jsd_beta,
+                kd_normalizer=normalizers.rows,
+                ce_normalizer=normalizers.masked,
+                backend=config.backend,
+            )
+            loss = loss + out.loss
+            values |= {"kd": out.kd, "ce": out.ce, "logit_cos": out.cos, "mse": out.mse}
+        if config.hidden_cos_weight and targets is not None and teacher is not None:
+            states = hidden[batch.tokens]
+            cosine = sum(
+                weight
+                * hidden_cosine_loss(
+                    states, target, normalizer=normalizers.tokens, backend=config.backend
+                )
+                for weight, target in zip(teacher.weights, targets.hidden, strict=True)
+            )
+            loss = loss + config.hidden_cos_weight * cosine
+            values["hidden_cos"] = cosine
+        values["loss"] = loss
+        return loss, torch.stack([values[name].detach() for name in PARTS])

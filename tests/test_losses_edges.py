@@ -1,0 +1,855 @@
+"""distillation_loss at its edges: every sentence of DESIGN.md's "Edges", and what autograd sees."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+
+import pytest
+import torch
+from oracle import (
+    DIVERGENCES,
+    IGNORE,
+    INF,
+    NAN,
+    PARTS,
+    assert_same,
+    check,
+    expect,
+    logits_pair,
+    make_labels,
+    make_mask,
+    value_and_grad,
+)
+
+from distilfast import DistillationLoss, distillation_loss
+
+ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
+ROW_PARTS = {"kd_weight": 5.0, "cos_weight": 1.5, "mse_weight": 0.25}
+BF16 = torch.bfloat16
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def run(student, teacher, labels=None, **keywords):
+    """(DistillationOutput, gradient of the student's logits)."""
+    return value_and_grad(distillation_loss, student, teacher, labels, **keywords)
+
+
+def check_against_oracle(student, teacher, labels=None, *, backend, **keywords):
+    output, gradient = run(student, teacher, labels, backend=backend, **keywords)
+    check(output, gradient, expect(student, teacher, labels, **keywords))
+    return output, gradient
+
+
+def with_part(part, divergence="forward_kl"):
+    """The keywords that leave only one part."""
+    keywords = {"kd_weight": 0.0, "divergence": divergence}
+    return {**keywords, f"{part}_weight": 1.0}
+
+
+def result_or_error(function, *args):
+    """(what it returns, None), or (None, the message of its RuntimeError)."""
+    try:
+        return function(*args), None
+    except RuntimeError as error:
+        return None, str(error)
+
+
+# Each part alone, kd once per divergence: the branches of a kernel
+ALONE = [with_part("kd", name) for name in DIVERGENCES] + [with_part(p) for p in PARTS[1:]]
+ALONE_IDS = [*DIVERGENCES, *PARTS[1:]]
+alone = pytest.mark.parametrize("keywords", ALONE, ids=ALONE_IDS)
+poison = pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=["nan", "inf", "-inf"])
+
+
+# What is left out contributes exactly 0, whatever it holds
+
+
+@poison
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_rows_contribute_exactly_nothing(backend, device, divergence, kind, bad):
+    # a plain where would give 0 * NaN in the gradient; a float mask would give 0 * inf
+    student, teacher = logits_pair((4, 9), device=device)
+    mask = torch.tensor([True, False, True, False], device=device)
+    keep = mask.clone()
+    if kind == "float":
+        mask = torch.tensor([1.5, 0.0, 0.5, 0.0], device=device)
+    student[1], teacher[1] = bad, bad
+    student[3, 2] = bad  # one entry of a row is enough
+    for reduction in REDUCTIONS:
+        keywords = {"divergence": divergence, "reduction": reduction, **ROW_PARTS}
+        output, gradient = run(student, teacher, mask=mask, backend=backend, **keywords)
+        assert (gradient[~keep] == 0).all()
+        filtered = expect(student[keep], teacher[keep], mask=mask[keep], **keywords)
+        if reduction == "none":
+            assert all((getattr(output, part)[~keep] == 0).all() for part in ("loss", *PARTS))
+            output = type(output)(*(number[keep] for number in output))
+        check(output, gradient[keep], filtered)
+
+
+@poison
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_labels_contribute_exactly_nothing(backend, device, reduction, bad):
+    student, teacher = logits_pair((4, 9), device=device)
+    labels = torch.tensor([3, IGNORE, 0, IGNORE], device=device)
+    keep = labels != IGNORE
+    student[~keep] = bad
+    keywords = {"kd_weight": 0.0, "ce_weight": 2.0, "reduction": reduction}
+    output, gradient = run(student, teacher, labels, backend=backend, **keywords)
+    assert (gradient[~keep] == 0).all()
+    if reduction == "none":
+        assert (output.loss[~keep] == 0).all()
+        output = type(output)(*(number[keep] for number in output))
+    check(output, gradient[keep], expect(student[keep], teacher[keep], labels[keep], **keywords))
+
+
+@poison
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_padded_columns_contribute_exactly_nothing(backend, device, divergence, bad):
+    student, teacher = logits_pair((3, 40), device=device)
+    student[:, 33:], teacher[:, 33:] = bad, bad
+    labels = torch.tensor([32, IGNORE, 0], device=device)
+    for reduction in REDUCTIONS:
+        keywords = {"divergence": divergence, "reduction": reduction, **ALL_PARTS}
+        output, gradient = run(student, teacher, labels, vocab_size=33, backend=backend, **keywords)
+        assert (gradient[:, 33:] == 0).all()
+        narrow = expect(student[:, :33], teacher[:, :33], labels, **keywords)
+        check(output, gradient[:, :33], narrow)
+
+
+@poison
+def test_masked_row_with_a_label_is_scored_by_its_label_alone(backend, device, bad):
+    # mask and labels are two different choices; the teacher of a row outside the mask is not read
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = torch.tensor([3, 4, IGNORE], device=device)
+    mask = torch.tensor([False, True, True], device=device)
+    clean = teacher.clone()
+    teacher[0] = bad
+    for reduction in REDUCTIONS:
+        keywords = {"mask": mask, "reduction": reduction, **ALL_PARTS}
+        output, gradient = run(student, teacher, labels, backend=backend, **keywords)
+        check(output, gradient, expect(student, clean, labels, **keywords))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_row_that_nothing_needs_is_zero_in_a_full_loss(backend, device, reduction):
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = torch.tensor([3, IGNORE, 5], device=device)
+    mask = torch.tensor([True, False, True], device=device)
+    wanted = expect(student, teacher, labels, mask=mask, reduction=reduction, **ALL_PARTS)
+    student[1], teacher[1] = NAN, NAN
+    output, gradient = run(
+        student, teacher, labels, mask=mask, reduction=reduction, backend=backend, **ALL_PARTS
+    )
+    check(output, gradient, wanted)
+    assert (gradient[1] == 0).all()
+
+
+@poison
+def test_part_of_weight_zero_does_not_read_the_teacher(backend, device, bad):
+    # hard labels alone: "a part of weight 0 is 0 and costs nothing"
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = torch.tensor([3, 0, IGNORE], device=device)
+    wanted = expect(student, teacher, labels, **with_part("ce"))
+    teacher[:] = bad
+    output, gradient = run(student, teacher, labels, backend=backend, **with_part("ce"))
+    check(output, gradient, wanted)
+    assert output.kd == output.cos == output.mse == 0
+
+
+# -inf
+
+
+@pytest.mark.parametrize("columns", [[0], [4, 11], list(range(8))], ids=["first", "two", "block"])
+@alone
+def test_column_minus_inf_in_both_adds_nothing(backend, device, keywords, columns):
+    # a banned token: 0 * log 0 = 0 in every divergence, cos leaves the column out
+    student, teacher = logits_pair((3, 12), device=device)
+    student[:, columns], teacher[:, columns] = -INF, -INF
+    left = [column for column in range(12) if column not in columns]
+    labels = torch.tensor([left[0], IGNORE, left[-1]], device=device)
+    among_left = torch.tensor([0, IGNORE, len(left) - 1], device=device)
+    for reduction in REDUCTIONS:
+        output, gradient = run(
+            student, teacher, labels, reduction=reduction, backend=backend, **keywords
+        )
+        assert (gradient[:, columns] == 0).all()
+        narrow = expect(
+            student[:, left], teacher[:, left], among_left, reduction=reduction, **keywords
+        )
+        check(output, gradient[:, left], narrow)
+
+
+def test_minus_inf_leading_columns_do_not_break_a_running_maximum(backend, device):
+    # the first block of a sweep may hold nothing but -inf: its maximum is -inf
+    student, teacher = logits_pair((2, 5000), device=device)
+    student[:, :4500], teacher[:, :4500] = -INF, -INF
+    for divergence in DIVERGENCES:
+        check_against_oracle(
+            student,
+            teacher,
+            torch.tensor([4500, 4999], device=device),
+            divergence=divergence,
+            reduction="none",
+            backend=backend,
+            kd_weight=1.0,
+            ce_weight=1.0,
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.3])
+def test_forward_kl_of_an_impossible_token_is_inf_with_a_finite_gradient(
+    backend, device, temperature
+):
+    # the student gives 0 to what the teacher believes possible: T (p_s - p_t) still points there
+    student, teacher = logits_pair((3, 7), device=device)
+    student[1, 4] = -INF
+    output, gradient = check_against_oracle(
+        student, teacher, reduction="none", temperature=temperature, backend=backend
+    )
+    assert output.kd.isinf().tolist() == [False, True, False]
+    p_s, p_t = (torch.softmax(x / temperature, -1) for x in (student, teacher))
+    torch.testing.assert_close(gradient, temperature * (p_s - p_t))
+    assert gradient[1, 4] < 0
+    output, gradient = check_against_oracle(
+        student, teacher, temperature=temperature, backend=backend
+    )
+    assert output.loss == INF
+    assert output.kd == INF
+    assert gradient.isfinite().all()
+
+
+def test_reverse_kl_of_an_impossible_token_is_inf_with_a_nan_row(backend, device):
+    student, teacher = logits_pair((3, 7), device=device)
+    teacher[1, 4] = -INF
+    output, gradient = run(
+        student, teacher, divergence="reverse_kl", reduction="none", backend=backend
+    )
+    assert output.kd.isinf().tolist() == [False, True, False]
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
+    assert gradient[[0, 2]].isfinite().all()
+    check_against_oracle(student, teacher, divergence="reverse_kl", backend=backend)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_infinite_mse_has_a_nan_row(backend, device, side):
+    student, teacher = logits_pair((3, 7), device=device)
+    (student if side == "student" else teacher)[1, 4] = -INF
+    keywords = with_part("mse")
+    output, gradient = run(student, teacher, reduction="none", backend=backend, **keywords)
+    assert output.mse.isinf().tolist() == [False, True, False]
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
+    check_against_oracle(student, teacher, backend=backend, **keywords)
+
+
+def test_infinite_ce_keeps_its_gradient(backend, device):
+    # the label's own logit is -inf: softmax - onehot is what torch's cross entropy gives too
+    student, teacher = logits_pair((3, 7), device=device)
+    student[1, 4] = -INF
+    labels = torch.tensor([0, 4, 4], device=device)
+    output, gradient = check_against_oracle(
+        student, teacher, labels, reduction="none", backend=backend, **with_part("ce")
+    )
+    assert output.ce.isinf().tolist() == [False, True, False]
+    leaf = student.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_infinite_kd_and_ce_of_one_row_add_their_gradients(backend, device):
+    student, teacher = logits_pair((2, 7), device=device)
+    student[1, 4] = -INF
+    labels = torch.tensor([0, 4], device=device)
+    output, gradient = check_against_oracle(
+        student, teacher, labels, reduction="none", kd_weight=2.0, ce_weight=3.0, backend=backend
+    )
+    assert output.loss[1] == INF
+    # no mass of the student there: T * 2 * (0 - p_t) + 3 * (0 - 1)
+    p_t = torch.softmax(teacher / 2, -1)[1, 4]
+    torch.testing.assert_close(gradient[1, 4], -4 * p_t - 3)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "side"),
+    [
+        ("forward_kl", "teacher"),  # p_t = 0 there: 0 * log(0 / p_s) = 0
+        ("reverse_kl", "student"),  # p_s = 0 there
+        ("jsd", "teacher"),  # the mixture is never 0 where one of the two is not
+        ("jsd", "student"),
+    ],
+)
+def test_minus_inf_on_the_harmless_side_stays_finite(backend, device, divergence, side):
+    student, teacher = logits_pair((3, 7), device=device)
+    (student if side == "student" else teacher)[:, 2] = -INF
+    output, gradient = check_against_oracle(
+        student, teacher, divergence=divergence, reduction="none", backend=backend
+    )
+    assert output.kd.isfinite().all()
+    assert gradient.isfinite().all()
+    if side == "student":
+        assert (gradient[:, 2] == 0).all()  # p_s = 0: nothing moves it
+
+
+def test_disjoint_supports_give_the_jsd_its_bound(backend, device):
+    # p_t = [1, 0], p_s = [0, 1]: m = [beta, 1 - beta], so T^2 times the entropy of beta; with all
+    # of p_s on one token its gradient is 0
+    student = torch.tensor([[-INF, 0.0]], device=device)
+    teacher = torch.tensor([[0.0, -INF]], device=device)
+    output, gradient = run(
+        student, teacher, divergence="jsd", jsd_beta=0.25, temperature=2.0, backend=backend
+    )
+    entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    assert output.kd.item() == pytest.approx(4 * entropy, rel=1e-6)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_finite_logits_never_give_an_infinite_divergence(backend, device, divergence, temperature):
+    # exp(-400) is 0 in fp32, its logarithm is not: far apart is not impossible
+    student = torch.tensor([[0.0, -400.0, 1.0], [0.0, 400.0, 1.0]], device=device)
+    teacher = torch.tensor([[-400.0, 0.0, 1.0], [0.0, -400.0, 1.0]], device=device)
+    output, gradient = check_against_oracle(
+        student,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        reduction="none",
+        backend=backend,
+    )
+    assert output.kd.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_infinite_row_outside_the_mask_is_zero(backend, device):
+    student, teacher = logits_pair((2, 7), device=device)
+    student[1, 4] = -INF
+    mask = torch.tensor([1.0, 0.0], device=device)
+    output, gradient = check_against_oracle(student, teacher, mask=mask, backend=backend)
+    assert output.loss.isfinite()
+    assert (gradient[1] == 0).all()
+
+
+# NaN
+
+
+@pytest.mark.parametrize("columns", [slice(None), 3], ids=["whole", "one_entry"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@alone
+def test_nan_row_gives_a_nan_row_and_leaves_the_others_alone(
+    backend, device, keywords, side, columns
+):
+    student, teacher = logits_pair((4, 9), device=device)
+    labels = make_labels((4,), 9, "all", device)
+    keywords = {"reduction": "none", "backend": backend, **keywords}
+    clean, clean_gradient = run(student, teacher, labels, **keywords)
+    (student if side == "student" else teacher)[1, columns] = NAN
+    output, gradient = run(student, teacher, labels, **keywords)
+    others = [0, 2, 3]
+    if side == "teacher" and "ce_weight" in keywords:
+        others = [0, 1, 2, 3]  # the hard labels do not look at the teacher
+    else:
+        # the squared difference is the one part whose columns do not meet in a sum
+        spread = torch.any if "mse_weight" in keywords and columns == 3 else torch.all
+        assert output.loss[1].isnan()
+        assert spread(gradient[1].isnan())
+    assert_same(
+        [output.loss[others], gradient[others]], [clean.loss[others], clean_gradient[others]]
+    )
+
+
+@alone
+def test_nan_row_makes_the_mean_nan_but_not_the_other_gradients(backend, device, keywords):
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = make_labels((3,), 9, "all", device)
+    _, clean = run(student, teacher, labels, backend=backend, **keywords)
+    student[1] = NAN
+    output, gradient = run(student, teacher, labels, backend=backend, **keywords)
+    assert output.loss.isnan()
+    assert gradient[1].isnan().all()
+    assert_same([gradient[[0, 2]]], [clean[[0, 2]]])
+
+
+# Nothing to average
+
+
+@pytest.mark.parametrize("mask_kind", ["bool", "float"])
+def test_everything_left_out_gives_zero_and_a_zero_gradient(backend, device, mask_kind):
+    student, teacher = logits_pair((3, 9), device=device)
+    mask = torch.zeros(3, device=device)
+    mask = mask.bool() if mask_kind == "bool" else mask
+    labels = torch.full((3,), IGNORE, device=device)
+    for reduction in REDUCTIONS:
+        output, gradient = run(
+            student, teacher, labels, mask=mask, reduction=reduction, backend=backend, **ALL_PARTS
+        )
+        assert all((number == 0).all() for number in output)
+        assert (gradient == 0).all()
+
+
+def test_all_masked_leaves_the_hard_labels(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    output, _ = check_against_oracle(
+        student,
+        teacher,
+        make_labels((3,), 9, "all", device),
+        mask=torch.zeros(3, dtype=torch.bool, device=device),
+        backend=backend,
+        **ALL_PARTS,
+    )
+    assert output.kd == output.cos == output.mse == 0
+    assert output.ce > 0
+
+
+def test_all_ignored_leaves_the_soft_targets(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    output, _ = check_against_oracle(
+        student, teacher, torch.full((3,), IGNORE, device=device), backend=backend, **ALL_PARTS
+    )
+    assert output.ce == 0
+    assert output.kd > 0
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+def test_normalizer_of_zero_gives_zero_and_a_zero_gradient(backend, device, kind):
+    # a rank without a single labelled token passes the global count; a step without any passes 0
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = make_labels((3,), 9, "all", device)
+    zero = torch.tensor(0.0, device=device) if kind is torch.tensor else 0.0
+    output, gradient = run(
+        student,
+        teacher,
+        labels,
+        kd_normalizer=zero,
+        ce_normalizer=zero,
+        backend=backend,
+        **ALL_PARTS,
+    )
+    assert all(number == 0 for number in output)
+    assert (gradient == 0).all()
+    # one of the two leaves the other part alone
+    check_against_oracle(
+        student, teacher, labels, kd_normalizer=zero, ce_normalizer=2, backend=backend, **ALL_PARTS
+    )
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0)], ids=str)
+def test_empty_batch_gives_zero_and_an_empty_gradient(backend, device, lead):
+    student, teacher = torch.empty(*lead, 7, device=device), torch.empty(*lead, 7, device=device)
+    labels = torch.empty(lead, dtype=torch.int64, device=device)
+    for reduction in REDUCTIONS:
+        output, gradient = run(
+            student, teacher, labels, reduction=reduction, backend=backend, **ALL_PARTS
+        )
+        assert gradient.shape == (*lead, 7)
+        assert output.loss.shape == (lead if reduction == "none" else ())
+        assert reduction == "none" or output.loss == 0
+
+
+def test_smallest_vocabulary_works(backend, device):
+    student, teacher = logits_pair((5, 2), device=device)
+    for divergence in DIVERGENCES:
+        check_against_oracle(
+            student,
+            teacher,
+            torch.tensor([0, 1, IGNORE, 1, 0], device=device),
+            divergence=divergence,
+            backend=backend,
+            **ALL_PARTS,
+        )
+
+
+def test_single_row_of_one_dimension_works(backend, device):
+    student, teacher = logits_pair((9,), device=device)
+    label, mask = torch.tensor(4, device=device), torch.tensor(0.5, device=device)
+    for reduction in REDUCTIONS:
+        output, gradient = check_against_oracle(
+            student, teacher, label, mask=mask, reduction=reduction, backend=backend, **ALL_PARTS
+        )
+        assert output.loss.shape == ()
+        assert gradient.shape == (9,)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_zero_vector_has_cosine_loss_one_and_no_gradient(backend, device, side):
+    student, teacher = logits_pair((3, 9), device=device)
+    if side != "teacher":
+        student[1] = 0
+    if side != "student":
+        teacher[1] = 0
+    output, gradient = check_against_oracle(
+        student, teacher, reduction="none", backend=backend, **with_part("cos")
+    )
+    assert output.cos[1] == 1
+    assert (gradient[1] == 0).all()
+    assert (gradient[[0, 2]] != 0).any()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_cosine_does_not_depend_on_length(backend, device, size):
+    # squares of 1e-24 and of 1e24 * V are representable in fp32, their product is not
+    student, teacher = logits_pair((3, 9), device=device)
+    near, _ = run(student, teacher, reduction="none", backend=backend, **with_part("cos"))
+    far, gradient = run(
+        size * student, size * teacher, reduction="none", backend=backend, **with_part("cos")
+    )
+    torch.testing.assert_close(far.cos, near.cos, rtol=1e-5, atol=1e-6)
+    assert gradient.isfinite().all()
+
+
+def test_more_rows_than_a_grid_dimension_work(backend, device):
+    # CUDA allows 65,535 programs in the second dimension of a grid
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter takes minutes for 70,000 programs")
+    rows = 70_001
+    student, teacher = logits_pair((rows, 3), device=device)
+    labels = make_labels((rows,), 3, "some", device)
+    check_against_oracle(
+        student, teacher, labels, reduction="none", kd_weight=1.0, ce_weight=1.0, backend=backend
+    )
+
+
+def test_more_elements_than_int32_work(backend, device):
+    # 70,400 * 30,522 > 2^31: int32 offsets wrap around in the last rows
+    if device != "cuda" or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs a GPU of 60 GiB")
+    if backend == "torch":
+        pytest.skip("plain PyTorch holds several fp32 copies of the logits")
+    rows, vocab, tail = 70_400, 30_522, 8
+    student = torch.zeros(rows, vocab, dtype=BF16, device=device)
+    teacher = torch.zeros(rows, vocab, dtype=BF16, device=device)
+    last_student, last_teacher = logits_pair((tail, vocab), dtypes=(BF16, BF16), device=device)
+    student[-tail:], teacher[-tail:] = last_student, last_teacher
+    labels = torch.full((rows,), IGNORE, device=device)
+    labels[-tail:] = torch.arange(tail, device=device)
+    output, gradient = run(
+        student, teacher, labels, reduction="none", ce_weight=1.0, backend=backend
+    )
+    wanted = expect(last_student, last_teacher, labels[-tail:], reduction="none", ce_weight=1.0)
+    last = type(output)(*(number[-tail:] for number in output))
+    check(last, gradient[-tail:], wanted)
+    assert (gradient[:-tail] == 0).all()
+    assert (output.loss[:-tail] == 0).all()
+
+
+# Labels
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 8, 1000])
+def test_ignore_index_may_be_any_number(backend, device, ignore_index):
+    # 0 is many a tokenizer's padding: a column that exists, but not a label
+    student, teacher = logits_pair((4, 9), device=device)
+    labels = torch.tensor([ignore_index, 3, ignore_index, 7], device=device)
+    output, gradient = check_against_oracle(
+        student,
+        teacher,
+        labels,
+        ignore_index=ignore_index,
+        reduction="none",
+        backend=backend,
+        **with_part("ce"),
+    )
+    assert output.ce.gt(0).tolist() == [False, True, False, True]
+    assert (gradient[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "vocab_size"),
+    [(9, None), (-1, None), (7, 7), (2**40, None)],
+    ids=["at_vocab", "negative", "in_the_padding", "huge"],
+)
+def test_label_out_of_range_is_an_error_or_a_nan_row(backend, device, label, vocab_size):
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = torch.tensor([0, label, IGNORE], device=device)
+    keywords = {"vocab_size": vocab_size, "ce_weight": 1.0, "backend": backend}
+    if device == "cpu":
+        with pytest.raises(ValueError) as caught:
+            distillation_loss(student, teacher, labels, **keywords)
+        message, vocab = str(caught.value), vocab_size or 9
+        assert "labels" in message
+        assert re.search(rf"(?<!\d){label}\b", message)
+        assert re.search(rf"\b({vocab}|{vocab - 1})\b", message)
+        return
+    output, gradient = run(student, teacher, labels, reduction="none", **keywords)
+    assert output.loss.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_labels_without_a_weight_are_not_needed(backend, device):
+    # the driver passes labels whatever the recipe; without ce they change nothing
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = make_labels((3,), 9, "all", device)
+    ours = run(student, teacher, labels, backend=backend)
+    theirs = run(student, teacher, backend=backend)
+    assert_same([*ours[0], ours[1]], [*theirs[0], theirs[1]])
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_inplace_backward_gives_the_same_gradient(backend, device, dtype, inplace):
+    head, teacher = logits_pair((4, 19), dtypes=(dtype, dtype), device=device)
+    labels, mask = make_labels((4,), 17, "some", device), make_mask((4,), "float", device)
+    keywords = {"mask": mask, "vocab_size": 17, "backend": backend, **ALL_PARTS}
+    output, wanted = run(head, teacher, labels, grad_output=-2.0, **keywords)
+    leaf = head.clone().requires_grad_()
+    logits = leaf * 1  # a head's output: not a leaf, nobody else's
+    before = [x.detach().clone() for x in (teacher, labels, mask)]
+    ours = distillation_loss(logits, teacher, labels, inplace_backward=inplace, **keywords)
+    (-2 * ours.loss).backward()
+    assert_same([*ours, leaf.grad], [*output, wanted])
+    assert_same([teacher, labels, mask], before)  # only the student's logits may be spent
+
+
+def test_inplace_backward_without_gradient_leaves_the_inputs(backend, device):
+    student, teacher = logits_pair((4, 19), device=device)
+    before = student.clone()
+    with torch.no_grad():
+        distillation_loss(student, teacher, inplace_backward=True, backend=backend)
+    distillation_loss(student, teacher, inplace_backward=True, backend=backend)
+    assert_same([student], [before])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_inputs_are_bit_identical_afterwards(backend, device, divergence):
+    student, teacher = logits_pair((4, 19), dtypes=(BF16, BF16), device=device)
+    labels, mask = make_labels((4,), 19, "some", device), make_mask((4,), "float", device)
+    counts = [torch.tensor(3.0, device=device), torch.tensor(2.0, device=device)]
+    inputs = [student, teacher, labels, mask, *counts]
+    before = [x.clone() for x in inputs]
+    run(
+        student,
+        teacher,
+        labels,
+        mask=mask,
+        divergence=divergence,
+        kd_normalizer=counts[0],
+        ce_normalizer=counts[1],
+        grad_output=3.0,
+        inplace_backward=False,
+        backend=backend,
+        **ALL_PARTS,
+    )
+    assert_same(inputs, before)
+
+
+def test_inplace_backward_is_never_silently_wrong_for_another_user(backend, device):
+    # exp saves its output, which inplace_backward may overwrite: an error or the right gradient
+    head, teacher = logits_pair((4, 19), scale=1.0, device=device)
+
+    def total(inplace):
+        leaf = head.clone().requires_grad_()
+        logits = leaf.exp()
+        penalty = logits.square().sum()
+        loss = distillation_loss(logits, teacher, inplace_backward=inplace, backend=backend).loss
+        (loss + penalty).backward()
+        return leaf.grad
+
+    wanted = total(False)
+    ours, message = result_or_error(total, True)
+    if message is None:
+        torch.testing.assert_close(ours, wanted)
+    else:
+        assert re.search("in.?place", message)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_changing_an_input_before_backward_is_never_silently_wrong(backend, device, which):
+    head, other = logits_pair((4, 19), device=device)
+    _, wanted = run(head, other, backend=backend)
+    leaf, teacher = head.clone().requires_grad_(), other.clone()
+    logits = leaf * 1
+    loss = distillation_loss(logits, teacher, backend=backend).loss
+    with torch.no_grad():
+        (logits if which == "student" else teacher).add_(torch.randn_like(other))
+    _, message = result_or_error(loss.backward)
+    if message is None:
+        torch.testing.assert_close(leaf.grad, wanted)
+    else:
+        assert "modified by an inplace operation" in message
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_backward_over_a_retained_graph_is_the_same(backend, device, reduction):
+    # a backward that scales a saved gradient in place would be wrong the second time
+    student, teacher = logits_pair((4, 9), device=device)
+    leaf = student.clone().requires_grad_()
+    loss = distillation_loss(
+        leaf, teacher, cos_weight=1.0, reduction=reduction, backend=backend
+    ).loss
+    first, second, third = (
+        torch.autograd.grad(loss, leaf, torch.full_like(loss, scale), retain_graph=True)[0]
+        for scale in (1.0, 3.0, 1.0)
+    )
+    torch.testing.assert_close(second, 3 * first)
+    assert_same([third], [first])
+
+
+def test_second_backward_in_place_is_right_or_an_error(backend, device):
+    student, teacher = logits_pair((4, 9), device=device)
+    _, wanted = run(student, teacher, backend=backend)
+    leaf = student.clone().requires_grad_()
+    loss = distillation_loss(leaf * 1, teacher, inplace_backward=True, backend=backend).loss
+    loss.backward(retain_graph=True)
+    assert_same([leaf.grad], [wanted])
+    leaf.grad = None
+    _, message = result_or_error(loss.backward)
+    if message is None:
+        torch.testing.assert_close(leaf.grad, wanted)
+    else:  # ours, or autograd's own about a changed tensor: not a wrong number
+        assert re.search("in.?place|twice|second", message)
+
+
+@pytest.mark.parametrize("upstream_needs_grad", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_raises(backend, device, reduction, upstream_needs_grad):
+    # the penalty also holds the logits themselves, so that a first gradient cut off from the
+    # graph would pass silently with half of the second one missing
+    student, teacher = logits_pair((3, 9), device=device)
+    leaf = student.clone().requires_grad_()
+    loss = distillation_loss(leaf, teacher, reduction=reduction, backend=backend).loss
+    upstream = torch.ones_like(loss, requires_grad=upstream_needs_grad)
+
+    def penalise():
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream, create_graph=True)
+        (gradient.square().sum() + leaf.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"(?i)double|twice|second"):
+        penalise()
+
+
+def test_parts_carry_no_gradient(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = make_labels((3,), 9, "all", device)
+    _, wanted = run(student, teacher, labels, backend=backend, **ALL_PARTS)
+    leaf = student.clone().requires_grad_()
+    output = distillation_loss(leaf, teacher, labels, backend=backend, **ALL_PARTS)
+    sum(output).backward()  # logging that adds a part to the loss by mistake changes nothing
+    assert_same([leaf.grad], [wanted])
+
+
+def test_teacher_that_requires_grad_is_told_to_detach(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    with pytest.raises(ValueError, match=r"teacher_logits.*\.detach\(\)"):
+        distillation_loss(student, teacher.requires_grad_(), backend=backend)
+    run(student, teacher.detach(), backend=backend)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_loss_without_gradient_is_the_same(backend, device, guard):
+    student, teacher = logits_pair((3, 9), device=device)
+    labels = make_labels((3,), 9, "some", device)
+    keywords = {"backend": backend, **ALL_PARTS}
+    wanted, _ = run(student, teacher, labels, **keywords)
+    plain = distillation_loss(student, teacher, labels, **keywords)
+    assert not plain.loss.requires_grad
+    with guard():
+        guarded = distillation_loss(student.requires_grad_(), teacher, labels, **keywords)
+    assert not guarded.loss.requires_grad
+    for output in (plain, guarded):
+        torch.testing.assert_close(tuple(output), tuple(wanted))
+
+
+def test_gradient_reaches_the_parameters_behind_a_view(backend, device):
+    # the logits of a model are slices and transposes of what its head made
+    _, teacher = logits_pair((3, 2, 9), device=device)
+    weight = torch.randn(2, 4, 12, device=device, requires_grad=True)
+    logits = weight[:, 1:, :9].transpose(0, 1)
+    output = distillation_loss(logits, teacher, reduction="sum", backend=backend)
+    output.loss.backward()
+    wanted = expect(logits.detach(), teacher, reduction="sum")
+    got = weight.grad[:, 1:, :9].transpose(0, 1)
+    check(output, got, wanted)
+    assert (weight.grad[:, 0] == 0).all()
+    assert (weight.grad[:, :, 9:] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_two_runs_are_bitwise_the_same(backend, device, divergence, reduction):
+    student, teacher = logits_pair((64, 1500), dtypes=(BF16, BF16), device=device)
+    labels, mask = make_labels((64,), 1500, "some", device), make_mask((64,), "float", device)
+    keywords = {"mask": mask, "divergence": divergence, "reduction": reduction, **ALL_PARTS}
+    first, second = (
+        run(student.clone(), teacher.clone(), labels, backend=backend, **keywords) for _ in range(2)
+    )
+    assert_same([*first[0], first[1]], [*second[0], second[1]])
+
+
+def test_row_does_not_depend_on_its_neighbours(backend, device):
+    # what makes a micro-batch exact: no row's number depends on the batch around it
+    student, teacher = logits_pair((7, 130), device=device)
+    labels = make_labels((7,), 130, "some", device)
+    keywords = {"reduction": "none", "backend": backend, **ALL_PARTS}
+    whole, gradient = run(student, teacher, labels, **keywords)
+    for row in range(7):
+        one = slice(row, row + 1)
+        alone_output, alone_gradient = run(student[one], teacher[one], labels[one], **keywords)
+        torch.testing.assert_close(alone_output.loss, whole.loss[one], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone_gradient, gradient[one], rtol=1e-6, atol=1e-7)
+
+
+# Backends and devices
+
+
+def test_backend_asked_for_by_name_never_falls_back(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    if backend != "torch":
+        with pytest.raises(ValueError) as caught:  # float64 is the torch backend's alone
+            distillation_loss(student.double(), teacher.double(), backend=backend)
+        assert backend in str(caught.value)
+        assert "float64" in str(caught.value)
+    elif device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        with pytest.raises((ValueError, RuntimeError, ImportError), match="triton"):
+            distillation_loss(student, teacher, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
+def test_auto_backend_is_right_whatever_it_chooses(device, dtype):
+    student, teacher = logits_pair((3, 9), dtypes=(dtype, dtype), device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may say, once, which backend it took
+        output, gradient = run(student, teacher, backend="auto")
+        default, default_gradient = run(student, teacher)
+    check(output, gradient, expect(student, teacher))
+    assert_same([*default, default_gradient], [*output, gradient])
+
+
+def test_no_host_sync_on_a_gpu(backend, device):
+    if device != "cuda":
+        pytest.skip("a CPU has no device to wait for")
+    student, teacher = logits_pair((8, 129), dtypes=(BF16, BF16), device=device)
+    labels, mask = make_labels((8,), 129, "some", device), make_mask((8,), "some", device)
+    counts = {
+        "kd_normalizer": torch.tensor(4.0, device=device),
+        "ce_normalizer": torch.tensor(3.0, device=device),
+    }
+    leaf = student.requires_grad_()
+
+    def step(**keywords):
+        output = distillation_loss(
+            leaf, teacher, labels, mask=mask, backend=backend, **ALL_PARTS, **keywords
+        )
+        output.loss.backward()
+
+    for keywords in ({}, counts, {"divergence": "jsd"}):
+        step(**keywords)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(**keywords)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_module_runs_under_autocast(backend, device):
+    # a loss inside the autocast region: its own arithmetic stays fp32
+    student, teacher = logits_pair((3, 19), dtypes=(BF16, BF16), device=device)
+    wanted, gradient = run(student, teacher, backend=backend)
+    with torch.autocast(device, dtype=BF16):
+        ours, got = value_and_grad(DistillationLoss(backend=backend), student, teacher)
+    assert_same([*ours, got], [*wanted, gradient])
