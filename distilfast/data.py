@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def _tokenize(
 ) -> None:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     # Every source is looked at before the first is tokenised.
     texts = datasets.concatenate_datasets([_read(spec, data) for spec in sources])
     if len(texts) == 0:

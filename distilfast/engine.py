@@ -11,6 +11,8 @@ What is done here and nowhere else:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -150,12 +152,14 @@ class Engine:
             "communication_data_type": "fp32",
             "steps_per_print": 2**31,
         }
-        self.deepspeed, self.optimizer, _, _ = _import_deepspeed().initialize(
-            model=module.to(world.device),
-            optimizer=optimizer,
-            config=settings,
-            dist_init_required=False,
-        )
+        deepspeed = _import_deepspeed()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module.to(world.device),
+                optimizer=optimizer,
+                config=settings,
+                dist_init_required=False,
+            )
 
     def __call__(self, *arguments: Any) -> Any:
         return self.deepspeed(*arguments)

@@ -373,7 +373,7 @@ def linear_distillation_loss(
             "cos_weight, mse_weight: expected 0 with ensemble='probability', whose logits are "
             f"known only up to a constant, got {cos_weight} and {mse_weight}; use ensemble='logit'"
         )
-    shares = normalize_weights("teacher_weights", teacher_weights, len(t_hidden)) if t_hidden else []
+    shares = normalize_weights("teacher_weights", teacher_weights, max(1, len(t_hidden)))
     check_tensor("student_hidden", student_hidden)
     leading, device = student_hidden.shape[:-1], student_hidden.device
     _check_head("student", student_hidden, student_weight, student_bias, leading, device)

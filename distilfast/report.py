@@ -157,7 +157,7 @@ def _duration(seconds: float | None) -> str:
 
 # ---- Curves -----------------------------------------------------------------------------------
 
-_MAX_POINTS = 400  # a curve; more than a plot of this size can show
+_MAX_POINTS = 400  # about as many as a plot of this size can show
 _SMOOTHING = 50  # the window of the running mean is 1/50 of a run
 _HELDOUT_TITLES = {
     "eval_loss": ("Held-out loss", "nats"),
@@ -204,15 +204,21 @@ def _curve(run: str, lines: Iterable[dict[str, Any]], key: str) -> _Curve | None
     return None if all(math.isnan(value) for value in values) else _Curve(run, steps, values)
 
 
+def _evenly(indices: Sequence[int]) -> list[int]:
+    """At most _MAX_POINTS of the indices, the first and the last among them."""
+    count = min(len(indices), _MAX_POINTS)
+    return [indices[round(i * (len(indices) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
 def _thin(curve: _Curve, window: int = 1) -> _Curve:
-    """At most _MAX_POINTS of the curve's points, each the mean over a centred window.
+    """About _MAX_POINTS of the curve's points, each the mean over a centred window.
 
     The window narrows towards the first point, so that the steep start of a run is not flattened,
     and is cut off at the last. A NaN stays a gap; in the window of another point it is left out.
     """
-    last = len(curve.steps) - 1
-    count = min(last + 1, _MAX_POINTS)
-    picked = [round(i * last / max(count - 1, 1)) for i in range(count)]
+    finite = [i for i, value in enumerate(curve.values) if not math.isnan(value)]
+    # Evenly over all, which shows where the gaps are, and over the finite, which may be but few.
+    picked = sorted({*_evenly(range(len(curve.values))), *_evenly(finite)})
 
     def mean(i: int) -> float:
         half = min(window // 2, i)

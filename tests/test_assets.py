@@ -278,6 +278,15 @@ def test_weights_decide_whatever_the_wheel(
     assert left_in(cache) == []
 
 
+def test_file_with_other_bytes_is_deleted(tmp_path: Path) -> None:
+    right, file = sha256(b"right"), tmp_path / "vocab.txt"
+    with pytest.raises(assets.AssetError, match=f"vocab.txt from the hub .* expected {right}"):
+        assets._take(io.BytesIO(b"wrong"), file, right, "the hub")
+    assert not file.exists()
+    assets._take(io.BytesIO(b"right"), file, right, "the hub")
+    assert file.read_bytes() == b"right"
+
+
 def test_index_that_gives_another_file_is_named(
     monkeypatch: pytest.MonkeyPatch, index: dict[str, bytes]
 ) -> None:
@@ -314,28 +323,37 @@ def test_failed_download_says_what_pip_said_and_the_way_round_it() -> None:
     assert "\n" not in message
 
 
-def test_pip_is_asked_for_exactly_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real pip finds the pinned name for another platform in a folder, and nothing else."""
+@pytest.mark.parametrize("here", ["cp311", "cp313"])
+def test_pip_gets_the_pinned_file_on_every_python(
+    here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real pip chooses from a folder; one of the two wheels is for another Python than ours."""
     pytest.importorskip("pip")
-    name = assets.WIKIPEDIA_WHEEL.filename
     info = "gensim-4.4.0.dist-info/"
-    wheel = zipped(
+    data = zipped(
         {
             info + "METADATA": b"Metadata-Version: 2.1\nName: gensim\nVersion: 4.4.0\n"
             b"Requires-Dist: a-package-that-nobody-has\n",
-            info + "WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: false\n"
-            b"Tag: cp311-cp311-manylinux_2_24_x86_64\n",
+            info + "WHEEL": b"Wheel-Version: 1.0\n",
             info + "RECORD": b"",
         }
     )
     links, folder = tmp_path / "links", tmp_path / "folder"
     links.mkdir()
     folder.mkdir()
-    for other in (name, "gensim-4.4.0-cp313-cp313-win_amd64.whl", "gensim-4.4.0.tar.gz"):
-        (links / other).write_bytes(wheel)
+
+    def rename(text: str) -> str:
+        return text.replace("cp311", here).replace("3.11", f"3.{here[3:]}")
+
+    pin = assets.WIKIPEDIA_WHEEL
+    pip_options = tuple(rename(option) for option in pin.pip_options)
+    wheel = dataclasses.replace(pin, filename=rename(pin.filename), pip_options=pip_options)
+    others = ("gensim-4.4.0-cp312-cp312-win_amd64.whl", "gensim-4.4.0.tar.gz")
+    for name in (wheel.filename, *others):
+        (links / name).write_bytes(data)
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    assets._pip_download(assets.WIKIPEDIA_WHEEL, folder)
-    assert [path.name for path in folder.iterdir()] == [name]
+    assets._pip_download(wheel, folder)
+    assert [path.name for path in folder.iterdir()] == [wheel.filename]
 
 
 def test_download_that_never_ends_is_given_up(
@@ -526,6 +544,7 @@ def test_wikitext_becomes_prose(clean, wikitext: str, prose: str) -> None:
         ("A man of {{convert|5|ft|8|in|m}} could see over it.", "of 5 ft 8 inches could"),
         ("The town had, {{as of|2015|3|lc=y}}, some two inns.", "had, as of March 2015, some"),
         ("Water is H<sub>2</sub>O and 10<sup>3</sup> is large.", "H₂O and 10³ is"),
+        ("All the cafe\u0301s of the town are closed.", "caf\u00e9s of"),
         ("The 19<sup>th</sup> century was a long one.", "The 19th century"),
         ("The {{USS|Hornet|CV-12}} came to fetch them home.", "The USS Hornet came"),
         ("He read ''[[s:Odes|the Odes]]'' and [[wikt:emu]] aloud.", "the Odes and emu aloud"),
@@ -541,6 +560,7 @@ def test_inline_markup_is_rendered(clean, wikitext: str, prose: str) -> None:
 def test_sentence_with_a_formula_goes_and_its_neighbours_stay(clean) -> None:
     text = (
         "The mean is the most common of them. It is written <math>\\bar x</math> in most books. "
+        "It was read by Mr. J. Smith in {{math|x}} of all cases. "
         "Dr. A. B. Gray was the first to use it (as {{math|x}}) in print."
     )
     assert clean(text) == (
@@ -599,7 +619,7 @@ def test_sample_holds_the_articles_with_prose(
     pytest.importorskip("mwparserfromhell")
     dump = export(
         ("Émeu", 0, "", "L'&amp;eacute;meu ran over the wide plains.&lt;ref&gt;x&lt;/ref&gt;"),
-        ("Bird", 0, '<redirect title="Emu" />', "#REDIRECT [[Emu]]"),
+        ("Bird", 0, '<redirect title="Emu" />', "This is what is left of an older page."),
         ("Birds", 0, "", "#redirect [[Emu]] and more words of prose here."),
         ("Talk:Emu", 1, "", EMU),
         ("Empty", 0, "", ""),
@@ -670,7 +690,7 @@ def test_real_inputs_are_what_they_were(cache: Path, monkeypatch: pytest.MonkeyP
     assert time.perf_counter() - started < 120
     articles = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     texts = [article["text"] for article in articles]
-    # 97 articles, 423,083 words and 5,310 paragraphs with mwparserfromhell 0.7.2
+    # 97 articles, 423,117 words and 5,310 paragraphs with mwparserfromhell 0.7.2
     assert len(articles) >= 95
     assert sum(len(text.split()) for text in texts) >= 400_000
     assert sum(text.count("\n") + 1 for text in texts) >= 5_000

@@ -606,6 +606,35 @@ def test_inplace_backward_gives_the_same_gradient(backend, device, dtype, inplac
     assert_same([teacher, labels, mask], before)  # only the student's logits may be spent
 
 
+@pytest.mark.parametrize("layout", ["transposed", "row_slice", "column_slice", "expanded"])
+def test_inplace_backward_stays_inside_the_logits(backend, device, layout):
+    # the logits are a window into a larger tensor, or many rows share one storage: what lies
+    # beside the window keeps its bits, and shared rows do not overwrite each other's gradient
+    base, teacher = logits_pair((4, 3, 12), device=device)
+    window = {
+        "transposed": lambda x: x.transpose(0, 1),
+        "row_slice": lambda x: x[:, :2],
+        "column_slice": lambda x: x[..., 1:10],
+        "expanded": lambda x: x[:, :1].expand(4, 3, 12),
+    }[layout]
+    results = []
+    for inplace in (False, True):
+        leaf = base.clone().requires_grad_()
+        storage = leaf * 1
+        logits = window(storage)
+        keep = storage.detach().clone()
+        target = teacher.reshape(-1)[: logits.numel()].reshape(logits.shape)
+        output = distillation_loss(
+            logits, target, inplace_backward=inplace, backend=backend, cos_weight=1.0
+        )
+        output.loss.backward()
+        outside = torch.ones_like(keep, dtype=torch.bool)
+        window(outside).fill_(False) if layout != "expanded" else outside[:, :1].fill_(False)
+        assert_same([storage.detach()[outside]], [keep[outside]])
+        results.append(leaf.grad)
+    assert_same(results[1:], results[:1])
+
+
 def test_inplace_backward_without_gradient_leaves_the_inputs(backend, device):
     student, teacher = logits_pair((4, 19), device=device)
     before = student.clone()

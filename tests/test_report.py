@@ -338,6 +338,13 @@ def test_plots_label_their_axis_at_every_scale(scale: float, ratio: float, tmp_p
     assert ("log scale" in shown.text) == (ratio > 8)
 
 
+@pytest.mark.parametrize("key", ["loss", "eval_loss"])
+def test_plots_show_a_few_finite_values_among_many_that_are_not(key: str, tmp_path: Path) -> None:
+    lines = [{"step": s, key: 2.0 if 501 <= s <= 503 else NAN} for s in range(1, 5001)]
+    (svg,) = page(empty_report(curves={"a": lines}), tmp_path).plots().values()
+    assert drawn_lines(svg) == {"1": 3}
+
+
 def test_plots_take_more_runs_than_colours(tmp_path: Path) -> None:
     curves = {f"run {i}": [{"step": 1, "loss": 1.0 + i}, {"step": 2, "loss": i}] for i in range(20)}
     shown = page(empty_report(curves=curves), tmp_path)

@@ -1,0 +1,85 @@
+"""How well a model guesses the masked tokens of the held-out text, and how often as its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilfast import models
+from distilfast.data import Batches, MicroBatch
+from distilfast.engine import World
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Over all masked held-out tokens.
+
+    eval_loss: cross entropy, nats. eval_accuracy: share guessed right at the first guess.
+    eval_agreement: share where the first guess is the teacher's; None without a teacher.
+    """
+
+    eval_loss: float
+    eval_accuracy: float
+    eval_agreement: float | None
+
+
+class Evaluator:
+    """The held-out batches of this rank, made once, with the teacher's guesses."""
+
+    def __init__(self, batches: Batches, world: World, micro_sequences: int, limit: int | None):
+        self.world = world
+        self.batches: list[MicroBatch] = list(
+            batches.heldout(world.rank, world.ranks, micro_sequences, limit)
+        )
+        self.guesses: list[Tensor] | None = None
+
+    def teacher(self, model: Any) -> Scores:
+        """Score the teacher and keep its guesses for `student`."""
+        self.guesses = []
+        return self._score(model, self.guesses)
+
+    def student(self, model: Any) -> Scores:
+        return self._score(model, None)
+
+    @torch.no_grad()
+    def _score(self, model: Any, keep: list[Tensor] | None) -> Scores:
+        """Every rank scores its own batches; the sums are everybody's."""
+        device = self.world.device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, agreeing, tokens
+        parts, training = models.family(model), model.training
+        model.eval()
+        for i, batch in enumerate(self.batches):
+            batch = batch.to(device)
+            hidden = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
+            logits = parts.head(model)(parts.features(model, hidden[batch.masked])).float()
+            labels, guess = batch.labels[batch.masked], logits.argmax(-1)
+            if keep is not None:
+                keep.append(guess)
+            teacher = guess if self.guesses is None or keep is not None else self.guesses[i]
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack(
+                [loss, (guess == labels).sum(), (guess == teacher).sum(), loss.new_tensor(len(labels))]
+            ).double()
+        model.train(training)
+        loss, right, agreeing, tokens = self.world.sum(sums).tolist()
+        tokens = max(tokens, 1)
+        known = self.guesses is not None and keep is None
+        return Scores(loss / tokens, right / tokens, agreeing / tokens if known else None)
+
+
+def fill(model: Any, tokenizer: Any, texts: Sequence[str], k: int = 3) -> list[list[tuple[str, float]]]:
+    """The k likeliest tokens, with probabilities, at the first [MASK] of each text."""
+    guesses = []
+    for text in texts:
+        batch = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}).logits[0]
+        position = int((batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0])
+        top = logits[position].float().softmax(-1).topk(k)
+        words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
+        guesses.append(list(zip(words, top.values.tolist(), strict=True)))
+    return guesses

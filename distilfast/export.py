@@ -1,0 +1,111 @@
+"""The distilled model as plain transformers loads it, with a card that says how it was made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distilfast import __version__
+from distilfast.config import Config, to_yaml
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [distillation, distilfast]
+---
+# {name}
+
+A {architecture} of {layers} layers and {parameters:.1f} M parameters, distilled from
+{teacher} with distilfast {version}.
+
+```python
+from transformers import pipeline
+pipeline("fill-mask", model="path/to/this/folder")("Paris is the [MASK] of France.")
+```
+
+## How it was made
+
+- Teacher: {teacher}
+- Data: {data}
+- {recipe}
+- {tokens:,} tokens in {steps:,} steps of {sequences} sequences, {minutes:.1f} minutes on {device}
+
+## What was measured
+
+On the held-out part of the same data, at the masked positions:
+
+| model | cross entropy (nats) | accuracy | agreement with the teacher |
+|---|---|---|---|
+{rows}
+
+## Configuration
+
+```yaml
+{config}```
+
+The licences of the teacher and of the data apply to this model.
+"""
+
+
+def export(
+    model: Any,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    config: Config,
+    summary: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write ``folder`` (safetensors, config, tokenizer, README.md), complete or not at all.
+
+    Args:
+        model: the student, whose config and names are used.
+        weights: its fp32 weights by name.
+        summary: the run's measured figures, as `train` writes them to summary.json.
+    """
+    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch, state_dict=weights)
+    tokenizer.save_pretrained(scratch)
+    (scratch / "README.md").write_text(card(model, config, summary), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+
+
+def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
+    """The model card."""
+    loss = config.loss
+    weights = {
+        f"KL at T = {loss.temperature:g}": loss.kd_weight,
+        "masked-LM cross entropy": loss.ce_weight,
+        "hidden-state cosine": loss.hidden_cos_weight,
+        "logit cosine": loss.logit_cos_weight,
+        "logit squared error": loss.mse_weight,
+    }
+    return CARD.format(
+        name=Path(config.output).name,
+        architecture=type(model).__name__,
+        layers=summary["student_layers"],
+        parameters=summary["parameters"] / 1e6,
+        teacher=", ".join(t.name for t in config.teachers),
+        version=__version__,
+        data=", ".join(s.name for s in config.sources) or config.data.prepared,
+        recipe="Loss: " + ", ".join(f"{w:g} x {name}" for name, w in weights.items() if w),
+        tokens=summary["tokens"],
+        steps=summary["steps"],
+        sequences=config.batch.sequences,
+        minutes=summary["seconds"] / 60,
+        device=summary["device"],
+        rows="\n".join(_row(name, scores) for name, scores in summary["scores"].items()),
+        config=to_yaml(config),
+    )
+
+
+def _row(name: str, scores: dict[str, Any]) -> str:
+    agreement = scores["eval_agreement"]
+    shown = "" if agreement is None else f"{agreement:.1%}"
+    return f"| {name} | {scores['eval_loss']:.3f} | {scores['eval_accuracy']:.1%} | {shown} |"

@@ -1,0 +1,406 @@
+"""Distil a student from a teacher.
+
+    deepspeed distilfast/train.py --config configs/X.yaml [--key.sub value ...]
+    torchrun --nproc_per_node 2 distilfast/train.py --config configs/X.yaml
+    distilfast train --config configs/X.yaml
+
+Without --config it runs the demo's recipe. Exit status: 0 done, or stopped by a signal with a
+checkpoint written; 2 something wrong in the configuration or the inputs, found before training;
+1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilfast import config as configs
+from distilfast import data, engine, export, models
+from distilfast.config import Config, ConfigError
+from distilfast.engine import Engine, World
+from distilfast.evaluate import Evaluator
+from distilfast.masking import Masker, philox
+from distilfast.records import Metrics, Progress
+from distilfast.report import ModelRow, Report, write_report
+from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide, vocabulary_rows
+
+# A run may be gone on with under other values of these; every other key decides what it computes.
+FREE_KEYS = (
+    "checkpoint.",
+    "evaluate.",
+    "output",
+    "resume",
+    "tensorboard",
+    "zero.",
+    "batch.micro_sequences",
+    "data.prepared",
+    "loss.backend",
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. The weights are those of the last whole step."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="distilfast: %(message)s")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
+            run(configs.parse(arguments))
+        else:
+            from distilfast import demo
+
+            demo.distil(arguments)
+    except (ConfigError, TrainingError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"distilfast: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        engine.finish()
+    return 0
+
+
+def run(config: Config) -> bool:
+    """Train as configured, or go on where a run was stopped. False: stopped by a signal again."""
+    world = engine.start()
+    setup = prepare(config, world)
+    output = Path(config.output)
+    if (output / "summary.json").is_file():
+        world.first(lambda: print(f"{output} is complete"))
+        return True
+    world.first(lambda: claim(config, output))
+    with Stop() as stop:
+        complete = train(config, world, setup, output, stop)
+    if not complete:
+        world.first(lambda: print(f"stopped; the same command goes on from {output}"))
+    return complete
+
+
+# --- Before training: whatever can be found wrong is found here -----------------------------------
+
+
+@dataclass
+class Setup:
+    """What a run is made of."""
+
+    teachers: list[models.Teacher]
+    tokenizer: Any
+    student: Any
+    batches: data.Batches
+    steps: int
+
+
+def prepare(config: Config, world: World) -> Setup:
+    """Load and check everything. Writes the tokens where they are missing, and nothing else.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    config.batch.accumulation(world.ranks)
+    check_output(config, Path(config.output))
+    teachers, tokenizer = models.load_teachers(config.teachers)
+    check_teachers(config, teachers)
+    student = models.make_student(teachers[0].model, config.student, config.seed)
+    folder = Path(config.data.prepared or Path(config.output) / "tokens")
+    world.first(lambda: data.prepare(config, tokenizer, folder))
+    store = data.Store.open(folder)
+    masker = Masker.from_counts(
+        store.counts, tokenizer.all_special_ids, tokenizer.mask_token_id, config.masking, config.seed
+    )
+    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch.sequences)
+    passes = (config.epochs or 0) * len(store.train) / config.batch.sequences
+    return Setup(teachers, tokenizer, student, batches, config.steps or max(1, int(passes)))
+
+
+def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
+    """That the teachers can give what the losses and the data ask for."""
+    for teacher in teachers:
+        positions = teacher.model.config.max_position_embeddings
+        if config.data.max_length > positions:
+            raise ConfigError(
+                f"data.max_length: expected at most {positions}, the positions of "
+                f"{teacher.name!r}, got {config.data.max_length}"
+            )
+        if config.loss.vocabulary and not teacher.has_head:
+            raise ConfigError(
+                f"teacher: {teacher.name!r} has no masked-LM head, which kd, logit_cos and mse need; "
+                "train one first with those weights at 0, as configs/demo-teacher.yaml does"
+            )
+    widths = {t.model.config.hidden_size for t in teachers}
+    if config.loss.hidden_cos_weight and len(widths) > 1:
+        raise ConfigError(
+            f"loss.hidden_cos_weight: expected 0 with teachers of different widths, got {widths}"
+        )
+
+
+def check_output(config: Config, output: Path) -> None:
+    """That the folder is empty, or holds this very run."""
+    if not output.exists() or {p.name for p in output.iterdir()} <= {"tokens"}:
+        return
+    if config.resume == "never":
+        raise ConfigError(f"output: expected an empty folder with resume never, got {str(output)!r}")
+    if not (output / "config.yaml").is_file():
+        raise ConfigError(f"output: expected an empty folder or a run's, got {str(output)!r}")
+    before = configs.parse(["--config", str(output / "config.yaml")])
+    differing = [k for k in _differing(asdict(before), asdict(config)) if not k.startswith(FREE_KEYS)]
+    if differing:
+        raise ConfigError(
+            f"output: expected an empty folder or this run's, got {str(output)!r} of another run, "
+            f"which differs in {', '.join(differing)}"
+        )
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key in a:
+        if isinstance(a[key], dict) and isinstance(b[key], dict):
+            keys += _differing(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def claim(config: Config, output: Path) -> None:
+    """Make the folder this run's, and clear away what a killed one left half-written."""
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / "config.yaml.tmp"
+    temporary.write_text(configs.to_yaml(config), encoding="utf-8")
+    os.replace(temporary, output / "config.yaml")
+    for leftover in output.glob("checkpoints/tmp-*"):
+        shutil.rmtree(leftover)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def train(config: Config, world: World, setup: Setup, output: Path, stop: Stop) -> bool:
+    """Train to the last step and write the results. False: stopped by a signal, and saved."""
+    teacher = TeacherSide(
+        setup.teachers, config.loss, world.device, engine.DTYPES[config.precision]
+    )
+    runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
+    checkpoints = output / "checkpoints"
+    start = (engine.newest(checkpoints) or 0) if config.resume == "auto" else 0
+    if start:
+        engine.load(runner, checkpoints, start)
+
+    evaluator = Evaluator(
+        setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples
+    )
+    scores = {}
+    if setup.teachers[0].has_head:
+        scores["teacher"] = asdict(evaluator.teacher(teacher.models[0]))
+    metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
+    name = f"{Path(config.output).name:>12}"
+    with Progress(name, setup.steps, start, shown=world.rank == 0) as progress:
+
+        def evaluate(step: int) -> None:
+            line = {"step": step, **asdict(evaluator.student(setup.student))}
+            progress.evaluated(step, line)
+            if metrics:
+                metrics.write(line)
+
+        if start == 0:
+            evaluate(0)
+        for step in range(start, setup.steps):
+            line, stopping = optimiser_step(config, world, setup, runner, teacher, step, stop)
+            if metrics:
+                metrics.tokens += line["tokens"]
+                metrics.write({**line, "tokens": metrics.tokens})
+                progress.update(line)
+            done = step + 1
+            if done == setup.steps or (config.evaluate.every and done % config.evaluate.every == 0):
+                evaluate(done)
+            due = config.checkpoint.every and done % config.checkpoint.every == 0
+            if done < setup.steps and (due or stopping):
+                engine.save(runner, checkpoints, done, config.checkpoint.keep)
+            if done < setup.steps and stopping:
+                return False
+
+    weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
+    if metrics:
+        metrics.close()
+        lines = metrics.lines()
+        finish(config, world, setup, output, scores, lines, weights)
+    world.first(lambda: None)  # nobody leaves before the results are written
+    return True
+
+
+def optimiser_step(
+    config: Config,
+    world: World,
+    setup: Setup,
+    runner: Engine,
+    teacher: TeacherSide,
+    step: int,
+    stop: Stop,
+) -> tuple[dict[str, Any], bool]:
+    """One step: its line of metrics, and whether some rank was told to stop.
+
+    All of the step's examples are at hand before its first forward: each loss is divided by the
+    count of the whole step, so the gradient does not depend on how the step is split.
+
+    Raises:
+        TrainingError: a loss is not finite; no weight has been touched.
+    """
+    began = time.perf_counter()
+    micro_batches = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
+    counted = [[len(vocabulary_rows(b, config.loss)), len(b.masked), len(b.tokens)] for b in micro_batches]
+    counts = world.sum(torch.tensor(counted, device=world.device).sum(0))
+    normalizers = Normalizers(*counts.float())
+
+    parts: list[Tensor] = []
+    for i, batch in enumerate(micro_batches):
+        batch = batch.to(world.device)
+        torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
+        targets = teacher(batch) if config.loss.needs_teacher else None
+        loss, values = runner(batch, targets, normalizers)
+        runner.backward(loss)
+        parts.append(values)
+
+    flag = torch.tensor([float(stop.requested)], device=world.device)
+    sums = world.sum(torch.cat([torch.stack(parts).sum(0), flag]).double())
+    *totals, stopping = sums.tolist()  # the step's one wait for the device
+    totals = dict(zip(PARTS, totals, strict=True))
+    if not math.isfinite(totals["loss"]):
+        wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
+        examples = setup.batches.examples(step)[0].tolist()
+        raise TrainingError(
+            f"step {step + 1}: {wrong}; no weight was changed. The step's examples: {examples}"
+        )
+    rate = engine.learning_rate(config.optimizer, step, setup.steps)
+    norm = runner.step(rate)
+    tokens = int(counts[2])
+    line = {
+        "step": step + 1,
+        "tokens": tokens,
+        **{part: totals[part] for part in PARTS if part == "loss" or _weight(config, part)},
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
+    return line, stopping > 0
+
+
+def _weight(config: Config, part: str) -> float:
+    return float(getattr(config.loss, f"{part}_weight"))
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Dropout's draws belong to a split of the batch; nothing else in a run does."""
+    high, low, *_ = philox(seed, step, torch.tensor(rank), torch.tensor(micro_batch))
+    return int(high) << 31 | int(low)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a stop at the end of the step; a second SIGINT does not wait."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Stop:
+        self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+# --- After training -------------------------------------------------------------------------------
+
+
+def finish(
+    config: Config,
+    world: World,
+    setup: Setup,
+    output: Path,
+    scores: dict[str, dict[str, Any]],
+    lines: list[dict[str, Any]],
+    weights: dict[str, Tensor],
+) -> None:
+    """model/, report.html and, last, summary.json, which says that the run is complete."""
+    evaluations = [line for line in lines if "eval_loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    taken = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *steps], steps, strict=False)]
+    seconds = sum(n / line["tokens_per_second"] for n, line in zip(taken, steps, strict=True))
+    size = sum(w.numel() for w in _distinct(setup.student, weights))
+    summary = {
+        "teacher": [t.name for t in config.teachers],
+        "parameters": size,
+        "student_layers": getattr(setup.student.config, models.family(setup.student).n_layers),
+        "steps": setup.steps,
+        "tokens": steps[-1]["tokens"],
+        "seconds": seconds,
+        "device": ", ".join(engine.describe(world)),
+        "scores": {
+            **scores,
+            "untrained student": _scores(evaluations[0]),
+            "student": _scores(evaluations[-1]),
+        },
+    }
+    export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
+    rows = [
+        ModelRow(
+            name=name,
+            parameters=_count(setup.teachers[0].model) if name == "teacher" else size,
+            size_mib=(_count(setup.teachers[0].model) if name == "teacher" else size) * 4 / 2**20,
+            train_time_s=seconds if name == "student" else None,
+            steps=setup.steps if name == "student" else None,
+            **values,
+        )
+        for name, values in summary["scores"].items()
+    ]
+    last = summary["scores"]["student"]
+    report = Report(
+        title=f"{output.name}: {summary['parameters'] / 1e6:.1f} M parameters",
+        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
+        f"{setup.steps:,} steps.",
+        models=rows,
+        curves={output.name: lines},
+        samples=[],
+        facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
+        config=configs.to_yaml(config),
+    )
+    write_report(report, output / "report.html")
+    temporary = output / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(temporary, output / "summary.json")
+    print(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+
+
+def _scores(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key.startswith("eval_")}
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:
+    """The weights once each: a tied one has two names."""
+    return [weights[name] for name, _ in model.named_parameters()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

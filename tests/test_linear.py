@@ -1,0 +1,1031 @@
+"""linear_distillation_loss: the head and the loss in one, without the logits of a whole batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from oracle import (
+    DIVERGENCES,
+    IGNORE,
+    INF,
+    NAN,
+    PARTS,
+    assert_max_norm,
+    assert_same,
+    assert_within,
+    expect,
+    make_labels,
+    make_mask,
+)
+
+from distilfast import combine_teachers, distillation_loss, linear_distillation_loss
+
+ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+LEAD, VOCAB = (2, 5), 23
+N_ROWS = math.prod(LEAD)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Side:
+    """One model's last hidden states and head; every tensor of the student is a leaf."""
+
+    def __init__(
+        self,
+        width,
+        *,
+        vocab=VOCAB,
+        lead=LEAD,
+        bias=True,
+        seed=0,
+        dtype=FP32,
+        device="cpu",
+        requires_grad=False,
+    ):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape, scale=1.0):
+            tensor = scale * torch.randn(*shape, generator=generator)
+            return tensor.to(device, dtype).requires_grad_(requires_grad)
+
+        self.hidden = draw(*lead, width)
+        self.weight = draw(vocab, width, scale=2 / math.sqrt(width))
+        self.bias = draw(vocab) if bias else None
+
+    def leaves(self):
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+    def logits(self, scale=1.0, softcap=None):
+        """softcap * tanh(scale * (h W^T + b) / softcap)"""
+        logits = self.hidden @ self.weight.T
+        logits = scale * (logits if self.bias is None else logits + self.bias)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def sides(*, device="cpu", student=None, teacher=None, **both):
+    """A student of width 8 and a teacher of width 12: heads of two models seldom agree."""
+    return (
+        Side(8, seed=1, device=device, requires_grad=True, **{**both, **(student or {})}),
+        Side(12, seed=2, device=device, **{**both, **(teacher or {})}),
+    )
+
+
+def call(student, teacher, labels=None, **keywords):
+    """linear_distillation_loss of two Sides; several teachers are an ensemble."""
+    if isinstance(teacher, Side):
+        hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
+    else:
+        hidden, weight = [x.hidden for x in teacher], [x.weight for x in teacher]
+        bias = None if teacher[0].bias is None else [x.bias for x in teacher]
+    return linear_distillation_loss(
+        student.hidden,
+        student.weight,
+        hidden,
+        weight,
+        labels,
+        student_bias=student.bias,
+        teacher_bias=bias,
+        **keywords,
+    )
+
+
+def gradients(loss, student, grad_output=None):
+    upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
+    return torch.autograd.grad(loss, student.leaves(), upstream)
+
+
+def pair_of(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def compare(
+    student,
+    teacher,
+    labels=None,
+    *,
+    grad_output=None,
+    logit_scale=1.0,
+    logit_softcap=None,
+    chunk_rows="auto",
+    rtol=1e-4,
+    atol=2e-5,
+    **keywords,
+):
+    """The fused call equals distillation_loss of the logits: value, parts and every gradient."""
+    (scale_s, scale_t), (cap_s, cap_t) = pair_of(logit_scale), pair_of(logit_softcap)
+    with torch.no_grad():
+        teacher_logits = teacher.logits(scale_t, cap_t)
+    wanted = distillation_loss(student.logits(scale_s, cap_s), teacher_logits, labels, **keywords)
+    output = call(
+        student,
+        teacher,
+        labels,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        chunk_rows=chunk_rows,
+        **keywords,
+    )
+    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=rtol, atol=atol)
+    got = gradients(output.loss, student, grad_output)
+    torch.testing.assert_close(
+        got, gradients(wanted.loss, student, grad_output), rtol=rtol, atol=atol
+    )
+    assert [x.dtype for x in got] == [x.dtype for x in student.leaves()]
+    return output, got
+
+
+# Values and gradients
+
+
+def test_hand_value_of_a_head(backend, device):
+    # h = 1, W = [0, ln 9], b = [0, ln 9]: logits [0, 2 ln 9] times 1/2 = [0, 2 ln 3], the pair
+    # whose softmax at T = 2 is [1/4, 3/4]; the teacher's [1/2, 1/2]. kd = 2 ln(4/3), its gradient
+    # on the logits [-1/2, 1/2], so on W and on b half of it, and on h half of ln 9 / 2
+    student = Side(1, vocab=2, lead=(1,))
+    ln9 = math.log(9)
+    student.hidden = torch.ones(1, 1, device=device, requires_grad=True)
+    student.weight = torch.tensor([[0.0], [ln9]], device=device, requires_grad=True)
+    student.bias = torch.tensor([0.0, ln9], device=device, requires_grad=True)
+    teacher = Side(1, vocab=2, lead=(1,), device=device, bias=False)
+    teacher.hidden.zero_()
+    output = call(student, teacher, logit_scale=(0.5, 1.0), backend=backend)
+    d_hidden, d_weight, d_bias = gradients(output.loss, student)
+    torch.testing.assert_close(output.loss.item(), 2 * math.log(4 / 3), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d_hidden.cpu(), torch.tensor([[ln9 / 4]]))
+    torch.testing.assert_close(d_weight.cpu(), torch.tensor([[-0.25], [0.25]]))
+    torch.testing.assert_close(d_bias.cpu(), torch.tensor([-0.25, 0.25]))
+
+
+def oracle_gradients(student, expected, scale, softcap):
+    """The closed-form logit gradient carried through the head by hand, in float64."""
+    hidden, weight, bias = (x.detach().double() for x in student.leaves())
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    by_logit = expected.grad.reshape(-1, weight.shape[0])
+    if softcap is not None:
+        raw = scale * (flat @ weight.T + bias)
+        by_logit = by_logit * (1 - torch.tanh(raw / softcap) ** 2)
+    by_logit = scale * by_logit
+    return (by_logit @ weight).reshape(hidden.shape), by_logit.T @ flat, by_logit.sum(0)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.5, 3.0)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity_with_the_oracle(backend, device, divergence, scale, softcap):
+    student, teacher = sides(device=device)
+    labels, mask = make_labels(LEAD, VOCAB, "some", device), make_mask(LEAD, "float", device)
+    keywords = {"mask": mask, "divergence": divergence, "temperature": 3.0, **ALL_PARTS}
+    output = call(
+        student,
+        teacher,
+        labels,
+        logit_scale=scale,
+        logit_softcap=softcap,
+        chunk_rows=4,
+        backend=backend,
+        **keywords,
+    )
+    got = gradients(output.loss, student)
+    exact_student, exact_teacher = sides(device="cpu")
+    for side in (exact_student, exact_teacher):
+        for name in ("hidden", "weight", "bias"):
+            setattr(side, name, getattr(side, name).detach().double())
+    expected = expect(
+        exact_student.logits(scale, softcap),
+        exact_teacher.logits(scale, softcap),
+        labels,
+        dtype=FP32,
+        **keywords,
+    )
+    # the logits themselves carry an fp32 GEMM's rounding: ten times the loss's own budget
+    for name in ("loss", *PARTS):
+        assert_within(name, getattr(output, name), expected.value[name], 10 * expected.slack[name])
+    plain = distillation_loss(
+        student.logits(scale, softcap),
+        teacher.logits(scale, softcap),
+        labels,
+        backend="torch",
+        **keywords,
+    )
+    names = ("hidden", "weight", "bias")
+    exact = oracle_gradients(exact_student, expected, scale, softcap)
+    for name, a, b, c in zip(names, got, exact, gradients(plain.loss, student), strict=True):
+        assert_max_norm(name, a, b, c, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, N_ROWS, 1000, "auto"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_chunk_equals_materialised_logits(backend, device, reduction, chunk_rows):
+    # 10 rows: chunks of one, with a remainder of one, of three, exactly one chunk, more than that
+    student, teacher = sides(device=device)
+    labels, mask = make_labels(LEAD, VOCAB, "some", device), make_mask(LEAD, "float", device)
+    upstream = torch.linspace(-1, 2, N_ROWS, device=device).reshape(LEAD)
+    compare(
+        student,
+        teacher,
+        labels,
+        mask=mask,
+        reduction=reduction,
+        chunk_rows=chunk_rows,
+        grad_output=upstream if reduction == "none" else torch.tensor(-3.0),
+        backend=backend,
+        **ALL_PARTS,
+    )
+
+
+@pytest.mark.parametrize("chunk_rows", [3, "auto"])
+def test_normalizers_span_all_chunks(backend, device, chunk_rows):
+    student, teacher = sides(device=device)
+    compare(
+        student,
+        teacher,
+        make_labels(LEAD, VOCAB, "some", device),
+        mask=make_mask(LEAD, "some", device),
+        kd_normalizer=torch.tensor(64.0, device=device),
+        ce_normalizer=17,
+        chunk_rows=chunk_rows,
+        backend=backend,
+        **ALL_PARTS,
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.3])
+def test_every_divergence_and_temperature_equals_materialised(
+    backend, device, temperature, divergence
+):
+    student, teacher = sides(device=device)
+    compare(
+        student,
+        teacher,
+        divergence=divergence,
+        jsd_beta=0.3,
+        temperature=temperature,
+        chunk_rows=4,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("which", ["none", "student", "teacher", "both"])
+def test_biases_are_optional(backend, device, which):
+    student, teacher = sides(
+        device=device,
+        student={"bias": which in ("student", "both")},
+        teacher={"bias": which in ("teacher", "both")},
+    )
+    _, got = compare(student, teacher, chunk_rows=4, backend=backend)
+    assert len(got) == (3 if which in ("student", "both") else 2)
+
+
+@pytest.mark.parametrize(
+    ("logit_scale", "logit_softcap"),
+    [
+        (0.3, None),
+        ((0.3, 2.0), None),
+        (1.0, 2.5),  # logits of about 2: well into the bend of tanh
+        (1.0, (2.5, None)),
+        (1.0, (None, 2.5)),
+        ((0.3, 2.0), (4.0, 1.5)),
+    ],
+    ids=str,
+)
+def test_scale_and_softcap_equal_materialised(backend, device, logit_scale, logit_softcap):
+    # a family without its scale is off by a factor 8, another without its cap by 100
+    student, teacher = sides(device=device)
+    output, _ = compare(
+        student,
+        teacher,
+        make_labels(LEAD, VOCAB, "some", device),
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        chunk_rows=4,
+        backend=backend,
+        **ALL_PARTS,
+    )
+    plain = call(student, teacher, backend=backend)
+    assert abs(output.kd - plain.kd) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("student_vocab", "teacher_vocab"), [(28, 23), (23, 28), (28, 25), (28, 28)]
+)
+@pytest.mark.parametrize("bad", [NAN, 1e4], ids=str)
+def test_padded_heads_contribute_nothing_whatever_they_hold(
+    backend, device, student_vocab, teacher_vocab, bad
+):
+    # 0 * NaN in the product with the padded rows of the head would reach every hidden state
+    student, teacher = sides(
+        device=device, student={"vocab": student_vocab}, teacher={"vocab": teacher_vocab}
+    )
+    narrow_student, narrow_teacher = sides(
+        device=device, student={"vocab": student_vocab}, teacher={"vocab": teacher_vocab}
+    )
+    for side, narrow in ((student, narrow_student), (teacher, narrow_teacher)):
+        for name in ("weight", "bias"):
+            full = getattr(side, name).detach()
+            full[VOCAB:] = bad
+            setattr(side, name, full.requires_grad_(side is student))
+            cut = full[:VOCAB].clone().requires_grad_(side is student)
+            setattr(narrow, name, cut)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    keywords = {"chunk_rows": 4, "backend": backend, **ALL_PARTS}
+    wanted, wanted_gradients = compare(narrow_student, narrow_teacher, labels, **keywords)
+    output = call(student, teacher, labels, vocab_size=VOCAB, **keywords)
+    torch.testing.assert_close(tuple(output), tuple(wanted))
+    d_hidden, d_weight, d_bias = gradients(output.loss, student)
+    assert d_weight.shape == (student_vocab, 8)
+    assert (d_weight[VOCAB:] == 0).all()
+    assert (d_bias[VOCAB:] == 0).all()
+    torch.testing.assert_close(
+        (d_hidden, d_weight[:VOCAB], d_bias[:VOCAB]), tuple(wanted_gradients), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+@pytest.mark.parametrize("chunk_rows", [1, 4, "auto"])
+def test_rows_that_nothing_needs_contribute_nothing_whatever_they_hold(
+    backend, device, chunk_rows, bad
+):
+    # padding tokens: their hidden states meet dW as 0 * NaN unless the rows are left out
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    mask = torch.ones(LEAD, device=device)
+    unused = [(0, 0), (1, 1), (1, 2)]
+    for row in unused:
+        mask[row], labels[row] = 0.0, IGNORE
+    keep = mask.bool()
+    with torch.no_grad():
+        student.hidden[~keep], teacher.hidden[~keep] = bad, bad
+    for reduction in REDUCTIONS:
+        keywords = {"reduction": reduction, "chunk_rows": chunk_rows, "backend": backend}
+        output = call(student, teacher, labels, mask=mask, **keywords, **ALL_PARTS)
+        d_hidden, d_weight, d_bias = gradients(output.loss, student)
+        assert (d_hidden[~keep] == 0).all()
+        kept, kept_teacher = sides(device=device, lead=(int(keep.sum()),))
+        for side, whole in ((kept, student), (kept_teacher, teacher)):
+            side.weight, side.bias = whole.weight, whole.bias
+            side.hidden = whole.hidden.detach()[keep].requires_grad_(side is kept)
+        wanted = call(kept, kept_teacher, labels[keep], **keywords, **ALL_PARTS)
+        loss = output.loss
+        if reduction == "none":
+            assert (loss[~keep] == 0).all()
+            loss = loss[keep]
+        torch.testing.assert_close(loss, wanted.loss)
+        torch.testing.assert_close(
+            (d_hidden[keep], d_weight, d_bias), gradients(wanted.loss, kept), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_teacher_row_outside_the_mask_does_not_matter(backend, device):
+    # the row has a label, so the student's side of it is used and the teacher's is not
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "all", device)
+    mask = make_mask(LEAD, "some", device)
+    keywords = {"mask": mask, "chunk_rows": 4, "backend": backend, **ALL_PARTS}
+    wanted = call(student, teacher, labels, **keywords)
+    wanted_gradients = gradients(wanted.loss, student)
+    teacher.hidden[~mask] = NAN
+    output = call(student, teacher, labels, **keywords)
+    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(gradients(output.loss, student), wanted_gradients)
+
+
+def test_nan_row_leaves_the_other_rows_alone(backend, device):
+    student, teacher = sides(device=device)
+    keywords = {"reduction": "none", "chunk_rows": 4, "backend": backend}
+    clean = call(student, teacher, **keywords)
+    with torch.no_grad():
+        student.hidden[0, 1] = NAN
+    output = call(student, teacher, **keywords)
+    nan = torch.zeros(LEAD, dtype=torch.bool, device=device)
+    nan[0, 1] = True
+    assert torch.equal(output.loss.isnan(), nan)
+    torch.testing.assert_close(output.loss[~nan], clean.loss[~nan])
+    assert torch.equal(gradients(output.loss, student)[0].isnan().all(-1), nan)
+
+
+def test_banned_tokens_add_nothing(backend, device):
+    # a bias of -inf in both heads: columns that are -inf in both rows
+    student, teacher = sides(device=device)
+    with torch.no_grad():
+        student.bias[[2, 20]], teacher.bias[[2, 20]] = -INF, -INF
+    for divergence in DIVERGENCES:
+        output, got = compare(
+            student, teacher, divergence=divergence, chunk_rows=4, backend=backend
+        )
+        assert output.loss.isfinite()
+        assert all(x.isfinite().all() for x in got)
+        assert (got[1][[2, 20]] == 0).all()
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (7,), (2, 1, 3)], ids=str)
+def test_any_leading_shape_equals_materialised(backend, device, lead):
+    student, teacher = sides(device=device, lead=lead)
+    for reduction in REDUCTIONS:
+        output, got = compare(
+            student,
+            teacher,
+            make_labels(lead, VOCAB, "all", device),
+            mask=make_mask(lead, "all", device),
+            reduction=reduction,
+            chunk_rows=2,
+            backend=backend,
+            **ALL_PARTS,
+        )
+        wanted = lead if reduction == "none" else ()
+        assert all(part.shape == wanted for part in output)
+        assert got[0].shape == student.hidden.shape
+
+
+@pytest.mark.parametrize("chunk_rows", [1, "auto"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_to_do_gives_zero_and_zero_gradients(backend, device, reduction, chunk_rows):
+    keywords = {"reduction": reduction, "chunk_rows": chunk_rows, "backend": backend, **ALL_PARTS}
+    for lead in ((0,), (2, 0), (3,)):  # empty batches, and one in which everything is left out
+        student, teacher = sides(device=device, lead=lead)
+        labels = torch.full(lead, IGNORE, device=device)
+        mask = torch.zeros(lead, device=device)
+        output = call(student, teacher, labels, mask=mask, **keywords)
+        assert output.loss.shape == (lead if reduction == "none" else ())
+        assert all((part == 0).all() for part in output)
+        for leaf, gradient in zip(student.leaves(), gradients(output.loss, student), strict=True):
+            assert gradient.shape == leaf.shape
+            assert (gradient == 0).all()
+
+
+def test_memory_layout_does_not_matter(backend, device):
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    wanted, wanted_gradients = compare(student, teacher, labels, backend=backend, **ALL_PARTS)
+    for side in (student, teacher):
+        hidden, weight = side.hidden.detach(), side.weight.detach()
+        side.hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+        side.weight = weight.T.contiguous().T
+        side.bias = torch.stack([side.bias.detach(), torch.full_like(side.bias, NAN)], -1)[:, 0]
+    for leaf in student.leaves():
+        leaf.requires_grad_()
+    output = call(student, teacher, labels, chunk_rows=3, backend=backend, **ALL_PARTS)
+    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(output.loss, student), wanted_gradients, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_expanded_hidden_states_accumulate_their_gradient(backend, device):
+    student, teacher = sides(device=device)
+    with torch.no_grad():
+        row = student.hidden[:, :1].clone()
+    row.requires_grad_()
+    keywords = {"reduction": "sum", "chunk_rows": 4, "backend": backend}
+    student.hidden = row.expand(*LEAD, 8)
+    (got,) = torch.autograd.grad(call(student, teacher, **keywords).loss, row)
+    student.hidden = student.hidden.detach().clone().requires_grad_()
+    wanted = gradients(call(student, teacher, **keywords).loss, student)[0]
+    torch.testing.assert_close(got, wanted.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+def test_half_precision_keeps_its_dtype_and_stays_near_the_truth(backend, device, dtype):
+    student, teacher = sides(device=device, dtype=dtype)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    output = call(student, teacher, labels, chunk_rows=4, backend=backend, **ALL_PARTS)
+    assert all(part.dtype == FP32 for part in output)
+    got = gradients(output.loss, student)
+    assert all(x.dtype == dtype for x in got)
+    plain = distillation_loss(
+        student.logits(), teacher.logits(), labels, backend="torch", **ALL_PARTS
+    )
+    plain_gradients = gradients(plain.loss, student)
+    for side in (student, teacher):
+        for name in ("hidden", "weight", "bias"):
+            value = getattr(side, name).detach().double().cpu()
+            setattr(side, name, value.requires_grad_(side is student))
+    exact = distillation_loss(
+        student.logits(), teacher.logits(), labels.cpu(), backend="torch", **ALL_PARTS
+    )
+    off = (plain.loss.double().cpu() - exact.loss).abs().item()
+    eps = torch.finfo(dtype).eps
+    assert_within("loss", output.loss, exact.loss.detach(), 2 * off + eps * exact.loss.item())
+    names = ("hidden", "weight", "bias")
+    for name, a, b, c in zip(
+        names, got, gradients(exact.loss, student), plain_gradients, strict=True
+    ):
+        assert_max_norm(name, a, b, c, 2 * eps)
+
+
+def test_dtypes_of_the_two_sides_may_differ(backend, device):
+    student, teacher = sides(device=device, student={"dtype": BF16})
+    _, got = compare(student, teacher, chunk_rows=4, backend=backend, rtol=2e-2, atol=1e-2)
+    assert all(x.dtype == BF16 for x in got)
+
+
+@pytest.mark.parametrize("chunk_rows", [3, "auto"])
+def test_autocast_computes_in_bf16_and_returns_the_parameters_dtype(backend, device, chunk_rows):
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    keywords = {"backend": backend, **ALL_PARTS}
+    full = call(student, teacher, labels, **keywords)
+    with torch.autocast(device, dtype=BF16):
+        output = call(student, teacher, labels, chunk_rows=chunk_rows, **keywords)
+        logits = [
+            torch.nn.functional.linear(side.hidden, side.weight, side.bias)
+            for side in (student, teacher)
+        ]
+        assert logits[0].dtype == BF16
+        wanted = distillation_loss(*logits, labels, **keywords)
+    assert output.loss.dtype == FP32
+    got = gradients(output.loss, student)
+    assert all(x.dtype == FP32 for x in got)
+    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-2, atol=5e-3)
+    for a, b in zip(got, gradients(wanted.loss, student), strict=True):
+        assert (a - b).abs().max() <= 0.03 * b.abs().max()
+    # it did follow autocast: fp32 would land far closer to the full computation
+    assert abs(output.loss - full.loss) > 1e-6 * full.loss
+
+
+def test_weight_gradient_of_many_chunks_is_accumulated_in_fp32(backend, device):
+    # 256 chunks added up in bf16 lose what is below the running sum's last bit
+    lead, width, vocab = (256,), 4, 8
+    student = Side(width, vocab=vocab, lead=lead, dtype=BF16, device=device, requires_grad=True)
+    teacher = Side(width, vocab=vocab, lead=lead, seed=5, dtype=BF16, device=device)
+    with torch.no_grad():  # gradients of one sign, so that the sum grows
+        student.hidden.abs_()
+        student.bias[0] += 3
+    keywords = {"reduction": "sum", "backend": backend}
+    one = gradients(call(student, teacher, chunk_rows=256, **keywords).loss, student)
+    many = gradients(call(student, teacher, chunk_rows=1, **keywords).loss, student)
+    for a, b in zip(many[1:], one[1:], strict=True):
+        assert (a - b).abs().max() <= 2.0**-7 * b.abs().max()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        *({"divergence": name} for name in DIVERGENCES),
+        {**ALL_PARTS, "logit_scale": (0.7, 1.3), "logit_softcap": (2.0, 5.0)},
+        {"divergence": "jsd", "jsd_beta": 0.3, "logit_softcap": 3.0, "ce_weight": 1.0},
+    ],
+    ids=["forward", "reverse", "jsd", "all+scale+softcap", "jsd+softcap"],
+)
+def test_gradcheck_in_float64(keywords, reduction):
+    student, teacher = sides(lead=(3,), vocab=6, dtype=FP64, student={"vocab": 7})
+    labels, mask = make_labels((3,), 6, "some"), make_mask((3,), "float")
+
+    def loss(hidden, weight, bias):
+        side = Side(1)
+        side.hidden, side.weight, side.bias = hidden, weight, bias
+        return call(
+            side,
+            teacher,
+            labels,
+            mask=mask,
+            vocab_size=6,
+            temperature=1.7,
+            chunk_rows=2,
+            reduction=reduction,
+            backend="torch",
+            **keywords,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, student.leaves())
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+def test_gradcheck_of_an_ensemble_in_float64(mode):
+    student, teacher = sides(lead=(3,), vocab=6, dtype=FP64)
+    other = Side(5, lead=(3,), vocab=6, dtype=FP64, seed=9)
+
+    def loss(hidden, weight, bias):
+        side = Side(1)
+        side.hidden, side.weight, side.bias = hidden, weight, bias
+        return call(
+            side,
+            [teacher, other],
+            teacher_weights=[1.0, 3.0],
+            ensemble=mode,
+            chunk_rows=2,
+            backend="torch",
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, student.leaves())
+
+
+# Ensembles
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("weights", [None, [0.25, 0.75], [2.0, 6.0]], ids=str)
+@pytest.mark.parametrize("chunk_rows", [3, "auto"])
+def test_ensemble_equals_combined_logits(backend, device, mode, weights, chunk_rows):
+    student, teacher = sides(device=device)
+    other = Side(5, seed=9, device=device)  # teachers have widths of their own
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    parts = ALL_PARTS if mode == "logit" else {"kd_weight": 5.0, "ce_weight": 2.0}
+    combined = combine_teachers(
+        [teacher.logits(), other.logits()], weights, temperature=3.0, mode=mode
+    )
+    for divergence in DIVERGENCES:
+        keywords = {
+            "temperature": 3.0,
+            "divergence": divergence,
+            "mask": make_mask(LEAD, "float", device),
+            "backend": backend,
+            **parts,
+        }
+        wanted = distillation_loss(student.logits(), combined, labels, **keywords)
+        output = call(
+            student,
+            [teacher, other],
+            labels,
+            teacher_weights=weights,
+            ensemble=mode,
+            chunk_rows=chunk_rows,
+            **keywords,
+        )
+        torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            gradients(output.loss, student), gradients(wanted.loss, student), rtol=1e-4, atol=2e-5
+        )
+
+
+def test_ensemble_of_twins_equals_the_one(backend, device):
+    student, teacher = sides(device=device)
+    wanted = call(student, teacher, backend=backend)
+    for mode in ("probability", "logit"):
+        output = call(student, (teacher, teacher), ensemble=mode, backend=backend)
+        torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+def test_ensemble_members_may_be_padded_and_scaled(backend, device, mode):
+    student, teacher = sides(device=device, teacher={"vocab": 25})
+    other = Side(5, vocab=30, seed=9, device=device)
+    other.weight[VOCAB:] = NAN
+    combined = combine_teachers(
+        [x.logits(0.5, 4.0)[..., :VOCAB] for x in (teacher, other)], temperature=2.0, mode=mode
+    )
+    wanted = distillation_loss(student.logits(2.0), combined, backend=backend)
+    output = call(
+        student,
+        [teacher, other],
+        ensemble=mode,
+        vocab_size=VOCAB,
+        logit_scale=(2.0, 0.5),
+        logit_softcap=(None, 4.0),
+        chunk_rows=4,
+        backend=backend,
+    )
+    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(output.loss, student), gradients(wanted.loss, student), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+def test_ensemble_member_of_weight_zero_is_ignored(backend, device, mode):
+    student, teacher = sides(device=device)
+    silent = Side(5, seed=9, device=device)
+    silent.hidden.fill_(NAN)
+    wanted = call(student, teacher, backend=backend)
+    output = call(
+        student, [teacher, silent], teacher_weights=[2.0, 0.0], ensemble=mode, backend=backend
+    )
+    torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-4, atol=1e-5)
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden+bias", "weight+bias"])
+def test_only_what_requires_grad_gets_one(backend, device, trained):
+    # a frozen head (tied to frozen embeddings) costs no dW and gets none
+    student, teacher = sides(device=device)
+    wanted = dict(
+        zip(
+            ("hidden", "weight", "bias"),
+            gradients(call(student, teacher, chunk_rows=4, backend=backend).loss, student),
+            strict=True,
+        )
+    )
+    for name in wanted:
+        getattr(student, name).requires_grad_(name in trained.split("+"))
+    call(student, teacher, chunk_rows=4, backend=backend).loss.backward()
+    for name, gradient in wanted.items():
+        if name in trained.split("+"):
+            torch.testing.assert_close(getattr(student, name).grad, gradient)
+        else:
+            assert getattr(student, name).grad is None
+
+
+def test_no_grad_gives_the_same_loss_without_a_graph(backend, device):
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    keywords = {"chunk_rows": 4, "backend": backend, **ALL_PARTS}
+    wanted = call(student, teacher, labels, **keywords)
+    with torch.no_grad():
+        output = call(student, teacher, labels, **keywords)
+    assert not output.loss.requires_grad
+    torch.testing.assert_close(tuple(output), tuple(wanted))
+    for leaf in student.leaves():
+        leaf.requires_grad_(False)
+    assert not call(student, teacher, labels, **keywords).loss.requires_grad
+
+
+def test_teacher_head_is_detached(backend, device):
+    # a model's parameters require grad by default: no error, and no gradient either
+    student, teacher = sides(device=device)
+    wanted = call(student, teacher, backend=backend)
+    wanted_gradients = gradients(wanted.loss, student)
+    teacher.weight.requires_grad_()
+    teacher.bias.requires_grad_()
+    for teachers in (teacher, [teacher, teacher]):
+        output = call(student, teachers, backend=backend)
+        output.loss.backward()
+        assert teacher.weight.grad is None
+        assert teacher.bias.grad is None
+        torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.weight.grad, 2 * wanted_gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_hidden_that_requires_grad_is_told_to_detach(backend, device):
+    student, teacher = sides(device=device)
+    other = Side(5, seed=9, device=device)
+    teacher.hidden.requires_grad_()
+    for teachers in (teacher, [other, teacher]):
+        with pytest.raises(ValueError, match=r"teacher_hidden.*\.detach\(\)"):
+            call(student, teachers, backend=backend)
+
+
+def test_parts_are_detached(backend, device):
+    student, teacher = sides(device=device)
+    output = call(
+        student, teacher, make_labels(LEAD, VOCAB, "all", device), backend=backend, **ALL_PARTS
+    )
+    assert output.loss.requires_grad
+    assert not any(getattr(output, part).requires_grad for part in PARTS)
+
+
+def test_second_backward_over_a_retained_graph_is_the_same(backend, device):
+    student, teacher = sides(device=device)
+    loss = call(student, teacher, chunk_rows=4, backend=backend).loss
+    first, second, third = (
+        torch.autograd.grad(loss, student.leaves(), torch.full_like(loss, x), retain_graph=True)
+        for x in (1.0, 3.0, 1.0)
+    )
+    torch.testing.assert_close(second, tuple(3 * x for x in first))
+    assert_same(third, first)
+
+
+@pytest.mark.parametrize("upstream_needs_grad", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_raises(backend, device, reduction, upstream_needs_grad):
+    student, teacher = sides(device=device)
+    loss = call(student, teacher, reduction=reduction, backend=backend).loss
+    upstream = torch.ones_like(loss, requires_grad=upstream_needs_grad)
+
+    def penalise():
+        got = torch.autograd.grad(loss, student.leaves(), upstream, create_graph=True)
+        (sum(x.square().sum() for x in got) + student.weight.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"(?i)double|twice|second"):
+        penalise()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inputs_are_bit_identical_afterwards(backend, device, inplace):
+    # inplace_backward may only spend the logits, which are the call's own here
+    student, teacher = sides(device=device)
+    labels, mask = make_labels(LEAD, VOCAB, "some", device), make_mask(LEAD, "float", device)
+    inputs = [*student.leaves(), *teacher.leaves(), labels, mask]
+    before = [x.detach().clone() for x in inputs]
+    wanted = gradients(call(student, teacher, labels, mask=mask, backend=backend).loss, student)
+    output = call(
+        student,
+        teacher,
+        labels,
+        mask=mask,
+        inplace_backward=inplace,
+        chunk_rows=4,
+        backend=backend,
+    )
+    torch.testing.assert_close(gradients(output.loss, student), wanted, rtol=1e-4, atol=1e-5)
+    assert_same([x.detach() for x in inputs], before)
+
+
+@pytest.mark.parametrize("chunk_rows", [7, "auto"])
+def test_two_runs_are_bitwise_the_same(backend, device, chunk_rows):
+    student, teacher = sides(device=device, lead=(40,), vocab=300, dtype=BF16)
+    labels = make_labels((40,), 300, "some", device)
+    runs = []
+    for _ in range(2):
+        output = call(student, teacher, labels, chunk_rows=chunk_rows, backend=backend, **ALL_PARTS)
+        runs.append([*(x.detach() for x in output), *gradients(output.loss, student)])
+    assert_same(*runs)
+
+
+def largest_allocation(function):
+    """Bytes of the largest single allocation while function runs, wherever it happens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's own
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            function()
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_whole_logits_are_never_held(backend, device):
+    # "never holds (N, V) of anything", not even a byte per logit
+    if device != "cpu":
+        pytest.skip("the allocations that are counted are the CPU's")
+    rows, vocab, chunk = 512, 400, 16
+    student, teacher = sides(lead=(rows,), vocab=vocab)
+    labels = make_labels((rows,), vocab, "some")
+
+    def fused():
+        output = call(student, teacher, labels, chunk_rows=chunk, backend=backend, **ALL_PARTS)
+        gradients(output.loss, student)
+
+    fused()
+    assert largest_allocation(lambda: student.logits()) >= 4 * rows * vocab  # the ruler works
+    assert largest_allocation(fused) < rows * vocab
+
+
+def test_gradient_is_scaled_before_it_is_rounded(backend, device):
+    # a loss scale of 2^20 meets a divisor of 2^20; between them fp16 would flush to 0
+    student, teacher = sides(device=device, dtype=FP16)
+    big = torch.tensor(2.0**20, device=device)
+    keywords = {"chunk_rows": 4, "backend": backend}
+    wanted = gradients(call(student, teacher, reduction="sum", **keywords).loss, student)
+    loss = call(student, teacher, kd_normalizer=big, **keywords).loss
+    got = gradients(loss, student, big)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() <= 2.0**-8 * b.abs().max()
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("teachers", ["one", "ensemble"])
+@pytest.mark.parametrize("chunk_rows", [4, "auto"])
+def test_compiled_call_equals_eager(backend, device, teachers, chunk_rows):
+    student, teacher = sides(device=device)
+    other = Side(5, seed=9, device=device)
+    labels, mask = make_labels(LEAD, VOCAB, "some", device), make_mask(LEAD, "float", device)
+    teacher_hidden = [teacher.hidden, other.hidden] if teachers == "ensemble" else teacher.hidden
+    teacher_weight = [teacher.weight, other.weight] if teachers == "ensemble" else teacher.weight
+
+    def loss(hidden, weight, bias, labels, mask):
+        return linear_distillation_loss(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=bias,
+            mask=mask,
+            ce_weight=1.0,
+            logit_softcap=9.0,
+            chunk_rows=chunk_rows,
+            backend=backend,
+        )
+
+    torch._dynamo.reset()
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted = loss(*student.leaves(), labels, mask)
+    output = fast(*student.leaves(), labels, mask)
+    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(gradients(output.loss, student), gradients(wanted.loss, student))
+
+
+# Bad calls
+
+
+@pytest.fixture
+def spoil(backend, device):
+    """Expect a ValueError with some words in it, from one spoilt argument of a good call."""
+    student, teacher = sides(device=device)
+    arguments = {
+        "student_hidden": student.hidden,
+        "student_weight": student.weight,
+        "teacher_hidden": teacher.hidden,
+        "teacher_weight": teacher.weight,
+        "labels": make_labels(LEAD, VOCAB, "all", device),
+        "student_bias": student.bias,
+        "teacher_bias": teacher.bias,
+        "ce_weight": 1.0,
+        "backend": backend,
+    }
+    linear_distillation_loss(**arguments)
+
+    def spoil(*words, **changes):
+        with pytest.raises(ValueError) as caught:
+            linear_distillation_loss(**{**arguments, **changes})
+        missing = [word for word in words if str(word) not in str(caught.value)]
+        assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+    return spoil
+
+
+def test_wrong_shapes_are_refused_with_both_sizes(spoil, device):
+    def ones(*shape):
+        return torch.ones(*shape, device=device)
+
+    spoil("student_weight", 8, 9, student_weight=ones(VOCAB, 9))
+    spoil("teacher_weight", 12, 13, teacher_weight=ones(VOCAB, 13))
+    spoil("student_weight", student_weight=ones(8))
+    spoil("teacher_weight", teacher_weight=ones(1, VOCAB, 12))
+    spoil("student_bias", VOCAB, 22, student_bias=ones(22))
+    spoil("teacher_bias", VOCAB, 22, teacher_bias=ones(22))
+    spoil("student_bias", student_bias=ones(VOCAB, 1))
+    spoil("teacher_hidden", "5, 2", teacher_hidden=ones(5, 2, 12))
+    spoil("labels", "5, 2", labels=ones(5, 2).long())
+    spoil("mask", "5, 2", mask=ones(5, 2))
+    spoil("vocab_size", VOCAB, 25, teacher_weight=ones(25, 12), teacher_bias=None)
+    spoil("vocab_size", VOCAB, 99, vocab_size=99)
+    spoil("student_hidden", student_hidden=torch.tensor(1.0, device=device))
+
+
+def test_wrong_dtypes_and_devices_are_refused(spoil, device):
+    for name, shape in {
+        "student_hidden": (*LEAD, 8),
+        "student_weight": (VOCAB, 8),
+        "teacher_hidden": (*LEAD, 12),
+        "teacher_weight": (VOCAB, 12),
+        "student_bias": (VOCAB,),
+        "teacher_bias": (VOCAB,),
+    }.items():
+        spoil(name, "int64", **{name: torch.ones(shape, dtype=torch.int64, device=device)})
+        spoil(name, "meta", **{name: torch.ones(shape, device="meta")})
+    spoil("labels", "float32", labels=torch.ones(LEAD, device=device))
+    spoil("mask", "int64", mask=torch.ones(LEAD, dtype=torch.int64, device=device))
+
+
+@pytest.mark.parametrize("value", [0, -3, "many", 2.5], ids=str)
+def test_wrong_chunk_rows_are_refused(spoil, value):
+    spoil("chunk_rows", value, chunk_rows=value)
+
+
+def test_the_losses_own_errors_are_kept(spoil):
+    spoil("temperature", "0.0", temperature=0.0)
+    spoil("kd_weight", "-1.0", kd_weight=-1.0)
+    spoil("kd_weight", kd_weight=0.0, ce_weight=0.0)
+    spoil("labels", "ce_weight", labels=None)
+    spoil("kd_normalizer", "mean", "sum", kd_normalizer=3, reduction="sum")
+    spoil("divergence", "tv", divergence="tv")
+    spoil("jsd_beta", "1.0", divergence="jsd", jsd_beta=1.0)
+    spoil("reduction", "avg", reduction="avg")
+    spoil("backend", "numpy", backend="numpy")
+
+
+def test_label_out_of_range_is_refused_on_a_cpu(spoil, device):
+    if device != "cpu":
+        pytest.skip("a GPU makes the row NaN instead")
+    labels = make_labels(LEAD, VOCAB, "all")
+    labels[1, 2] = 23
+    spoil("labels", 23, labels=labels)
+    labels[1, 2] = 20
+    spoil("labels", 20, labels=labels, vocab_size=19)
+
+
+def test_bad_ensembles_are_refused(spoil, device):
+    _, teacher = sides(device=device)
+    pair = {
+        "teacher_hidden": [teacher.hidden] * 2,
+        "teacher_weight": [teacher.weight] * 2,
+        "teacher_bias": [teacher.bias] * 2,
+    }
+    # probabilities have no logits: a squared or a cosine distance to them means nothing
+    spoil("mse", "probability", mse_weight=1.0, ensemble="probability", **pair)
+    spoil("cos", "probability", cos_weight=1.0, ensemble="probability", **pair)
+    spoil("ensemble", "mean", ensemble="mean", **pair)
+    spoil("teacher_weight", 2, 1, **{**pair, "teacher_weight": [teacher.weight]})
+    spoil("teacher_bias", 2, 1, **{**pair, "teacher_bias": [teacher.bias]})
+    spoil("teacher_weights", 2, 3, teacher_weights=[1.0, 1.0, 1.0], **pair)
+    spoil("teacher_weights", "-1.0", teacher_weights=[2.0, -1.0], **pair)
+    spoil("teacher_weights", "nan", teacher_weights=[1.0, NAN], **pair)
+    spoil("teacher_weights", teacher_weights=[0.0, 0.0], **pair)
+    empty = {"teacher_hidden": [], "teacher_weight": [], "teacher_bias": None}
+    spoil("teacher_hidden", **empty)
+
+
+def test_mse_with_a_logit_ensemble_is_allowed(backend, device):
+    student, teacher = sides(device=device)
+    output = call(
+        student,
+        [teacher, teacher],
+        ensemble="logit",
+        kd_weight=0.0,
+        mse_weight=1.0,
+        cos_weight=1.0,
+        backend=backend,
+    )
+    wanted = call(student, teacher, kd_weight=0.0, mse_weight=1.0, cos_weight=1.0, backend=backend)
+    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=1e-5)
