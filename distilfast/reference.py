@@ -65,7 +65,7 @@ def divergence(
     p, q = log_p.exp().clamp_min(tiny), log_q.exp()
     if kind == "forward_kl":
         loss = (p * (log_p - log_q)).masked_fill(p_is_0, 0).sum(-1)
-        grad = q - p.masked_fill(p_is_0, 0) if gradient else None
+        grad = q.sub_(p.masked_fill_(p_is_0, 0)) if gradient else None
     elif kind == "reverse_kl":
         log_ratio = (log_q - log_p).masked_fill(q_is_0, 0)
         loss = (q.clamp_min(tiny) * log_ratio).sum(-1)
@@ -81,7 +81,7 @@ def divergence(
         kl_q_m = (q * q_over_m).sum(-1)
         loss = beta * (p * p_over_m).sum(-1) + (1 - beta) * kl_q_m
         grad = (1 - beta) * q * (q_over_m - kl_q_m[:, None]) if gradient else None
-    return Term(temperature**2 * loss, None if grad is None else temperature * grad)
+    return Term(temperature**2 * loss, None if grad is None else grad.mul_(temperature))
 
 
 def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
@@ -94,7 +94,7 @@ def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
         return Term(loss, None)
     grad = log_q.exp()
     grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
-    return Term(loss, grad.masked_fill(~valid[:, None], math.nan))
+    return Term(loss, grad.masked_fill_(~valid[:, None], math.nan))
 
 
 def cosine_distance(s: Tensor, t: Tensor, gradient: bool) -> Term:
@@ -150,25 +150,25 @@ def distillation(
     compute = accumulation_dtype(student, teacher)
     s, t = student[:, :vocab].to(compute), teacher[:, :vocab].to(compute)
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
-    total = torch.zeros_like(s) if gradient is not None else None
+    total: Tensor | None = None
 
     def add(part: str, weight: float, used: Tensor | None, scale: Tensor, term: Term) -> None:
+        """Take a term in, times the row weights ``used``. A row of weight 0 is overwritten with 0:
+        a product would keep its NaN."""
+        nonlocal total
         loss, grad = term
-        if used is not None:  # a number: * 0 would keep the NaN of a row that is left out
-            loss = (loss * used).masked_fill(used == 0, 0)
-        rows[PARTS.index(part)] = loss
-        if total is not None and grad is not None:
-            scale = weight * scale.to(compute)
-            if used is not None:
-                scale = scale * used
-                grad = grad.masked_fill((used == 0)[:, None], 0)
-            total.add_(grad * (scale[:, None] if scale.ndim else scale))
+        rows[PARTS.index(part)] = loss if used is None else (loss * used).masked_fill(used == 0, 0)
+        if grad is None:
+            return
+        scale = weight * scale.to(compute) if used is None else weight * scale.to(compute) * used
+        grad.mul_(scale[:, None] if scale.ndim else scale)
+        if used is not None:
+            grad.masked_fill_((used == 0)[:, None], 0)
+        total = grad if total is None else total.add_(grad)
 
-    wanted = total is not None
+    wanted = gradient is not None
     if options.kd_weight:
-        term = divergence(
-            s, t, options.temperature, options.divergence, options.jsd_beta, wanted
-        )
+        term = divergence(s, t, options.temperature, options.divergence, options.jsd_beta, wanted)
         add("kd", options.kd_weight, mask, kd_scale, term)
     if options.ce_weight and labels is not None:
         labelled = labels != options.ignore_index
@@ -178,9 +178,9 @@ def distillation(
         add("cos", options.cos_weight, mask, kd_scale, cosine_distance(s, t, wanted))
     if options.mse_weight:
         add("mse", options.mse_weight, mask, kd_scale, squared_error(s, t, wanted))
-    if gradient is not None and total is not None:
-        gradient[:, :vocab].copy_(total)
-        gradient[:, vocab:].zero_()
+    if gradient is not None:
+        gradient[:, :vocab] = 0 if total is None else total
+        gradient[:, vocab:] = 0
     return rows
 
 

@@ -302,6 +302,42 @@ def test_nothing_to_average_gives_zero(backend, device, reduction):
 # Autograd
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_is_scaled_before_it_is_rounded(backend, device, reduction):
+    # a loss scale of 2^20 meets a divisor of 2^20; between the two fp16 would flush to 0
+    student, teacher = logits_pair((3, 40), dtypes=(FP16, FP16), device=device)
+    big = torch.tensor(2.0**20, device=device)
+    if reduction == "mean":
+        arguments = {"normalizer": big, "grad_output": big}
+    else:
+        arguments = {"mask": torch.full((3,), 1 / big.item(), device=device)}
+        arguments["grad_output"] = big.expand(3)
+    _, gradient = parity(student, teacher, reduction=reduction, backend=backend, **arguments)
+    assert (gradient != 0).float().mean() > 0.9
+
+
+def test_only_layers_that_require_grad_get_one(backend, device):
+    # frozen embeddings: the first hidden state of a model may not be trained
+    pairs = [logits_pair((3, 9), seed=i, device=device) for i in range(3)]
+    students = [s.clone().requires_grad_(i != 1) for i, (s, _) in enumerate(pairs)]
+    hidden_cosine_loss(students, [t for _, t in pairs], backend=backend).backward()
+    assert students[1].grad is None
+    for i in (0, 2):
+        _, wanted = run(*pairs[i], backend=backend)
+        torch.testing.assert_close(students[i].grad, wanted / 3)
+
+
+def test_loss_without_gradient_is_the_same(backend, device):
+    student, teacher = logits_pair((3, 9), device=device)
+    wanted, _ = run(student, teacher, backend=backend)
+    plain = hidden_cosine_loss(student, teacher, backend=backend)
+    with torch.no_grad():
+        guarded = hidden_cosine_loss(student.requires_grad_(), teacher, backend=backend)
+    for loss in (plain, guarded):
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, wanted.detach())
+
+
 def test_inputs_are_bit_identical_and_runs_repeat(backend, device):
     student, teacher = logits_pair((40, 300), dtypes=(BF16, BF16), device=device)
     mask = make_mask((40,), "float", device)

@@ -312,8 +312,9 @@ def test_scale_and_softcap_equal_materialised(backend, device, logit_scale, logi
     ("student_vocab", "teacher_vocab"), [(28, 23), (23, 28), (28, 25), (28, 28)]
 )
 @pytest.mark.parametrize("bad", [NAN, 1e4], ids=str)
+@pytest.mark.parametrize("logit_softcap", [None, 3.0], ids=["plain", "softcap"])
 def test_padded_heads_contribute_nothing_whatever_they_hold(
-    backend, device, student_vocab, teacher_vocab, bad
+    backend, device, student_vocab, teacher_vocab, bad, logit_softcap
 ):
     # 0 * NaN in the product with the padded rows of the head would reach every hidden state
     student, teacher = sides(
@@ -330,7 +331,12 @@ def test_padded_heads_contribute_nothing_whatever_they_hold(
             cut = full[:VOCAB].clone().requires_grad_(side is student)
             setattr(narrow, name, cut)
     labels = make_labels(LEAD, VOCAB, "some", device)
-    keywords = {"chunk_rows": 4, "backend": backend, **ALL_PARTS}
+    keywords = {
+        "chunk_rows": 4,
+        "backend": backend,
+        "logit_softcap": logit_softcap,
+        **ALL_PARTS,
+    }
     wanted, wanted_gradients = compare(narrow_student, narrow_teacher, labels, **keywords)
     output = call(student, teacher, labels, vocab_size=VOCAB, **keywords)
     torch.testing.assert_close(tuple(output), tuple(wanted))
@@ -345,8 +351,9 @@ def test_padded_heads_contribute_nothing_whatever_they_hold(
 
 @pytest.mark.parametrize("bad", [NAN, INF], ids=str)
 @pytest.mark.parametrize("chunk_rows", [1, 4, "auto"])
+@pytest.mark.parametrize("logit_softcap", [None, 3.0], ids=["plain", "softcap"])
 def test_rows_that_nothing_needs_contribute_nothing_whatever_they_hold(
-    backend, device, chunk_rows, bad
+    backend, device, logit_softcap, chunk_rows, bad
 ):
     # padding tokens: their hidden states meet dW as 0 * NaN unless the rows are left out
     student, teacher = sides(device=device)
@@ -359,7 +366,12 @@ def test_rows_that_nothing_needs_contribute_nothing_whatever_they_hold(
     with torch.no_grad():
         student.hidden[~keep], teacher.hidden[~keep] = bad, bad
     for reduction in REDUCTIONS:
-        keywords = {"reduction": reduction, "chunk_rows": chunk_rows, "backend": backend}
+        keywords = {
+            "reduction": reduction,
+            "chunk_rows": chunk_rows,
+            "logit_softcap": logit_softcap,
+            "backend": backend,
+        }
         output = call(student, teacher, labels, mask=mask, **keywords, **ALL_PARTS)
         d_hidden, d_weight, d_bias = gradients(output.loss, student)
         assert (d_hidden[~keep] == 0).all()
@@ -376,6 +388,18 @@ def test_rows_that_nothing_needs_contribute_nothing_whatever_they_hold(
         torch.testing.assert_close(
             (d_hidden[keep], d_weight, d_bias), gradients(wanted.loss, kept), rtol=1e-4, atol=1e-5
         )
+
+
+def test_hard_labels_alone_do_not_read_the_teacher(backend, device):
+    student, teacher = sides(device=device)
+    labels = make_labels(LEAD, VOCAB, "some", device)
+    keywords = {"kd_weight": 0.0, "ce_weight": 1.0, "chunk_rows": 4, "backend": backend}
+    wanted = call(student, teacher, labels, **keywords)
+    wanted_gradients = gradients(wanted.loss, student)
+    teacher.hidden.fill_(NAN)
+    output = call(student, teacher, labels, **keywords)
+    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(gradients(output.loss, student), wanted_gradients)
 
 
 def test_teacher_row_outside_the_mask_does_not_matter(backend, device):
@@ -525,18 +549,21 @@ def test_dtypes_of_the_two_sides_may_differ(backend, device):
 
 
 @pytest.mark.parametrize("chunk_rows", [3, "auto"])
-def test_autocast_computes_in_bf16_and_returns_the_parameters_dtype(backend, device, chunk_rows):
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_autocast_computes_in_half_and_returns_the_parameters_dtype(
+    backend, device, dtype, chunk_rows
+):
     student, teacher = sides(device=device)
     labels = make_labels(LEAD, VOCAB, "some", device)
     keywords = {"backend": backend, **ALL_PARTS}
     full = call(student, teacher, labels, **keywords)
-    with torch.autocast(device, dtype=BF16):
+    with torch.autocast(device, dtype=dtype):
         output = call(student, teacher, labels, chunk_rows=chunk_rows, **keywords)
         logits = [
             torch.nn.functional.linear(side.hidden, side.weight, side.bias)
             for side in (student, teacher)
         ]
-        assert logits[0].dtype == BF16
+        assert logits[0].dtype == dtype
         wanted = distillation_loss(*logits, labels, **keywords)
     assert output.loss.dtype == FP32
     got = gradients(output.loss, student)
@@ -544,7 +571,7 @@ def test_autocast_computes_in_bf16_and_returns_the_parameters_dtype(backend, dev
     torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-2, atol=5e-3)
     for a, b in zip(got, gradients(wanted.loss, student), strict=True):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
-    # it did follow autocast: fp32 would land far closer to the full computation
+    # it did follow autocast: fp32 would agree with the full computation to seven digits
     assert abs(output.loss - full.loss) > 1e-6 * full.loss
 
 
@@ -873,11 +900,18 @@ def test_gradient_is_scaled_before_it_is_rounded(backend, device):
 # torch.compile
 
 
-@pytest.mark.parametrize("teachers", ["one", "ensemble"])
-@pytest.mark.parametrize("chunk_rows", [4, "auto"])
-def test_compiled_call_equals_eager(backend, device, teachers, chunk_rows):
-    student, teacher = sides(device=device)
-    other = Side(5, seed=9, device=device)
+@pytest.mark.parametrize(
+    ("teachers", "chunk_rows", "reduction", "dtype"),
+    [
+        ("one", 4, "mean", FP32),
+        ("one", "auto", "none", FP32),  # these two may take other ways through autograd
+        ("one", 4, "mean", FP16),
+        ("ensemble", "auto", "sum", FP32),
+    ],
+)
+def test_compiled_call_equals_eager(backend, device, teachers, chunk_rows, reduction, dtype):
+    student, teacher = sides(device=device, dtype=dtype)
+    other = Side(5, seed=9, device=device, dtype=dtype)
     labels, mask = make_labels(LEAD, VOCAB, "some", device), make_mask(LEAD, "float", device)
     teacher_hidden = [teacher.hidden, other.hidden] if teachers == "ensemble" else teacher.hidden
     teacher_weight = [teacher.weight, other.weight] if teachers == "ensemble" else teacher.weight
@@ -894,6 +928,7 @@ def test_compiled_call_equals_eager(backend, device, teachers, chunk_rows):
             ce_weight=1.0,
             logit_softcap=9.0,
             chunk_rows=chunk_rows,
+            reduction=reduction,
             backend=backend,
         )
 

@@ -225,6 +225,17 @@ def test_normalizers_replace_the_divisors(backend, device, kind):
     close(gradient, [[0.0, 2 / 8], [-p / 5, p / 5], [0.0, 6 / 8]])
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16, torch.float64], ids=str)
+def test_float_mask_may_have_any_dtype(backend, device, dtype):
+    student, teacher, _ = three_rows(device)
+    mask = torch.tensor([2.0, 0.5, 0.0], device=device, dtype=dtype)
+    output, gradient = run(
+        student, teacher, mask=mask, kd_weight=0.0, mse_weight=1.0, backend=backend
+    )
+    close(output.loss, (2 * 1 + 0.5 * 4) / 2.5)
+    assert output.loss.dtype == gradient.dtype == FP32
+
+
 def test_one_normalizer_leaves_the_other_divisor_alone(backend, device):
     student, teacher, ce = three_rows(device)
     labels = torch.tensor([0, 0, IGNORE], device=device)
@@ -970,12 +981,18 @@ def test_compiled_function_equals_eager(backend, device, divergence):
         torch.testing.assert_close(ours[1], eager[1])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_compiled_kd_alone_equals_eager(backend, device, reduction):
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_kd_alone_equals_eager(backend, device, reduction, inplace, dtype):
+    # half precision and inplace_backward may take other ways through autograd
     def loss(logits, teacher):
-        return distillation_loss(logits, teacher, reduction=reduction, backend=backend).loss.sum()
+        output = distillation_loss(
+            logits * 1, teacher, reduction=reduction, inplace_backward=inplace, backend=backend
+        )
+        return output.loss.sum()
 
-    student, teacher = logits_pair((2, 4, 12), dtypes=(BF16, BF16), device=device)
+    student, teacher = logits_pair((2, 4, 12), dtypes=(dtype, dtype), device=device)
     eager = value_and_grad(loss, student, teacher)
     ours = value_and_grad(compiled(loss), student, teacher)
     torch.testing.assert_close(ours, eager)

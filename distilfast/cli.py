@@ -1,0 +1,138 @@
+"""The command `distilfast`: train, prepare, check, recipes, demo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distilfast.config import RECIPES, Config, ConfigError, parse
+
+USAGE = """\
+usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
+
+  train     distil (as `deepspeed distilfast/train.py`, in one process)
+  prepare   make data.prepared from data.source
+  check     validate a configuration and print what a run would do
+  recipes   list the configurations that come with distilfast
+  demo      a real teacher, real text, three runs and a report [--full]
+
+`distilfast train --help` lists every key."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status (2: something in the arguments or inputs)."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("--help", "-h"):
+        print(USAGE)
+        return 0
+    if name == "train":
+        from distilfast import train
+
+        return train.main(rest)
+    commands = {"prepare": prepare, "check": check, "recipes": recipes, "demo": demo}
+    if name not in commands:
+        print(f"distilfast: unknown command {name!r}\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return commands[name](rest)
+    except ConfigError as error:
+        print(f"distilfast: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if "distilfast.engine" in sys.modules:
+            sys.modules["distilfast.engine"].finish()
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """Tokenise and count."""
+    config = parse(arguments, prog="distilfast prepare")
+    from distilfast import data, models
+
+    _, tokenizer = models.load_teachers(config.teachers)
+    folder = token_folder(config)
+    store = data.prepare(config, tokenizer, folder)
+    print(f"{folder}: {describe_store(store)}")
+    return 0
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Everything that `train` checks, and what it would do. Writes nothing."""
+    config = parse(arguments, prog="distilfast check")
+    from distilfast import data, models, names, train
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = config.batch.accumulation(ranks)
+    train.check_output(config, Path(config.output))
+    teachers, tokenizer = models.load_teachers(config.teachers)
+    train.check_teachers(config, teachers)
+    student = models.make_student(teachers[0].model, config.student, config.seed)
+    for teacher in teachers:
+        print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
+    kind = type(student).__name__
+    layers = models.layers_of(
+        config.student, getattr(teachers[0].model.config, models.family(teachers[0].model).n_layers)
+    )
+    print(f"student:  {kind}, {_millions(student)}, teacher's layers {layers}")
+    folder = token_folder(config)
+    if (folder / "store.json").is_file():
+        store = data.prepare(config, tokenizer, folder)
+        print(f"data:     {folder}: {describe_store(store)}")
+        passes = (config.epochs or 0) * len(store.train) / config.batch.sequences
+        steps = config.steps or max(1, int(passes))
+        print(f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs")
+    else:
+        if not config.sources:
+            raise ConfigError("data.source: expected a file, folder or hub name, got null")
+        for source in config.sources:
+            if not source.name.startswith("asset:"):
+                names.local_path("data.source", source.name)
+        print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
+        print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
+    print(
+        f"batch:    {config.batch.sequences} sequences = {ranks} ranks x {accumulation} "
+        f"micro-batches x {config.batch.micro_sequences}, {config.precision}"
+    )
+    print(f"output:   {config.output}")
+    return 0
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """List the configs with their first comment."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{path}\n    {comment}")
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """The demo."""
+    unknown = [a for a in arguments if a != "--full"]
+    if unknown:
+        raise ConfigError(f"demo: expected nothing or --full, got {unknown[0]!r}")
+    from distilfast import demo
+
+    return 0 if demo.main(full="--full" in arguments) else 1
+
+
+def token_folder(config: Config) -> Path:
+    return Path(config.data.prepared or Path(config.output) / "tokens")
+
+
+def describe_store(store: object) -> str:
+    from distilfast.data import Store
+
+    assert isinstance(store, Store)
+    tokens = {split: int(store.lengths(split).sum()) for split in ("train", "heldout")}
+    return (
+        f"{len(store.train):,} examples of {tokens['train']:,} tokens, "
+        f"{len(store.heldout):,} of {tokens['heldout']:,} held out"
+    )
+
+
+def _millions(model: object) -> str:
+    from torch import nn
+
+    assert isinstance(model, nn.Module)
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

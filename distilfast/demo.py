@@ -1,0 +1,172 @@
+"""The demo: a real encoder, real text, and what distillation buys.
+
+Three runs of the driver. `teacher` gives a six-layer encoder a masked-LM head; `distilled` makes a
+three-layer student of it by the triple loss; `undistilled` trains the same student on the same
+batches for as many steps with the labels alone. `report.html` holds the three side by side.
+
+    make demo            minutes
+    make demo FULL=1     the figures of the README
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilfast import __version__, models, train
+from distilfast import config as configs
+from distilfast.config import RECIPES, Config, parse
+from distilfast.evaluate import fill
+from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
+
+# Optimiser steps of the teacher's stage and of each student.
+STEPS = {"demo": (260, 160), "demo-full": (1500, 900)}
+UNDISTILLED = ("--loss.kd_weight=0", "--loss.hidden_cos_weight=0", "--loss.ce_weight=1")
+SENTENCES = (
+    "Paris is the [MASK] of France.",
+    "He was born in London and [MASK] in New York.",
+    "The war [MASK] in 1945.",
+    "Water is made of hydrogen and [MASK].",
+    "The book was [MASK] by a famous author.",
+    "The city has a [MASK] of two million people.",
+    "She won the Nobel [MASK] in physics.",
+    "The river flows into the [MASK].",
+)
+
+
+def distil(arguments: Sequence[str] = ()) -> Config | None:
+    """The demo's recipe: the teacher's head where it is missing, then the student. ``arguments``
+    override the student's configuration. None: stopped by a signal."""
+    config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
+    if config.teacher == "runs/demo/teacher/model" and not Path(config.teacher).exists():
+        if not train.run(parse(["--config", str(RECIPES / "demo-teacher.yaml")])):
+            return None
+    return config if train.run(config) else None
+
+
+def main(full: bool = False) -> Path | None:
+    """All three runs and the report, whose path is returned. None: stopped by a signal."""
+    began = time.monotonic()
+    name = "demo-full" if full else "demo"
+    root = Path("runs") / name
+    teacher_steps, student_steps = STEPS[name]
+    teacher = parse(
+        [
+            *("--config", str(RECIPES / "demo-teacher.yaml")),
+            f"--output={root / 'teacher'}",
+            f"--data.prepared={root / 'tokens'}",
+            f"--steps={teacher_steps}",
+        ]
+    )
+    if not train.run(teacher):
+        return None
+    runs = {}
+    for run, changes in (("distilled", ()), ("undistilled", UNDISTILLED)):
+        runs[run] = parse(
+            [
+                *("--config", str(RECIPES / "demo.yaml")),
+                *changes,
+                f"--teacher={root / 'teacher' / 'model'}",
+                f"--data.prepared={root / 'tokens'}",
+                f"--output={root / run}",
+                f"--steps={student_steps}",
+            ]
+        )
+        if not train.run(runs[run]):
+            return None
+    path = write_report(compare(teacher, runs), root / "report.html")
+    print(f"\nmodel:  {root / 'distilled' / 'model'}\nreport: {path}")
+    print(f"{time.monotonic() - began:.0f} s")
+    return path
+
+
+def compare(teacher: Config, runs: dict[str, Config]) -> Report:
+    """The runs side by side, from the files that they left."""
+    summaries = {name: _summary(config) for name, config in runs.items()}
+    teacher_summary, distilled = _summary(teacher), summaries["distilled"]
+    size = {"teacher": teacher_summary["parameters"], "student": distilled["parameters"]}
+    rows = [
+        _row("teacher", distilled["scores"]["teacher"], size["teacher"], teacher_summary),
+        *(_row(name, s["scores"]["student"], size["student"], s) for name, s in summaries.items()),
+        _row("untrained", distilled["scores"]["untrained student"], size["student"], None),
+    ]
+    print("\n" + table(rows))
+    losses = {row.name: row.eval_loss for row in rows}
+    verdict = "lower than" if losses["distilled"] < losses["undistilled"] else "not lower than"
+    return Report(
+        title=f"distilfast {__version__}: six layers to three",
+        lead=(
+            f"Held-out loss of the distilled student: {losses['distilled']:.3f}, {verdict} the "
+            f"{losses['undistilled']:.3f} of the same student trained for as many steps without a "
+            f"teacher."
+        ),
+        models=rows,
+        curves={
+            name: read_metrics(Path(config.output) / "metrics.jsonl")
+            for name, config in {"teacher": teacher, **runs}.items()
+        },
+        samples=_samples(teacher, runs),
+        facts={
+            "device": distilled["device"],
+            "teacher": "sentence-transformers/all-MiniLM-L6-v2 with a masked-LM head",
+            "text": "107 articles of the English Wikipedia, 5 % of them held out",
+            "seed": str(runs["distilled"].seed),
+        },
+        config=configs.to_yaml(runs["distilled"]),
+    )
+
+
+def table(rows: Sequence[ModelRow]) -> str:
+    """The report's table for a terminal, in Markdown."""
+    lines = [
+        "| model | parameters | held-out loss | accuracy | agrees with teacher | steps | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        agreement = "" if row.eval_agreement is None else f"{row.eval_agreement:.1%}"
+        seconds = "" if row.train_time_s is None else f"{row.train_time_s:.0f} s"
+        lines.append(
+            f"| {row.name} | {row.parameters / 1e6:.1f} M | {row.eval_loss:.3f} | "
+            f"{row.eval_accuracy:.1%} | {agreement} | {row.steps or ''} | {seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def _summary(config: Config) -> dict[str, Any]:
+    text = (Path(config.output) / "summary.json").read_text(encoding="utf-8")
+    summary: dict[str, Any] = json.loads(text)
+    return summary
+
+
+def _row(
+    name: str, scores: dict[str, Any], parameters: int, summary: dict[str, Any] | None
+) -> ModelRow:
+    return ModelRow(
+        name=name,
+        parameters=parameters,
+        size_mib=parameters * 4 / 2**20,
+        train_time_s=None if summary is None else summary["seconds"],
+        steps=None if summary is None else summary["steps"],
+        **scores,
+    )
+
+
+def _samples(teacher: Config, runs: dict[str, Config]) -> list[Sample]:
+    import transformers
+
+    load = transformers.AutoModelForMaskedLM.from_pretrained
+    folders = {"teacher": teacher, **runs}
+    loaded = {n: load(Path(c.output) / "model", dtype=torch.float32) for n, c in folders.items()}
+    config = runs["distilled"]
+    loaded["untrained"] = models.make_student(loaded["teacher"], config.student, config.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(teacher.output) / "model")
+    guesses = {name: fill(model.eval(), tokenizer, SENTENCES) for name, model in loaded.items()}
+    return [
+        Sample(text, {name: [Guess(*guess) for guess in g[i]] for name, g in guesses.items()})
+        for i, text in enumerate(SENTENCES)
+    ]
