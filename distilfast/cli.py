@@ -40,9 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 2
-    finally:
-        if "distilfast.engine" in sys.modules:
-            sys.modules["distilfast.engine"].finish()
 
 
 def prepare(arguments: Sequence[str]) -> int:

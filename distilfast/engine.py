@@ -11,6 +11,7 @@ What is done here and nowhere else:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -79,19 +80,16 @@ def start() -> World:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-        # Its shared-memory collectives would be compiled at the first run, for most of a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # No operator of its own is worth compiling: its shared-memory collectives alone would take
+        # most of a minute at the first run. Said before it looks, which calls the linker.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        atexit.register(torch.distributed.destroy_process_group)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def finish() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _import_deepspeed() -> Any:
@@ -153,7 +151,9 @@ class Engine:
             "steps_per_print": 2**31,
         }
         deepspeed = _import_deepspeed()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+        # It prints its memory at every turn, and imports what warns of its own deprecation.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module.to(world.device),
                 optimizer=optimizer,

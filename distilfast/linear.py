@@ -54,6 +54,11 @@ class Head:
     scale: float
     softcap: float
 
+    def trim(self, vocab_size: int) -> Head:
+        """Without the rows from ``vocab_size`` on."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return Head(self.weight[:vocab_size], bias, self.scale, self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V), a new tensor."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
@@ -109,10 +114,11 @@ def linear_distillation_op(
     check_values(labels, mask, options)
     distillation = backends.BACKENDS[backend].distillation
     student_scale, student_softcap, teacher_scale, teacher_softcap = heads
-    student = Head(student_weight, student_bias, student_scale, student_softcap)
+    # Padding is left out of the heads: whatever it holds, 0 * NaN included, it must add nothing.
+    student = Head(student_weight, student_bias, student_scale, student_softcap).trim(vocab_size)
     teachers = [
-        Head(w, teacher_bias[k] if teacher_bias else None, teacher_scale, teacher_softcap)
-        for k, w in enumerate(teacher_weight)
+        Head(w, b, teacher_scale, teacher_softcap).trim(vocab_size)
+        for w, b in zip(teacher_weight, teacher_bias or [None] * len(teacher_weight), strict=True)
     ]
     want_hidden, want_weight, want_bias = wanted
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
@@ -121,8 +127,11 @@ def linear_distillation_op(
     )
     d_hidden, d_weight, d_bias = _gradients(student_hidden, student_weight, compute, wanted)
 
-    for chunk in _chunks(student_hidden, labels, mask, options, chunk_rows):
+    needed = _needed_rows(labels, mask, options)
+    for chunk in _chunks(student_hidden, needed, chunk_rows or _budget_rows(vocab_size)):
         hidden = student_hidden[chunk]
+        if needed is not None:  # a row that nothing needs must not reach the weight's gradient
+            hidden = torch.where(needed[chunk, None], hidden, 0)
         logits = student.logits(hidden)
         z = [head.logits(h[chunk]) for head, h in zip(teachers, teacher_hidden, strict=True)]
         if len(z) > 1:
@@ -148,11 +157,11 @@ def linear_distillation_op(
             continue
         student.backward_(gradient, capped)
         if want_hidden:
-            d_hidden[chunk] = gradient @ student_weight
+            d_hidden[chunk] = gradient @ student.weight
         if want_weight:
-            d_weight += gradient.T @ hidden
+            d_weight[:vocab_size] += gradient.T @ hidden
         if want_bias:
-            d_bias += gradient.sum(0, dtype=compute)
+            d_bias[:vocab_size] += gradient.sum(0, dtype=compute)
 
     loss, parts = reduce_parts(rows, kd_scale, ce_scale, options, reduction)
     if want_weight:
@@ -174,23 +183,27 @@ def _gradients(
     )
 
 
-def _chunks(
-    hidden: Tensor, labels: Tensor | None, mask: Tensor | None, options: Options, chunk_rows: int
-) -> Sequence[slice | Tensor]:
-    """The rows of each chunk. On a CPU the rows that no part needs are left out altogether; on a
-    GPU counting them would wait for the device, so there they are masked in the kernel."""
-    n_rows = hidden.shape[0]
-    chunk_rows = chunk_rows or max(64, CHUNK_BYTES // (2 * 4 * options.vocab_size))
+def _budget_rows(vocab_size: int) -> int:
+    """Rows whose logits, student's and teacher's in fp32, fit the budget."""
+    return max(64, CHUNK_BYTES // (2 * 4 * vocab_size))
+
+
+def _needed_rows(labels: Tensor | None, mask: Tensor | None, options: Options) -> Tensor | None:
+    """(N,) bool, the rows that some part needs; None: all of them."""
     soft = options.kd_weight or options.cos_weight or options.mse_weight
-    if hidden.device.type == "cpu" and not (soft and mask is None):
-        needed = torch.zeros(n_rows, dtype=torch.bool)
-        if soft and mask is not None:
-            needed |= mask != 0
-        if labels is not None:
-            needed |= labels != options.ignore_index
-        if not needed.all():
-            return needed.nonzero()[:, 0].split(chunk_rows) if needed.any() else []
-    return [slice(i, i + chunk_rows) for i in range(0, n_rows, chunk_rows)]
+    if soft and mask is None:
+        return None
+    wanted = [] if not soft or mask is None else [mask != 0]
+    wanted += [] if labels is None else [labels != options.ignore_index]
+    return torch.stack(wanted).any(0)
+
+
+def _chunks(hidden: Tensor, needed: Tensor | None, rows: int) -> Sequence[slice | Tensor]:
+    """The rows of each chunk. On a CPU the rows that nothing needs are left out altogether; on a
+    GPU counting them would wait for the device."""
+    if needed is not None and hidden.device.type == "cpu" and not needed.all():
+        return needed.nonzero()[:, 0].split(rows) if needed.any() else []
+    return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
 
 
 @linear_distillation_op.register_fake
@@ -312,10 +325,10 @@ def linear_distillation_loss(
     Args:
         student_hidden: (..., D_s).
         student_weight: (V_s, D_s), as ``nn.Linear.weight`` or a tied embedding.
-        teacher_hidden: (..., D_t), or a sequence: an ensemble. None, as teacher_weight, where
-            ce_weight alone is > 0.
-        teacher_weight: (V_t, D_t), or a sequence. Hidden states, weights and biases of a teacher
-            are constants here, whether they require a gradient or not.
+        teacher_hidden: (..., D_t), or a sequence: an ensemble. May not require a gradient. None,
+            as teacher_weight, where ce_weight alone is > 0.
+        teacher_weight: (V_t, D_t), or a sequence. A teacher's weight and bias are constants here,
+            whether they require a gradient or not.
         labels: (...) int64.
         student_bias, teacher_bias: (V_s,) and (V_t,) or a sequence; None: no bias.
         logit_scale: logits are multiplied by it; a pair (student, teacher) where they differ.
@@ -387,6 +400,9 @@ def linear_distillation_loss(
     )
     check_labels(labels, ce_weight, leading, device)
     check_mask(mask, leading, device)
+
+    if not soft:  # the labels alone: no teacher is projected
+        t_hidden, t_weight, t_bias, shares = [], [], [], [1.0]
 
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

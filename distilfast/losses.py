@@ -395,6 +395,14 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 scale_gradient_op.register_autograd(_no_double_backward)
 
 
+def _hidden_gradients(student: list[Tensor]) -> list[Tensor]:
+    """Room for the gradients; fp16's are held in fp32 until the loss scale has been applied."""
+    return [
+        torch.empty_like(s, dtype=torch.float32 if s.dtype == torch.float16 else s.dtype)
+        for s in student
+    ]
+
+
 @torch.library.custom_op("distilfast::hidden_cosine", mutates_args=())
 def hidden_cosine_op(
     student: list[Tensor],
@@ -406,7 +414,7 @@ def hidden_cosine_op(
     with_gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     check_mask_values(mask)
-    gradients = [torch.empty_like(s) for s in student] if with_gradient else []
+    gradients = _hidden_gradients(student) if with_gradient else []
     rows = backends.BACKENDS[backend].hidden_cosine(student, teacher, mask, scale, gradients)
     return rows if reduction == "none" else rows.sum() * scale, gradients
 
@@ -422,7 +430,7 @@ def _(
     with_gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     loss = scale.new_empty([student[0].shape[0]] if reduction == "none" else [])
-    return loss, [torch.empty_like(s) for s in student] if with_gradient else []
+    return loss, _hidden_gradients(student) if with_gradient else []
 
 
 def _hidden_cosine_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -70,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"distilfast: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    finally:
-        engine.finish()
     return 0
 
 

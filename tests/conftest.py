@@ -1,0 +1,112 @@
+"""What the tests share: the backends that can run here, a tiny teacher, a small corpus."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from distilfast import backends
+
+# The tests never ask a hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parent.parent
+WORDS = (
+    "the a of to in and is was for on as by with at from that it he she they river city king "
+    "queen war water house book year time day man woman child school state world north south "
+    "east west old new first last great small long short high low red green blue white black "
+    "land sea mountain road town church music language history science art law people country"
+).split()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker in ("slow", "network"):
+        variable = f"DISTILFAST_{marker.upper()}_TESTS"
+        if os.environ.get(variable) != "1":
+            skip = pytest.mark.skip(reason=f"set {variable}=1 to run it")
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(skip)
+
+
+@pytest.fixture(params=backends.usable())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can be used on this machine, by name."""
+    return str(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the backend's tensors live."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 120 lines with a grammar of sorts: there is something to learn."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(120):
+        start = rng.randrange(len(WORDS))
+        step = rng.choice((1, 2, 3))
+        length = rng.randrange(12, 40)
+        lines.append(" ".join(WORDS[(start + i * step) % len(WORDS)] for i in range(length)))
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def make_teacher(folder: Path, n_layers: int = 4, seed: int = 0, words: list[str] = WORDS) -> Path:
+    """A BERT of some thousand parameters with a tokenizer, saved as transformers saves one."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    tokenizer = transformers.BertTokenizer(vocab={w: i for i, w in enumerate(vocabulary)})
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=n_layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "bert")
+
+
+@pytest.fixture
+def recipe(teacher: Path, corpus: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run that takes seconds: 10 steps of 16 sequences, exact (fp32, no dropout)."""
+    config = tmp_path / "recipe.yaml"
+    config.write_text(
+        f"""\
+teacher: {teacher}
+student: {{dropout: 0}}
+data: {{source: {corpus}, prepared: {tmp_path / "tokens"}, max_length: 24, heldout: 0.1}}
+masking: {{probability: 0.3}}
+optimizer: {{learning_rate: 1.0e-3}}
+batch: {{sequences: 16, micro_sequences: 4}}
+steps: 10
+evaluate: {{every: 5}}
+precision: fp32
+tensorboard: false
+output: {tmp_path / "run"}
+""",
+        encoding="utf-8",
+    )
+    return ["--config", str(config)]

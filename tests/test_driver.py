@@ -1,0 +1,434 @@
+"""The driver, from the outside: exact batches, resume, stops, what a run leaves.
+
+The recipe takes ten steps of sixteen sequences of different lengths, in fp32 without dropout, so
+that a mean per micro-batch instead of per step would show at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_teacher
+
+from distilfast import config as configs
+from distilfast import data, engine, train
+from distilfast.losses import distillation_loss, hidden_cosine_loss
+
+TRAIN = str(ROOT / "distilfast" / "train.py")
+TIMES = ("tokens_per_second",)
+
+
+def run(recipe: list[str], *changes: str) -> Path:
+    """A run in this process; its folder."""
+    assert train.main([*recipe, *changes]) == 0
+    return Path(configs.parse([*recipe, *changes]).output)
+
+
+def run_processes(command: list[str], recipe: list[str], *changes: str, **environment: str) -> None:
+    done = subprocess.run(
+        [*command, TRAIN, *recipe, *changes],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launcher(name: str, ranks: int) -> list[str]:
+    port = str(engine._free_port())
+    binaries = Path(sys.executable).parent
+    if name == "deepspeed":
+        options = ["--num_accelerators", str(ranks), "--master_port", port]
+        return [str(binaries / "deepspeed"), *options]
+    options = ["--nproc_per_node", str(ranks), "--master_port", port]
+    return [str(binaries / "torchrun"), *options]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run, without their times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    a, b = metrics(one), metrics(other)
+    assert len(a) == len(b) == 10 + 3
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (key, x, y)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path
+) -> tuple[list[str], Path]:
+    """The recipe's run in one process with one micro-batch a step, and its arguments."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = folder / "recipe.yaml"
+    text = f"""\
+teacher: {teacher}
+student: {{dropout: 0}}
+data: {{source: {corpus}, prepared: {folder / "tokens"}, max_length: 24, heldout: 0.1}}
+masking: {{probability: 0.3}}
+optimizer: {{learning_rate: 1.0e-3, max_grad_norm: 1.0, weight_decay: 0.01}}
+batch: {{sequences: 16, micro_sequences: 16}}
+steps: 10
+evaluate: {{every: 5}}
+precision: fp32
+tensorboard: false
+output: {folder / "run"}
+"""
+    config.write_text(text)
+    recipe = ["--config", str(config)]
+    return recipe, run(recipe)
+
+
+# --- Exact batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_micro_batches_do_not_change_the_curve(
+    whole: tuple[list[str], Path], tmp_path: Path, micro: int
+) -> None:
+    recipe, folder = whole
+    other = run(recipe, f"--output={tmp_path / 'run'}", f"--batch.micro_sequences={micro}")
+    assert_same_curve(folder, other)
+
+
+@pytest.mark.parametrize(("name", "micro"), [("deepspeed", 2), ("torchrun", 8)])
+def test_ranks_do_not_change_the_curve(
+    whole: tuple[list[str], Path], tmp_path: Path, name: str, micro: int
+) -> None:
+    """Both launchers, two ranks. Nothing is compiled on the way: the folder for DeepSpeed's
+    operators stays empty."""
+    recipe, folder = whole
+    changes = (f"--output={tmp_path / 'run'}", f"--batch.micro_sequences={micro}")
+    extensions = tmp_path / "extensions"
+    run_processes(launcher(name, 2), recipe, *changes, TORCH_EXTENSIONS_DIR=str(extensions))
+    assert_same_curve(folder, tmp_path / "run")
+    assert not extensions.exists() or not any(extensions.iterdir())
+
+
+def test_zero_stages_do_not_change_the_curve(
+    whole: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    recipe, folder = whole
+    other = run(recipe, f"--output={tmp_path / 'run'}", "--zero.stage=0")
+    assert_same_curve(folder, other)
+
+
+def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
+    """Against transformers' own logits of the whole batch at once, the dense losses and AdamW: the
+    same loss, parts and gradient norm at every step."""
+    recipe, folder = whole
+    config = configs.parse(recipe)
+    world = engine.World(0, 1, torch.device("cpu"))
+    setup = train.prepare(
+        configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world
+    )
+    student, teacher = setup.student, setup.teachers[0].model
+    optimizer = torch.optim.AdamW(
+        engine._groups(student, config.optimizer.weight_decay),
+        betas=config.optimizer.betas,
+        eps=config.optimizer.epsilon,
+    )
+    expected = [line for line in metrics(folder) if "loss" in line]
+    for step, line in enumerate(expected):
+        (batch,) = setup.batches.step(step, 0, 1, 16)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        out = student(**inputs, output_hidden_states=True)
+        with torch.no_grad():
+            target = teacher(**inputs, output_hidden_states=True)
+        mask = batch.attention_mask.bool()
+        loss = distillation_loss(
+            out.logits,
+            target.logits,
+            batch.labels.view_as(batch.input_ids),
+            kd_weight=5.0,
+            ce_weight=2.0,
+            mask=mask,
+        )
+        cosine = hidden_cosine_loss(out.hidden_states[-1], target.hidden_states[-1], mask)
+        total = loss.loss + cosine
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = engine.learning_rate(config.optimizer, step, 10)
+        optimizer.step()
+        found = {"loss": total, "kd": loss.kd, "ce": loss.ce, "hidden_cos": cosine}
+        found["grad_norm"] = norm
+        for name, value in found.items():
+            assert line[name] == pytest.approx(value.item(), rel=1e-5), (step, name)
+
+
+def test_bf16_gradients_accumulate_in_fp32(
+    whole: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """Sixteen micro-batches or one: in bf16 the gradient's norm agrees to what bf16 activations
+    leave, over all steps."""
+    recipe, _ = whole
+    norms = []
+    for micro in (1, 16):
+        folder = run(
+            recipe,
+            f"--output={tmp_path / str(micro)}",
+            f"--batch.micro_sequences={micro}",
+            "--precision=bf16",
+        )
+        norms.append([line["grad_norm"] for line in metrics(folder) if "loss" in line])
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+
+
+# --- Resume and stops -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_run_goes_on_to_the_same_bits(
+    whole: tuple[list[str], Path],
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With dropout: its draws are a function of the step, too."""
+    recipe, _ = whole
+    changes = ("--student.dropout=0.1", f"--precision={precision}", "--batch.micro_sequences=8")
+    straight = run(recipe, *changes, f"--output={tmp_path / 'straight'}")
+
+    step = train.optimiser_step
+
+    def stop_after_four(*arguments: Any) -> Any:
+        if arguments[5] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "optimiser_step", stop_after_four)
+    folder = run(recipe, *changes, f"--output={tmp_path / 'stopped'}")
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-4"]
+    assert not (folder / "summary.json").exists()
+    # What a killed process may have written after its last checkpoint must not stay.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 0.0, "tokens": 1}\n{"step": 6, "lo')
+    monkeypatch.undo()
+    run(recipe, *changes, f"--output={folder}")
+    assert metrics(folder) == metrics(straight)
+    one, other = weights(folder), weights(straight)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_damaged_and_unfinished_checkpoints_are_passed_over(
+    whole: tuple[list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, _ = whole
+    changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=2", "--checkpoint.keep=2")
+    folder = run(recipe, *changes)
+    checkpoints = folder / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-6", "step-8"]
+    shard = next(p for p in (checkpoints / "step-8").iterdir() if p.suffix == ".pt")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (checkpoints / "tmp-step-9").mkdir()
+    assert engine.newest(checkpoints) == 6
+    assert "step-8 is damaged" in caplog.text
+
+
+def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path: Path) -> None:
+    recipe, _ = whole
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *recipe, f"--output={folder}", "--steps=100000"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or len(metrics_safely(folder)) < 4:
+            assert time.monotonic() < deadline, "no step within two minutes"
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "goes on from" in out
+    step = engine.newest(folder / "checkpoints")
+    assert step is not None
+    assert metrics(folder)[-1]["step"] == step
+
+
+def metrics_safely(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_complete_run_is_left_alone(
+    whole: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = whole
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    run(recipe)
+    assert "is complete" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_other_layout_is_refused_on_resume(
+    whole: tuple[list[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, _ = whole
+    output = f"--output={tmp_path / 'run'}"
+    step = train.optimiser_step
+
+    def stop_at_once(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "optimiser_step", stop_at_once)
+    run(recipe, output)
+    assert train.main([*recipe, output, "--zero.stage=0"]) == 2
+    assert "resume: expected zero.stage = 1" in capsys.readouterr().err
+
+
+# --- What can go wrong while it runs --------------------------------------------------------------
+
+
+def test_non_finite_loss_reaches_no_weight(
+    whole: tuple[list[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, _ = whole
+    stepped = []
+    step = engine.Engine.step
+
+    def record(self: engine.Engine, rate: float) -> float:
+        stepped.append(rate)
+        return step(self, rate)
+
+    poison = data.Batches.step
+
+    def poisoned(self: data.Batches, number: int, *arguments: int) -> Any:
+        if number == 3:
+            train_side[0].heads[0].weight.data.fill_(math.nan)
+        return poison(self, number, *arguments)
+
+    train_side: list[Any] = []
+    side = train.TeacherSide
+
+    def keep(*arguments: Any) -> Any:
+        train_side.append(side(*arguments))
+        return train_side[-1]
+
+    monkeypatch.setattr(engine.Engine, "step", record)
+    monkeypatch.setattr(data.Batches, "step", poisoned)
+    monkeypatch.setattr(train, "TeacherSide", keep)
+    assert train.main([*recipe, f"--output={tmp_path / 'run'}"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 4" in error
+    assert "kd is nan" in error
+    assert "examples" in error
+    assert len(stepped) == 3
+
+
+# --- What a run leaves ----------------------------------------------------------------------------
+
+
+def test_run_leaves_what_it_promises(whole: tuple[list[str], Path]) -> None:
+    recipe, folder = whole
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "model", "report.html", "summary.json"} <= names
+    assert not [n for n in names if "tmp" in n]
+    assert configs.parse(["--config", str(folder / "config.yaml")]) == configs.parse(recipe)
+    lines = metrics(folder)
+    steps = [line for line in lines if "loss" in line]
+    keys = {"step", "tokens", "loss", "kd", "ce", "hidden_cos", "grad_norm", "learning_rate"}
+    assert all(line.keys() == keys for line in steps)
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    for line in steps:
+        whole_loss = 5 * line["kd"] + 2 * line["ce"] + line["hidden_cos"]
+        assert line["loss"] == pytest.approx(whole_loss, rel=1e-5)
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 5, 10]
+    assert evaluations[-1]["eval_agreement"] > evaluations[0]["eval_agreement"] + 0.1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["scores"]["student"]["eval_loss"] == evaluations[-1]["eval_loss"]
+    assert summary["tokens"] == steps[-1]["tokens"]
+    assert summary["student_layers"] == 2
+
+
+def test_tensorboard_holds_the_metrics(whole: tuple[list[str], Path], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe, _ = whole
+    changes = (f"--output={tmp_path / 'run'}", "--tensorboard=true", "--steps=2")
+    folder = run(recipe, *changes)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("loss")]
+    lines = [line["loss"] for line in metrics(folder) if "loss" in line]
+    assert written == pytest.approx(lines, rel=1e-6)
+
+
+def test_labels_alone_run_without_a_teacher(
+    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 0 cost nothing: the teacher's forward is never called in training."""
+    recipe, _ = whole
+    monkeypatch.setattr(train.TeacherSide, "__call__", None)
+    folder = run(
+        recipe,
+        f"--output={tmp_path / 'run'}",
+        "--loss.kd_weight=0",
+        "--loss.hidden_cos_weight=0",
+    )
+    steps = [line for line in metrics(folder) if "loss" in line]
+    assert all("kd" not in line and "hidden_cos" not in line for line in steps)
+    assert all(line["loss"] == pytest.approx(2 * line["ce"]) for line in steps)
+
+
+def test_ensemble_of_one_teacher_twice_is_that_teacher(
+    whole: tuple[list[str], Path], tmp_path: Path, teacher: Path
+) -> None:
+    recipe, folder = whole
+    config = tmp_path / "ensemble.yaml"
+    text = Path(recipe[1]).read_text().splitlines()
+    text[0] = f"teacher: [{teacher}, {{name: {teacher}, weight: 3.0}}]"
+    config.write_text("\n".join(text))
+    other = run(["--config", str(config)], f"--output={tmp_path / 'run'}")
+    assert_same_curve(folder, other)
+
+
+def test_ensemble_of_two_teachers_differs(
+    whole: tuple[list[str], Path], tmp_path: Path, teacher: Path
+) -> None:
+    recipe, folder = whole
+    second = make_teacher(tmp_path / "second", seed=7)
+    config = tmp_path / "ensemble.yaml"
+    text = Path(recipe[1]).read_text().splitlines()
+    text[0] = f"teacher: [{teacher}, {second}]"
+    config.write_text("\n".join(text))
+    other = run(["--config", str(config)], f"--output={tmp_path / 'run'}", "--loss.kd_rows=masked")
+    assert metrics(other)[1]["kd"] != pytest.approx(metrics(folder)[1]["kd"], rel=1e-2)
