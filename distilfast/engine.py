@@ -20,7 +20,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,22 +74,36 @@ def start() -> World:
     """Join the processes of `deepspeed` or torchrun, or be one process alone. May be called again."""
     deepspeed = _import_deepspeed()
     if not torch.distributed.is_initialized():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        if "WORLD_SIZE" not in os.environ:
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         # No operator of its own is worth compiling: its shared-memory collectives alone would take
         # most of a minute at the first run. Said before it looks, which calls the linker.
         deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        with _alone():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         atexit.register(torch.distributed.destroy_process_group)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The variables of a launcher, for one process without one; gone again afterwards, or the next
+    program started from here would take itself for a part of this one."""
+    needed = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    needed["MASTER_PORT"] = str(_free_port())
+    ours = {} if "WORLD_SIZE" in os.environ else needed
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _import_deepspeed() -> Any:
@@ -152,7 +166,7 @@ class Engine:
         }
         deepspeed = _import_deepspeed()
         # It prints its memory at every turn, and imports what warns of its own deprecation.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with _alone(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module.to(world.device),
@@ -204,28 +218,26 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
+TAG = "state"  # DeepSpeed's name for what is inside a checkpoint of ours
+
 
 def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
     """Write ``folder``/step-N, complete or not at all, and drop all but the newest ``keep``."""
-    scratch = f"tmp-step-{step}"
+    scratch, target = folder / f"tmp-step-{step}", folder / f"step-{step}"
     world = engine.world
-    world.first(lambda: shutil.rmtree(folder / scratch, ignore_errors=True))
-    engine.deepspeed.save_checkpoint(str(folder), tag=scratch, save_latest=False)
+    world.first(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    engine.deepspeed.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
     torch.distributed.barrier()
 
     def publish() -> None:
-        manifest = {
-            "step": step,
-            "files": {p.name: p.stat().st_size for p in sorted((folder / scratch).iterdir())},
-            **_layout(engine),
-        }
-        for path in (folder / scratch).iterdir():
+        files = sorted(p for p in scratch.rglob("*") if p.is_file())
+        sizes = {str(p.relative_to(scratch)): p.stat().st_size for p in files}
+        manifest = scratch / "manifest.json"
+        manifest.write_text(json.dumps({"step": step, **_layout(engine), "files": sizes}, indent=1))
+        for path in (*files, manifest):
             _sync(path)
-        (folder / scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(folder / scratch / "manifest.json")
-        target = folder / f"step-{step}"
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder / scratch, target)
+        os.replace(scratch, target)
         _sync(folder)
         for old in _complete(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
@@ -251,7 +263,7 @@ def load(engine: Engine, folder: Path, step: int) -> None:
             raise ConfigError(
                 f"resume: expected {key} = {manifest[key]}, as {path} was written with, got {value}"
             )
-    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag=path.name)
+    loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
     if loaded is None:
         raise ConfigError(f"resume: {path} cannot be loaded")
 

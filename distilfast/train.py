@@ -11,6 +11,7 @@ checkpoint written; 2 something wrong in the configuration or the inputs, found 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -205,7 +206,10 @@ def train(config: Config, world: World, setup: Setup, output: Path, stop: Stop) 
         scores["teacher"] = asdict(evaluator.teacher(teacher.models[0]))
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
     name = f"{Path(config.output).name:>12}"
-    with Progress(name, setup.steps, start, shown=world.rank == 0) as progress:
+    with (
+        contextlib.closing(metrics) if metrics else contextlib.nullcontext(),
+        Progress(name, setup.steps, start, shown=world.rank == 0) as progress,
+    ):
 
         def evaluate(step: int) -> None:
             line = {"step": step, **asdict(evaluator.student(setup.student))}
@@ -232,9 +236,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, stop: Stop) 
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
-        metrics.close()
-        lines = metrics.lines()
-        finish(config, world, setup, output, scores, lines, weights)
+        finish(config, world, setup, output, scores, metrics.lines(), weights)
     world.first(lambda: None)  # nobody leaves before the results are written
     return True
 
