@@ -3,6 +3,7 @@
 The losses need torch alone; the driver's modules (train, models, data, ...) are imported by name.
 """
 
+from distilfast._version import __version__
 from distilfast.linear import linear_distillation_loss
 from distilfast.losses import (
     DistillationLoss,
@@ -11,8 +12,6 @@ from distilfast.losses import (
     distillation_loss,
     hidden_cosine_loss,
 )
-
-from distilfast._version import __version__
 
 __all__ = [
     "DistillationLoss",

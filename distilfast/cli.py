@@ -78,7 +78,9 @@ def check(arguments: Sequence[str]) -> int:
         print(f"data:     {folder}: {describe_store(store)}")
         passes = (config.epochs or 0) * len(store.train) / config.batch.sequences
         steps = config.steps or max(1, int(passes))
-        print(f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs")
+        print(
+            f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs"
+        )
     else:
         if not config.sources:
             raise ConfigError("data.source: expected a file, folder or hub name, got null")

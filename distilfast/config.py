@@ -272,7 +272,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         expect(self.sequences >= 1, "batch.sequences", "at least 1", self.sequences)
-        expect(self.micro_sequences >= 1, "batch.micro_sequences", "at least 1", self.micro_sequences)
+        expect(
+            self.micro_sequences >= 1, "batch.micro_sequences", "at least 1", self.micro_sequences
+        )
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches a rank and step."""
@@ -415,9 +417,7 @@ class Config:
         """The sources as a list of specs, whatever form the key had."""
         source = self.data.source
         value = [] if source is None else [source] if isinstance(source, str) else source
-        return [
-            SourceSpec(s, column=self.data.column) if isinstance(s, str) else s for s in value
-        ]
+        return [SourceSpec(s, column=self.data.column) if isinstance(s, str) else s for s in value]
 
 
 def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
@@ -443,7 +443,7 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
         namespace.pop("config", None)
         namespace.pop("local_rank", None)
         made = parser.instantiate(namespace)
-        return Config(**{key: made[key] for key in made.keys() if "." not in key})
+        return Config(**{f.name: made[f.name] for f in fields(Config)})
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -465,7 +465,9 @@ def _check_config_file(arguments: Sequence[str]) -> None:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+            raise ConfigError(
+                f"{path}: expected YAML, got {' '.join(str(error).split())}"
+            ) from None
         expect(isinstance(content, dict), str(path), "a mapping of keys", content)
         for key in (f.name for f in fields(Config) if is_dataclass(f.default_factory)):
             section = content.get(key, {})
@@ -491,14 +493,13 @@ def _explain(message: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = []
-    for top in fields(Config):
-        section = top.default_factory
-        known += [f"{top.name}.{f.name}" for f in fields(section)] if is_dataclass(section) else []
-        known.append(top.name)
-    close = difflib.get_close_matches(key, known, n=1)
-    top = ", ".join(f.name for f in fields(Config))
-    return f"; did you mean {close[0]}?" if close else f"; known are {top}"
+    top = [f.name for f in fields(Config)]
+    nested: list[str] = []
+    for section in fields(Config):
+        if is_dataclass(section.default_factory):
+            nested += [f"{section.name}.{f.name}" for f in fields(section.default_factory)]
+    close = difflib.get_close_matches(key, [*top, *nested], n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(top)}"
 
 
 def to_yaml(config: Config) -> str:

@@ -169,7 +169,9 @@ def _read(spec: SourceSpec, data: DataConfig) -> Any:
             raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
         column = spec.column
     else:
-        files = sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
+        files = (
+            sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
+        )
         if not files or any(p.suffix not in READERS for p in files):
             raise ConfigError(
                 f"data.source: expected files of type {', '.join(READERS)}, got {str(path)!r}"
@@ -181,7 +183,9 @@ def _read(spec: SourceSpec, data: DataConfig) -> Any:
             f"data.source: expected a column {column!r} in {spec.name!r}, got "
             f"{', '.join(loaded.column_names)}; name it with data.column"
         )
-    return loaded.select_columns(column).rename_columns({column: "text"} if column != "text" else {})
+    return loaded.select_columns(column).rename_columns(
+        {column: "text"} if column != "text" else {}
+    )
 
 
 def _read_file(file: Path, column: str, txt_rows: str) -> Any:
@@ -197,7 +201,9 @@ def _read_file(file: Path, column: str, txt_rows: str) -> Any:
         loaded = datasets.load_dataset(reader, data_files=str(file), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"data.source: {str(file)!r} is no valid {reader} file: {cause}") from error
+        raise ConfigError(
+            f"data.source: {str(file)!r} is no valid {reader} file: {cause}"
+        ) from error
     column = "text" if reader == "text" else column
     if column not in loaded.column_names:
         raise ConfigError(
@@ -250,7 +256,8 @@ class Store:
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
             return cls(
-                *(datasets.load_from_disk(str(folder / s)) for s in ("train", "heldout")),
+                datasets.load_from_disk(str(folder / "train")),
+                datasets.load_from_disk(str(folder / "heldout")),
                 torch.from_numpy(np.load(folder / "counts.npy")),
                 record,
             )

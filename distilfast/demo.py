@@ -43,9 +43,10 @@ def distil(arguments: Sequence[str] = ()) -> Config | None:
     """The demo's recipe: the teacher's head where it is missing, then the student. ``arguments``
     override the student's configuration. None: stopped by a signal."""
     config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
-    if config.teacher == "runs/demo/teacher/model" and not Path(config.teacher).exists():
-        if not train.run(parse(["--config", str(RECIPES / "demo-teacher.yaml")])):
-            return None
+    first = parse(["--config", str(RECIPES / "demo-teacher.yaml")])
+    model = Path(first.output) / "model"
+    if config.teacher == str(model) and not model.exists() and not train.run(first):
+        return None
     return config if train.run(config) else None
 
 

@@ -71,7 +71,7 @@ class World:
 
 
 def start() -> World:
-    """Join the processes of `deepspeed` or torchrun, or be one process alone. May be called again."""
+    """Join the processes of `deepspeed` or torchrun, or be one alone. May be called again."""
     deepspeed = _import_deepspeed()
     if not torch.distributed.is_initialized():
         ranks = os.environ.get("WORLD_SIZE", "1")
@@ -283,7 +283,9 @@ def _complete(folder: Path) -> list[int]:
         try:
             manifest = json.loads((path / "manifest.json").read_text())
             wrong = [
-                name for name, size in manifest["files"].items() if (path / name).stat().st_size != size
+                name
+                for name, size in manifest["files"].items()
+                if (path / name).stat().st_size != size
             ]
         except (OSError, ValueError, KeyError) as error:
             wrong = [str(error)]

@@ -62,7 +62,12 @@ class Evaluator:
             teacher = guess if self.guesses is None or keep is not None else self.guesses[i]
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack(
-                [loss, (guess == labels).sum(), (guess == teacher).sum(), loss.new_tensor(len(labels))]
+                [
+                    loss,
+                    (guess == labels).sum(),
+                    (guess == teacher).sum(),
+                    loss.new_tensor(len(labels)),
+                ]
             ).double()
         model.train(training)
         loss, right, agreeing, tokens = self.world.sum(sums).tolist()
@@ -71,7 +76,9 @@ class Evaluator:
         return Scores(loss / tokens, right / tokens, agreeing / tokens if known else None)
 
 
-def fill(model: Any, tokenizer: Any, texts: Sequence[str], k: int = 3) -> list[list[tuple[str, float]]]:
+def fill(
+    model: Any, tokenizer: Any, texts: Sequence[str], k: int = 3
+) -> list[list[tuple[str, float]]]:
     """The k likeliest tokens, with probabilities, at the first [MASK] of each text."""
     guesses = []
     for text in texts:

@@ -23,6 +23,7 @@ from distilfast import backends, reference
 from distilfast.losses import (
     DistillationOutput,
     as_arguments,
+    as_options,
     as_output,
     check_ensemble_mode,
     check_labels,
@@ -110,21 +111,21 @@ def linear_distillation_op(
     """
     if late:
         wanted = [False] * 3
-    options = Options(*scalars, divergence, ignore_index, vocab_size)
+    options = as_options(scalars, divergence, ignore_index, vocab_size)
     check_values(labels, mask, options)
     distillation = backends.BACKENDS[backend].distillation
     student_scale, student_softcap, teacher_scale, teacher_softcap = heads
     # Padding is left out of the heads: whatever it holds, 0 * NaN included, it must add nothing.
     student = Head(student_weight, student_bias, student_scale, student_softcap).trim(vocab_size)
     teachers = [
-        Head(w, b, teacher_scale, teacher_softcap).trim(vocab_size)
-        for w, b in zip(teacher_weight, teacher_bias or [None] * len(teacher_weight), strict=True)
+        Head(w, teacher_bias[k] if teacher_bias else None, teacher_scale, teacher_softcap).trim(
+            vocab_size
+        )
+        for k, w in enumerate(teacher_weight)
     ]
     want_hidden, want_weight, want_bias = wanted
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
-    rows = torch.zeros(
-        len(PARTS), len(student_hidden), dtype=compute, device=student_hidden.device
-    )
+    rows = torch.zeros(len(PARTS), len(student_hidden), dtype=compute, device=student_hidden.device)
     d_hidden, d_weight, d_bias = _gradients(student_hidden, student_weight, compute, wanted)
 
     needed = _needed_rows(labels, mask, options)
@@ -300,7 +301,7 @@ def linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | Sequence[Tensor] | None = None,
     logit_scale: float | tuple[float, float] = 1.0,
-    logit_softcap: float | None | tuple[float | None, float | None] = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "probability",
     chunk_rows: int | str = "auto",
@@ -416,14 +417,8 @@ def linear_distillation_loss(
         _check_one_dtype("teacher", h, w, t_bias[k] if t_bias else None)
     backend = backends.choose(backend, device, [x.dtype for x in (student_hidden, *t_hidden)])
 
-    options = Options(
-        float(temperature),
-        *map(float, weights.values()),
-        float(jsd_beta),
-        divergence,
-        ignore_index,
-        vocab,
-    )
+    scalars = [float(x) for x in (temperature, *weights.values(), jsd_beta)]
+    options = as_options(scalars, divergence, ignore_index, vocab)
     rows = flatten_rows(
         leading.numel(),
         device,

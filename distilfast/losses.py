@@ -100,7 +100,9 @@ def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
         if value is None:
             continue
         if reduction != "mean":
-            raise ValueError(f"{name}: goes with reduction='mean' only, got reduction={reduction!r}")
+            raise ValueError(
+                f"{name}: goes with reduction='mean' only, got reduction={reduction!r}"
+            )
         if isinstance(value, Tensor):
             if value.ndim or value.is_complex() or value.dtype == torch.bool:
                 raise ValueError(
@@ -137,7 +139,9 @@ def check_vocab(
 def check_labels(labels: Tensor | None, ce_weight: float, rows: torch.Size, device: Any) -> None:
     if labels is None:
         if ce_weight:
-            raise ValueError(f"labels: needed where ce_weight > 0 (ce_weight={ce_weight}), got None")
+            raise ValueError(
+                f"labels: needed where ce_weight > 0 (ce_weight={ce_weight}), got None"
+            )
         return
     check_tensor("labels", labels, (torch.int64,))
     check_like("labels", labels, rows, device)
@@ -269,7 +273,7 @@ def distillation_op(
     backend: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*scalars, divergence, ignore_index, vocab_size)
+    options = as_options(scalars, divergence, ignore_index, vocab_size)
     check_values(labels, mask, options)
     now = with_gradient and not late
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if now else None
@@ -324,7 +328,7 @@ def distillation_gradient_op(
     backend: str,
 ) -> None:
     """The gradient alone, into ``gradient``, which may be ``student``: see inplace_backward."""
-    options = Options(*scalars, divergence, ignore_index, vocab_size)
+    options = as_options(scalars, divergence, ignore_index, vocab_size)
     backends.BACKENDS[backend].distillation(
         student, teacher, labels, mask, kd_scale, ce_scale, options, gradient
     )
@@ -449,8 +453,16 @@ hidden_cosine_op.register_autograd(_hidden_cosine_backward, setup_context=_hidde
 
 
 def as_arguments(options: Options) -> tuple[list[float], str, int, int]:
-    """Options as an operator's schema can carry them; `Options(*scalars, ...)` is the way back."""
+    """Options as an operator's schema can carry them."""
     return [*options[:6]], options.divergence, options.ignore_index, options.vocab_size
+
+
+def as_options(
+    scalars: list[float], divergence: str, ignore_index: int, vocab_size: int
+) -> Options:
+    """The way back from `as_arguments`."""
+    temperature, kd, ce, cos, mse, beta = scalars
+    return Options(temperature, kd, ce, cos, mse, beta, divergence, ignore_index, vocab_size)
 
 
 # --- The public functions -------------------------------------------------------------------------
@@ -556,14 +568,8 @@ def distillation_loss(
     backend = backends.choose(backend, device, (student_logits.dtype, teacher_logits.dtype))
 
     compute = reference.accumulation_dtype(student_logits, teacher_logits)
-    options = Options(
-        float(temperature),
-        *map(float, weights.values()),
-        float(jsd_beta),
-        divergence,
-        ignore_index,
-        vocab,
-    )
+    scalars = [float(x) for x in (temperature, *weights.values(), jsd_beta)]
+    options = as_options(scalars, divergence, ignore_index, vocab)
     rows = flatten_rows(
         leading.numel(),
         device,

@@ -53,7 +53,7 @@ def philox(seed: int, epoch: int, example: Tensor, position: Tensor) -> tuple[Te
 
 
 def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
-    """The order of the examples in an epoch, (n_examples,) int64: a pure function of its arguments."""
+    """The order of an epoch's examples, (n_examples,) int64: a pure function of its arguments."""
     high, low, *_ = philox(seed, epoch, torch.arange(n_examples), torch.tensor(ORDER_POSITION))
     return ((high >> 1 << 32) | low).argsort(stable=True)
 
@@ -90,8 +90,8 @@ class Masker:
         wanted, reachable = config.probability * counts.sum(), counts[weights > 0].sum()
         if wanted >= reachable:
             raise ConfigError(
-                f"masking.probability: expected less than {reachable / counts.sum():.3f}, the share "
-                f"of tokens that may be masked, got {config.probability}"
+                f"masking.probability: expected less than {reachable / counts.sum():.3f}, the "
+                f"share of tokens that may be masked, got {config.probability}"
             )
         low, high = 0.0, 1.0
 
@@ -134,7 +134,8 @@ class Masker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         if isinstance(epochs, int):
-            return philox(self.seed, epochs, examples[:, None], position)[:3]
+            choose, action, replacement, _ = philox(self.seed, epochs, examples[:, None], position)
+            return choose, action, replacement
         drawn = [torch.empty_like(input_ids) for _ in range(3)]
         for epoch in epochs.unique().tolist():  # one, or two where a step spans the epochs' border
             rows = epochs == epoch

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +107,9 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
                 f"teacher: {teacher.name!r} has embeddings for {teacher.model.config.vocab_size} "
                 f"tokens, its tokenizer {len(other)}"
             )
-    missing = [n for n in ("cls", "sep", "mask", "pad") if tokenizer.__getattr__(f"{n}_token_id") is None]
+    missing = [
+        n for n in ("cls", "sep", "mask", "pad") if tokenizer.__getattr__(f"{n}_token_id") is None
+    ]
     if missing:
         raise ConfigError(f"teacher: the tokenizer of {specs[0].name!r} has no {missing} token")
     return [teacher for teacher, _ in loaded], tokenizer
@@ -217,7 +218,9 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         student_config = make_config(teacher.config, len(layers), config.dropout)
-        student = type(teacher)(student_config) if not to_distilbert else _distilbert(student_config)
+        student = (
+            type(teacher)(student_config) if not to_distilbert else _distilbert(student_config)
+        )
     if config.init == "random":
         return student.train()
     state = _keep_layers(teacher.state_dict(), family(teacher).layers, layers)

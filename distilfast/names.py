@@ -63,6 +63,6 @@ def require_hub(key: str, name: str, repo_type: str = "model", revision: str | N
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}: expected a folder or a name that the hub knows, got {name!r}; the hub does not "
-            "answer and the cache does not hold it"
+            f"{key}: expected a folder or a name that the hub knows, got {name!r}; the hub does "
+            "not answer and the cache does not hold it"
         ) from error

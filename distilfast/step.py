@@ -18,7 +18,7 @@ from distilfast import models
 from distilfast.config import LossConfig
 from distilfast.data import MicroBatch
 from distilfast.linear import linear_distillation_loss
-from distilfast.losses import hidden_cosine_loss, normalize_weights
+from distilfast.losses import DistillationOutput, hidden_cosine_loss, normalize_weights
 from distilfast.models import Teacher
 
 PARTS = ("loss", "kd", "ce", "hidden_cos", "logit_cos", "mse")
@@ -86,57 +86,84 @@ class Distillation(nn.Module):
     the micro-batches of a step, on all ranks, they are the loss of the step.
     """
 
-    def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide | None):
+    def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
         super().__init__()
         self.student = student
         self.config = config
-        self.constants = {"teacher": teacher}  # in a dict, so as not to be a part of this module
+        self.teacher = teacher  # no module, so no part of this one
 
     def forward(
         self, batch: MicroBatch, targets: Targets | None, normalizers: Normalizers
     ) -> tuple[Tensor, Tensor]:
-        config, teacher = self.config, self.constants["teacher"]
+        config = self.config
         parts = models.family(self.student)
         hidden = parts.hidden(self.student, batch.input_ids, batch.attention_mask).flatten(0, 1)
-        head = parts.head(self.student)
         loss = hidden.new_zeros((), dtype=torch.float32)
         values = dict.fromkeys(PARTS, loss)
         if config.vocabulary or config.ce_weight:
-            rows = vocabulary_rows(batch, config)
-            soft = targets is not None and teacher is not None and config.vocabulary
-            out = linear_distillation_loss(
-                parts.features(self.student, hidden[rows]),
-                head.weight,
-                targets.features if soft else None,
-                [h.weight for h in teacher.heads] if soft else None,
-                batch.labels[rows],
-                student_bias=head.bias,
-                teacher_bias=[h.bias for h in teacher.heads] if soft else None,
-                teacher_weights=teacher.weights if soft else None,
-                ensemble=config.ensemble,
-                temperature=config.temperature,
-                kd_weight=config.kd_weight,
-                ce_weight=config.ce_weight,
-                cos_weight=config.logit_cos_weight,
-                mse_weight=config.mse_weight,
-                divergence=config.divergence,
-                jsd_beta=config.jsd_beta,
-                kd_normalizer=normalizers.rows,
-                ce_normalizer=normalizers.masked,
-                backend=config.backend,
-            )
+            out = self._vocabulary_loss(batch, hidden, targets, normalizers)
             loss = loss + out.loss
             values |= {"kd": out.kd, "ce": out.ce, "logit_cos": out.cos, "mse": out.mse}
-        if config.hidden_cos_weight and targets is not None and teacher is not None:
-            states = hidden[batch.tokens]
-            cosine = sum(
-                weight
-                * hidden_cosine_loss(
-                    states, target, normalizer=normalizers.tokens, backend=config.backend
-                )
-                for weight, target in zip(teacher.weights, targets.hidden, strict=True)
-            )
+        if config.hidden_cos_weight:
+            cosine = self._hidden_loss(batch, hidden, targets, normalizers)
             loss = loss + config.hidden_cos_weight * cosine
             values["hidden_cos"] = cosine
         values["loss"] = loss
         return loss, torch.stack([values[name].detach() for name in PARTS])
+
+    def _vocabulary_loss(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        targets: Targets | None,
+        normalizers: Normalizers,
+    ) -> DistillationOutput:
+        config, parts = self.config, models.family(self.student)
+        rows, head = vocabulary_rows(batch, config), parts.head(self.student)
+        soft = self._soft(targets) if config.vocabulary else {}
+        return linear_distillation_loss(
+            parts.features(self.student, hidden[rows]),
+            head.weight,
+            soft.pop("teacher_hidden", None),
+            soft.pop("teacher_weight", None),
+            batch.labels[rows],
+            student_bias=head.bias,
+            temperature=config.temperature,
+            kd_weight=config.kd_weight,
+            ce_weight=config.ce_weight,
+            cos_weight=config.logit_cos_weight,
+            mse_weight=config.mse_weight,
+            divergence=config.divergence,
+            jsd_beta=config.jsd_beta,
+            kd_normalizer=normalizers.rows,
+            ce_normalizer=normalizers.masked,
+            backend=config.backend,
+            **soft,
+        )
+
+    def _soft(self, targets: Targets | None) -> dict[str, Any]:
+        """The teachers' side of the vocabulary loss."""
+        assert targets is not None
+        return {
+            "teacher_hidden": targets.features,
+            "teacher_weight": [head.weight for head in self.teacher.heads],
+            "teacher_bias": [head.bias for head in self.teacher.heads],
+            "teacher_weights": self.teacher.weights,
+            "ensemble": self.config.ensemble,
+        }
+
+    def _hidden_loss(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        targets: Targets | None,
+        normalizers: Normalizers,
+    ) -> Tensor:
+        """The cosine distance of the last hidden states, the weighted mean over the teachers."""
+        assert targets is not None
+        states, backend = hidden[batch.tokens], self.config.backend
+        losses = [
+            hidden_cosine_loss(states, target, normalizer=normalizers.tokens, backend=backend)
+            for target in targets.hidden
+        ]
+        return torch.stack(losses) @ states.new_tensor(self.teacher.weights, dtype=torch.float32)

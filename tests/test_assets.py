@@ -229,12 +229,18 @@ def test_hub_is_the_source_unless_it_is_at_fault(served, hub, monkeypatch, index
         f"{EMU}\n\nEmus are birds which live on the plains and:\n# run\n\nFew words here.",
         f"{EMU}<gallery>\nE.jpg|The emu is a large bird of the plains.\n</gallery>",
         f"{EMU}\n\nThe height of it is <math>h</math> in the books on the birds of the plains.",
-        "The emu ({{IPA|i}}; {{lang|x}}, ) is a [{{x}} ] large bird of the plains {{x}} .",
         "The&nbsp;emu is  a large {{x}} bird&#32;of the&thinsp;plains.",
     ],
 )
 def test_wikitext_becomes_prose(wikitext):
     assert assets.clean_wikitext(wikitext) == EMU
+
+
+def test_gaps_of_templates_are_closed():
+    text = (
+        "The emu ({{x}}; or ema {{x}} ), {{x}}, ({{x}}; ) is a [{{x}}] bird of the plains {{x}} ."
+    )
+    assert assets.clean_wikitext(text) == "The emu (or ema), is a bird of the plains."
 
 
 @pytest.mark.parametrize("wikitext", ["", "{{", "[[", "{|", "<ref>", "'''", "== ==", "&#x;"])

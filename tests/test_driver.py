@@ -127,9 +127,7 @@ def test_ranks_do_not_change_the_curve(
     assert not extensions.exists() or not any(extensions.iterdir())
 
 
-def test_zero_stages_do_not_change_the_curve(
-    whole: tuple[list[str], Path], tmp_path: Path
-) -> None:
+def test_zero_stages_do_not_change_the_curve(whole: tuple[list[str], Path], tmp_path: Path) -> None:
     recipe, folder = whole
     other = run(recipe, f"--output={tmp_path / 'run'}", "--zero.stage=0")
     assert_same_curve(folder, other)
@@ -141,9 +139,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
     recipe, folder = whole
     config = configs.parse(recipe)
     world = engine.World(0, 1, torch.device("cpu"))
-    setup = train.prepare(
-        configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world
-    )
+    setup = train.prepare(configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world)
     student, teacher = setup.student, setup.teachers[0].model
     optimizer = torch.optim.AdamW(
         engine._groups(student, config.optimizer.weight_decay),
@@ -180,9 +176,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
             assert line[name] == pytest.approx(value.item(), rel=1e-5), (step, name)
 
 
-def test_bf16_gradients_accumulate_in_fp32(
-    whole: tuple[list[str], Path], tmp_path: Path
-) -> None:
+def test_bf16_gradients_accumulate_in_fp32(whole: tuple[list[str], Path], tmp_path: Path) -> None:
     """Sixteen micro-batches or one: in bf16 the gradient's norm agrees to what bf16 activations
     leave, over all steps."""
     recipe, _ = whole

@@ -52,7 +52,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports break `deepspeed distilfast/train.py`"
+            assert node.level == 0, (
+                f"{path}: relative imports break `deepspeed distilfast/train.py`"
+            )
             if node.module == "distilfast":
                 found |= {f"distilfast.{alias.name}" for alias in node.names}
             else:

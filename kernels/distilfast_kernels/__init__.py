@@ -9,5 +9,5 @@ from __future__ import annotations
 
 
 def unavailable(backend: str) -> str | None:
-    """Why the kernels of ``backend`` ("triton" or "cpp") cannot be used here; None where they can."""
+    """Why the kernels of ``backend``, "triton" or "cpp", cannot be used; None where they can."""
     return f"this release of distilfast has no {backend} kernels yet"
