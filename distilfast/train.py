@@ -278,8 +278,8 @@ def optimiser_step(
     counted = [
         [len(vocabulary_rows(b, config.loss)), len(b.masked), len(b.tokens)] for b in micro_batches
     ]
-    counts = world.sum(torch.tensor(counted, device=world.device).sum(0))
-    normalizers = Normalizers(*counts.float())
+    counts = torch.tensor(counted, device=world.device).sum(0)
+    normalizers = Normalizers(*world.sum(counts.clone()).float())
 
     parts: list[Tensor] = []
     for i, batch in enumerate(micro_batches):
@@ -290,9 +290,9 @@ def optimiser_step(
         runner.backward(loss)
         parts.append(shares)
 
-    flag = torch.tensor([float(stop.requested)], device=world.device)
-    sums = world.sum(torch.cat([torch.stack(parts).sum(0), flag]).double())
-    *values, stopping = sums.tolist()  # the step's one wait for the device
+    flag = torch.tensor([stop.requested], device=world.device)
+    sums = world.sum(torch.cat([torch.stack(parts).sum(0).double(), counts[2:], flag]))
+    *values, tokens, stopping = sums.tolist()  # the step's one wait for the device
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
@@ -302,10 +302,9 @@ def optimiser_step(
         )
     rate = engine.learning_rate(config.optimizer, step, setup.steps)
     norm = runner.step(rate)
-    tokens = int(counts[2])
     line = {
         "step": step + 1,
-        "tokens": tokens,
+        "tokens": int(tokens),
         **{part: totals[part] for part in PARTS if part == "loss" or _weight(config, part)},
         "grad_norm": norm,
         "learning_rate": rate,

@@ -1,0 +1,878 @@
+"""Text to store to batches: nothing lost, nothing leaked, and a batch that is the same however it
+is split."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_teacher
+from torch import Tensor
+
+from distilfast import data, train
+from distilfast.config import Config, ConfigError, DataConfig, MaskingConfig, SourceSpec
+from distilfast.data import Batches, MicroBatch, Store, fingerprint
+from distilfast.masking import IGNORE_INDEX, Masker
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+N_WORDS = 3000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`datasets` keeps what it reads; here, in a folder that goes away."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def make_tokenizer(n_words: int = N_WORDS, **options: Any) -> Any:
+    import transformers
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(n_words))]
+    return transformers.BertTokenizer(vocab={w: i for i, w in enumerate(vocabulary)}, **options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Word wI is token I + 5, so that a text is a list of numbers and a token says whose it is."""
+    return make_tokenizer()
+
+
+def make_texts(lengths: Sequence[int]) -> list[list[int]]:
+    """Texts of so many words; no word stands in two of them."""
+    starts = np.cumsum([0, *lengths])
+    assert starts[-1] <= N_WORDS
+    return [list(range(a, b)) for a, b in pairwise(starts)]
+
+
+def spell(text: Sequence[int]) -> str:
+    return " ".join(f"w{word}" for word in text)
+
+
+def tokens(text: Sequence[int]) -> list[int]:
+    return [CLS, *(word + 5 for word in text), SEP]
+
+
+TEXTS = make_texts([10, 14, 22, 12, 18, 11, 20, 13, 16, 15])
+
+
+def write_txt(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, texts: Sequence[str], column: str = "text") -> None:
+    lines = [json.dumps({"id": i, column: text}) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, texts: Sequence[str]) -> None:
+    path.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
+
+
+def write_csv(path: Path, texts: Sequence[str], column: str = "text") -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", column], *([i, t] for i, t in enumerate(texts))])
+
+
+def write_parquet(path: Path, texts: Sequence[str], column: str = "text") -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({column: list(texts), "id": list(range(len(texts)))})
+    pyarrow.parquet.write_table(table, path)
+
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "txt": write_txt,
+    "jsonl": write_jsonl,
+    "json": write_json,
+    "csv": write_csv,
+    "parquet": write_parquet,
+}
+
+
+def config(source: Any, **settings: Any) -> Config:
+    settings = {"max_length": 24, "min_length": 3, "heldout": 0.01} | settings
+    source = str(source) if isinstance(source, Path) else source
+    return Config(steps=1, data=DataConfig(source=source, **settings))
+
+
+def rows(part: Any) -> list[list[int]]:
+    return [list(row) for row in part["input_ids"]]
+
+
+def everything(store: Store) -> list[list[int]]:
+    """The examples of both parts, in the order of `make_texts`, if they are of its texts."""
+    return sorted(rows(store.train) + rows(store.heldout))
+
+
+def words_of(part: Any) -> set[int]:
+    return {token - 5 for row in rows(part) for token in row if token >= 5}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_its_texts_in_order(suffix: str, tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / f"text.{suffix}"
+    WRITERS[suffix](source, [spell(t) for t in TEXTS])
+    store = data.prepare(config(source), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_column_is_the_one_named(suffix: str, tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / f"text.{suffix}"
+    WRITERS[suffix](source, [spell(t) for t in TEXTS], column="body")
+    store = data.prepare(config(source, column="body"), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("txt_rows", "wanted"),
+    [
+        ("line", TEXTS[:6]),
+        ("paragraph", [TEXTS[0] + TEXTS[1], TEXTS[2] + TEXTS[3] + TEXTS[4], TEXTS[5]]),
+        ("document", [list(chain(*TEXTS[:6]))]),
+    ],
+)
+def test_txt_is_cut_into_the_rows_asked_for(
+    txt_rows: str, wanted: list[list[int]], tokenizer: Any, tmp_path: Path
+) -> None:
+    lines = [spell(t) for t in TEXTS]
+    paragraphs = ["\n".join(lines[:2]), "\n".join(lines[2:5]), lines[5]]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    write_txt(tmp_path / "texts" / "b.txt", lines[6:7])
+    settings = config(tmp_path / "texts", txt_rows=txt_rows, max_length=512, heldout=0.3)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in (*wanted, TEXTS[6])]
+
+
+def test_folder_of_mixed_files_is_read_whole(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    for i, (suffix, write) in enumerate(WRITERS.items()):
+        where = folder / "deeper" if i % 2 else folder
+        write(where / f"part.{suffix}", [spell(t) for t in TEXTS[2 * i : 2 * i + 2]])
+    (folder / "README.md").write_text("w1 w2 w3 w4", encoding="utf-8")
+    (folder / "empty.txt").touch()
+    store = data.prepare(config(folder), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+def test_folder_with_the_name_of_a_file_is_a_folder(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "old.txt").mkdir(parents=True)
+    write_txt(folder / "old.txt" / "a.txt", [spell(t) for t in TEXTS[:5]])
+    write_txt(folder / "b.txt", [spell(t) for t in TEXTS[5:]])
+    store = data.prepare(config(folder), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+def test_list_of_sources_is_read_in_order(tokenizer: Any, tmp_path: Path) -> None:
+    write_txt(tmp_path / "a.txt", [spell(t) for t in TEXTS[:3]])
+    write_jsonl(tmp_path / "b.jsonl", [spell(t) for t in TEXTS[3:7]], column="body")
+    write_parquet(tmp_path / "c.parquet", [spell(t) for t in TEXTS[7:]])
+    sources = [
+        str(tmp_path / "a.txt"),
+        SourceSpec(str(tmp_path / "b.jsonl"), column="body"),
+        str(tmp_path / "c.parquet"),
+    ]
+    store = data.prepare(config(sources), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+def test_null_and_blank_rows_are_passed_over(tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    made = [{"text": spell(TEXTS[0])}, {"text": None}, {"text": ""}, {"text": spell(TEXTS[1])}]
+    source.write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
+    store = data.prepare(config(source), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(TEXTS[0]), tokens(TEXTS[1])]
+
+
+def broken_source(name: str, folder: Path) -> tuple[Any, str]:
+    """A source that gives no text, and what the error has to name."""
+    path = folder / name
+    match name:
+        case "column.jsonl":
+            write_jsonl(path, [spell(t) for t in TEXTS], column="body")
+            return str(path), "body"
+        case "lists.jsonl":
+            path.write_text('{"text": ["w1", "w2"]}', encoding="utf-8")
+        case "half.jsonl":
+            path.write_text('{"text": "w1 w2', encoding="utf-8")
+        case "half.parquet":
+            path.write_bytes(b"PAR1 and no more")
+        case "latin.txt":
+            path.write_bytes(b"w1 caf\xe9 w2\n" * 9)
+        case "empty.txt":
+            path.touch()
+        case "blank.txt":
+            path.write_text("\n" * 20, encoding="utf-8")
+        case "text.pdf":
+            path.write_bytes(b"%PDF")
+        case "folder":
+            path.mkdir()
+        case "single.txt":  # nothing left to train on
+            write_txt(path, [spell(TEXTS[0])])
+        case "good, missing.txt":
+            write_txt(folder / "good.txt", [spell(t) for t in TEXTS])
+            return [str(folder / "good.txt"), str(folder / "missing.txt")], "missing.txt"
+        case "nothing":
+            return None, "null"
+    return str(path), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing.txt",
+        "column.jsonl",
+        "lists.jsonl",
+        "half.jsonl",
+        "half.parquet",
+        "latin.txt",
+        "empty.txt",
+        "blank.txt",
+        "text.pdf",
+        "folder",
+        "single.txt",
+        "good, missing.txt",
+        "nothing",
+    ],
+)
+def test_source_without_text_is_named_and_leaves_nothing(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    source, named = broken_source(name, tmp_path / "in")
+    with pytest.raises(ConfigError, match=r"^data\.source: ") as raised:
+        data.prepare(config(source, heldout=0.1), tokenizer, tmp_path / "out" / "tokens")
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+# --- Cutting and filtering ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 10, 24, 512])
+def test_long_text_is_cut_without_loss(max_length: int, tokenizer: Any, tmp_path: Path) -> None:
+    texts = make_texts([100, 1, 8, 9, 16, 66])
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", max_length=max_length)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    made, body = everything(store), max_length - 2
+    for row in made:
+        assert row[0] == CLS
+        assert row[-1] == SEP
+        assert 3 <= len(row) <= max_length
+    assert [x for row in made for x in row[1:-1]] == [w + 5 for text in texts for w in text]
+    assert len(made) == sum(-(-len(text) // body) for text in texts)
+
+
+@pytest.mark.parametrize("min_length", [3, 5, 12, 24])
+def test_examples_shorter_than_min_length_are_dropped(
+    min_length: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    """CLS and SEP count. A text's last piece is an example like any other."""
+    texts = make_texts([min_length - 3, min_length - 2, 22 + min_length - 3, 22 + min_length - 2])
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", min_length=min_length)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    pieces = [texts[1], texts[2][:22], texts[2][22:], texts[3][:22], texts[3][22:]]
+    kept = [tokens(p) for p in pieces if len(p) + 2 >= min_length]
+    assert len(kept) == 4
+    assert everything(store) == kept
+
+
+def test_examples_of_unknown_tokens_are_dropped(tokenizer: Any, tmp_path: Path) -> None:
+    """An example, not its whole text: 20 words, of which so many are unknown."""
+    texts = make_texts([20] * 4)
+    lines = [
+        f"{spell(text[:-unknown] if unknown else text)} {'xyz ' * unknown}"
+        for text, unknown in zip(texts, (0, 4, 11, 20), strict=True)
+    ]
+    lines.append(f"{spell(texts[0] + [2000, 2001])} {'xyz ' * 22}")  # two pieces of max_length
+    write_txt(tmp_path / "text.txt", lines)
+    # 11 of 20, or of 22 with CLS and SEP, is half or more, 4 is less.
+    store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
+    some = [CLS, *(w + 5 for w in texts[1][:16]), *[UNK] * 4, SEP]
+    assert everything(store) == [tokens(texts[0]), some, tokens([*texts[0], 2000, 2001])]
+    settings = config(tmp_path / "text.txt", max_unknown=0.1)
+    store = data.prepare(settings, tokenizer, tmp_path / "strict")
+    assert everything(store) == [tokens(texts[0]), tokens([*texts[0], 2000, 2001])]
+
+
+# --- Training and held-out text -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_texts", "share", "wanted"),
+    [(40, 0.25, 10), (40, 0.5, 20), (40, 0.01, 1), (2, 0.9, 1), (2, 0.001, 1)],
+)
+def test_heldout_is_the_share_asked_for_and_at_least_one(
+    n_texts: int, share: float, wanted: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = make_texts([12] * n_texts)
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", heldout=share)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert len(store.heldout) == wanted
+    assert len(store.train) == n_texts - wanted
+
+
+def test_heldout_of_zero_is_refused_or_holds_nothing_out(tokenizer: Any, tmp_path: Path) -> None:
+    write_txt(tmp_path / "text.txt", [spell(t) for t in TEXTS])
+    try:
+        settings = config(tmp_path / "text.txt", heldout=0.0)
+    except ConfigError:
+        return
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert rows(store.train) == [tokens(t) for t in TEXTS]
+    assert store.lengths("heldout").tolist() == []
+    assert list(make_batches(store, 4).heldout(0, 1, 4, None)) == []
+
+
+def test_heldout_texts_are_whole_and_none_is_trained_on(tokenizer: Any, tmp_path: Path) -> None:
+    """Texts of several pieces each: a word says which text it is of."""
+    texts = make_texts([60] * 30)
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", heldout=0.2)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    heldout, trained = words_of(store.heldout), words_of(store.train)
+    assert not heldout & trained
+    assert heldout | trained == {word for text in texts for word in text}
+    whole = [set(text) <= heldout for text in texts]
+    assert sum(whole) == 6
+    assert heldout == set().union(*(t for t, out in zip(texts, whole, strict=True) if out))
+    assert whole != sorted(whole)  # not simply the first texts
+    assert whole != sorted(whole, reverse=True)
+
+
+@pytest.mark.parametrize("n_texts", [7, 8, 9, 10, 11, 12])
+def test_heldout_text_is_found_between_blank_lines(
+    n_texts: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A blank line is no text: it neither counts as one nor is kept for evaluation."""
+    texts = make_texts([12] * n_texts)
+    lines = [line for text in texts for line in (spell(text), "", "")]
+    write_txt(tmp_path / "text.txt", lines)
+    settings = config(tmp_path / "text.txt", heldout=0.01)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert len(store.heldout) == 1
+    assert len(store.train) == n_texts - 1
+
+
+def test_counts_are_those_of_the_training_part(tokenizer: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.zipf(1.5, size=50).clip(max=500).tolist() for _ in range(40)]
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", heldout=0.2, min_length=6)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert store.counts.shape == (len(tokenizer),)
+    assert store.counts.dtype == torch.int64
+    recount = Counter(token for row in rows(store.train) for token in row)
+    wanted = torch.tensor([recount[token] for token in range(len(tokenizer))])
+    assert torch.equal(store.counts, wanted)
+    assert store.counts[CLS] == store.counts[SEP] == len(store.train)
+    everything = Counter(token for row in rows(store.heldout) for token in row) + recount
+    assert sum(everything.values()) > store.counts.sum()
+    # 22 + 22 + 6 words a text: nothing is dropped, so the texts themselves give the same counts.
+    assert everything[6] == sum(text.count(1) for text in texts)
+
+
+# --- The store ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 texts of 3 to 40 words."""
+    lengths = np.random.default_rng(1).integers(3, 41, size=64).tolist()
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    write_txt(path, [spell(t) for t in make_texts(lengths)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def stored(corpus_file: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store that no test changes."""
+    folder = tmp_path_factory.mktemp("stored") / "tokens"
+    data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder)
+    return folder
+
+
+def test_store_reopened_is_the_same(
+    stored: Path, corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    made = data.prepare(config(corpus_file, heldout=0.2), tokenizer, tmp_path / "tokens")
+    opened = Store.open(tmp_path / "tokens")
+    assert same_store(made, opened)
+    assert same_store(opened, Store.open(stored))  # and the same wherever and whenever it is made
+
+
+def same_store(a: Store, b: Store) -> bool:
+    assert len(a.train) > 40
+    assert len(a.heldout) > 10
+    return (
+        rows(a.train) == rows(b.train)
+        and rows(a.heldout) == rows(b.heldout)
+        and torch.equal(a.counts, b.counts)
+        and a.record == b.record
+    )
+
+
+def test_preparing_again_changes_nothing(
+    corpus_file: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tokens"
+    made = data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(data, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+    assert same_store(made, data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder))
+    assert same_store(made, data.prepare(config(None, heldout=0.2), tokenizer, folder))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_length": 16},
+        {"min_length": 4},
+        {"max_unknown": 0.4},
+        {"heldout": 0.1},
+        {"txt_rows": "document"},
+        {"column": "body"},
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_store_of_other_settings_is_refused(
+    setting: dict[str, Any], stored: Path, corpus_file: Path, tokenizer: Any
+) -> None:
+    before = snapshot(stored)
+    settings = config(corpus_file, **{"heldout": 0.2} | setting)
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*" + next(iter(setting))):
+        data.prepare(settings, tokenizer, stored)
+    assert snapshot(stored) == before
+
+
+def test_store_of_another_source_is_refused(stored: Path, tokenizer: Any, tmp_path: Path) -> None:
+    write_txt(tmp_path / "text.txt", ["w1 w2 w3"])
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*source"):
+        data.prepare(config(tmp_path / "text.txt", heldout=0.2), tokenizer, stored)
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_store_of_another_tokenizer_is_refused(
+    with_source: bool, stored: Path, corpus_file: Path
+) -> None:
+    settings = config(corpus_file if with_source else None, heldout=0.2)
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*tokenizer"):
+        data.prepare(settings, make_tokenizer(N_WORDS - 1), stored)
+
+
+def test_fingerprint_survives_saving(tokenizer: Any, tmp_path: Path) -> None:
+    """A store outlives the run: the teacher of the next stage has its tokenizer saved by this."""
+    import transformers
+
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer(["w1 w2", "w3"], padding=True, truncation=True, max_length=3)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert fingerprint(loaded) == fingerprint(tokenizer) == fingerprint(make_tokenizer())
+
+
+def test_tokenizers_of_one_fingerprint_give_the_same_ids(tokenizer: Any) -> None:
+    """The same words in another order, or read with another case, are other tokens."""
+    import transformers
+
+    vocabulary = tokenizer.get_vocab()
+    swapped = vocabulary | {"w1": vocabulary["w2"], "w2": vocabulary["w1"]}
+    others = {
+        "swapped": transformers.BertTokenizer(vocab=swapped),
+        "cased": make_tokenizer(do_lower_case=False),
+    }
+    for name, other in others.items():
+        assert other("W1 w1").input_ids != tokenizer("W1 w1").input_ids
+        assert fingerprint(other) != fingerprint(tokenizer), name
+
+
+def test_folder_of_something_else_is_left_alone(
+    corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^data\.prepared: expected an empty folder"):
+        data.prepare(config(corpus_file), tokenizer, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_empty_folder_is_filled(corpus_file: Path, tokenizer: Any, tmp_path: Path) -> None:
+    data.prepare(config(corpus_file), tokenizer, tmp_path)
+    assert len(Store.open(tmp_path).train) > 60
+
+
+class Killed(BaseException):
+    """What neither `except Exception` nor `except ConfigError` catches."""
+
+
+def kill(settings: Config, tokenizer: Any, folder: Path, stage: str, outright: bool) -> None:
+    """Prepare, and die at a stage, with half of the files written. Outright: nothing is cleared
+    away."""
+    import datasets
+
+    save, saved = datasets.Dataset.save_to_disk, []
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    def save_to_disk(self: Any, path: Any, *arguments: Any, **options: Any) -> None:
+        save(self, path, *arguments, **options)
+        saved.append(path)
+        if len(saved) == STAGES.index(stage) + 1:
+            die()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.Dataset, "save_to_disk", save_to_disk)
+        if stage == "counts":
+            patch.setattr(np, "save", die)
+        elif stage == "publishing":
+            patch.setattr(os, "replace", die)
+        if outright:
+            patch.setattr(data.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            data.prepare(settings, tokenizer, folder)
+
+
+STAGES = ["first split", "second split", "counts", "publishing"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_failed_preparation_leaves_nothing(
+    stage: str, stored: Path, corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    settings, folder = config(corpus_file, heldout=0.2), tmp_path / "out" / "tokens"
+    kill(settings, tokenizer, folder, stage, outright=False)
+    assert not folder.parent.exists() or not list(folder.parent.iterdir())
+    made = data.prepare(settings, tokenizer, folder)
+    assert same_store(made, Store.open(stored))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_written_store_is_not_taken_for_one(
+    stage: str, stored: Path, corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Killed outright, so that nothing is cleared away; the next process may have the same id."""
+    settings, folder = config(corpus_file, heldout=0.2), tmp_path / "out" / "tokens"
+    kill(settings, tokenizer, folder, stage, outright=True)
+    assert list(folder.parent.iterdir())
+    with pytest.raises(ConfigError, match=r"^data\.prepared"):
+        Store.open(folder)
+    made = data.prepare(settings, tokenizer, folder)
+    assert same_store(made, Store.open(stored))
+    assert [p.name for p in folder.parent.iterdir()] == ["tokens"]
+
+
+def test_killed_preparation_does_not_block_the_next_run(
+    corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A run's tokens are made in its output, which has to pass for empty when they are not done."""
+    output = tmp_path / "run"
+    settings = replace(config(corpus_file, heldout=0.2), output=str(output))
+    kill(settings, tokenizer, output / "tokens", "counts", outright=True)
+    train.check_output(settings, output)
+
+
+def damage(folder: Path, how: str) -> None:
+    arrow = next((folder / "train").glob("*.arrow"))
+    if how == "no split":
+        for path in (folder / "heldout").iterdir():
+            path.unlink()
+        (folder / "heldout").rmdir()
+    elif how == "no arrow":
+        arrow.unlink()
+    elif how == "half an arrow":
+        arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
+    elif how == "no counts":
+        (folder / "counts.npy").unlink()
+    elif how == "half the counts":
+        (folder / "counts.npy").write_bytes((folder / "counts.npy").read_bytes()[:200])
+    elif how == "empty counts":
+        (folder / "counts.npy").write_bytes(b"")
+    elif how == "half a record":
+        record = (folder / "store.json").read_text(encoding="utf-8")
+        (folder / "store.json").write_text(record[: len(record) // 2], encoding="utf-8")
+    elif how == "no record":
+        (folder / "store.json").unlink()
+    elif how == "a list for a record":
+        (folder / "store.json").write_text("[]", encoding="utf-8")
+    else:
+        (folder / "store.json").write_text('{"format": 99}', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no split",
+        "no arrow",
+        "half an arrow",
+        "no counts",
+        "half the counts",
+        "empty counts",
+        "no record",
+        "half a record",
+        "a list for a record",
+        "another format",
+    ],
+)
+def test_damaged_store_is_refused(how: str, stored: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "tokens"
+    shutil.copytree(stored, folder)
+    assert len(Store.open(folder).train) > 40
+    damage(folder, how)
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*tokens"):
+        Store.open(folder)
+
+
+def test_store_gives_lengths_and_rows(stored: Path) -> None:
+    store = Store.open(stored)
+    for split, part in (("train", store.train), ("heldout", store.heldout)):
+        made = rows(part)
+        assert store.lengths(split).tolist() == [len(row) for row in made]
+        assert store.lengths(split).dtype == torch.int64
+        wanted = torch.tensor([3, 0, 3, len(made) - 1])
+        assert [row.tolist() for row in store.rows(split, wanted)] == [made[i] for i in wanted]
+
+
+def test_rows_of_equal_length_are_rows(tokenizer: Any, tmp_path: Path) -> None:
+    """An array of arrays of one length is easily taken for a matrix."""
+    texts = make_texts([10] * 6)
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
+    for examples in ([2], [4, 1], [0, 1, 2, 3, 4, 5]):
+        got = store.rows("train", torch.tensor(examples))
+        assert [row.tolist() for row in got] == [tokens(texts[i]) for i in examples]
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+def make_batches(store: Store, sequences: int, seed: int = 56, **masking: float) -> Batches:
+    masking = {"probability": 0.3} | masking
+    masker = Masker.from_counts(
+        store.counts, [PAD, UNK, CLS, SEP, MASK], MASK, MaskingConfig(**masking), seed
+    )
+    return Batches(store, masker, PAD, sequences)
+
+
+@pytest.fixture(scope="module")
+def store(stored: Path) -> Store:
+    return Store.open(stored)
+
+
+def examples_of(batches: Sequence[MicroBatch]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each example's (ids as seen, labels), without its padding, in some order that is none of the
+    batches'."""
+    found = []
+    for batch in batches:
+        labels = batch.labels.view(batch.input_ids.shape)
+        for ids, mask, label in zip(batch.input_ids, batch.attention_mask, labels, strict=True):
+            kept = mask.bool()
+            found.append((tuple(ids[kept].tolist()), tuple(label[kept].tolist())))
+    return sorted(found)
+
+
+def unmasked(batch: MicroBatch) -> list[list[int]]:
+    labels = batch.labels.view(batch.input_ids.shape)
+    whole = torch.where(labels != IGNORE_INDEX, labels, batch.input_ids)
+    return [
+        row[mask.bool()].tolist() for row, mask in zip(whole, batch.attention_mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("sequences", [1, 7, 16, 200])
+def test_every_example_comes_once_an_epoch(sequences: int, store: Store) -> None:
+    """Steps cross the border of epochs, and may hold several of them."""
+    batches, n = make_batches(store, sequences), len(store.train)
+    steps = -(-3 * n // sequences)
+    examples, epochs = (
+        torch.cat(x) for x in zip(*map(batches.examples, range(steps)), strict=True)
+    )
+    assert len(examples) == steps * sequences
+    assert torch.equal(epochs, torch.arange(steps * sequences) // n)
+    orders = [examples[epochs == epoch] for epoch in range(3)]
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(n))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[1], orders[2])
+
+
+def test_step_depends_on_its_number_and_the_seed_alone(store: Store) -> None:
+    fresh = [examples_of(make_batches(store, 24).step(i, 0, 1, 4)) for i in range(6)]
+    used = make_batches(store, 24)
+    for i in (5, 0, 3, 3, 1, 4, 2):
+        assert examples_of(used.step(i, 0, 1, 4)) == fresh[i]
+    other = make_batches(store, 24, seed=57)
+    assert examples_of(other.step(0, 0, 1, 4)) != fresh[0]
+    assert len({str(step) for step in fresh}) == 6
+
+
+def test_step_holds_the_examples_that_it_names(store: Store) -> None:
+    batches, texts = make_batches(store, 24), rows(store.train)
+    for step in range(4):
+        made = [row for batch in batches.step(step, 0, 1, 4) for row in unmasked(batch)]
+        assert sorted(made) == sorted(texts[i] for i in batches.examples(step)[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_split_of_a_step_changes_no_example(ranks: int, micro: int, store: Store) -> None:
+    """Every example once, masked as in any other split, and as many micro-batches to each rank."""
+    batches, border = make_batches(store, 32), len(store.train) // 32
+    assert len(batches.examples(border)[1].unique()) == 2  # it spans two epochs
+    for step in (0, border):
+        wanted = examples_of(batches.step(step, 0, 1, 32))
+        dealt = [batches.step(step, rank, ranks, micro) for rank in range(ranks)]
+        assert all(len(mine) == 32 // ranks // micro for mine in dealt)
+        assert all(len(batch.input_ids) == micro for mine in dealt for batch in mine)
+        assert examples_of([batch for mine in dealt for batch in mine]) == wanted
+        assert len(wanted) == 32
+
+
+def test_counts_of_a_step_do_not_depend_on_its_split(store: Store) -> None:
+    """What the losses are divided by: tokens and masked tokens."""
+    batches = make_batches(store, 32)
+    sums = set()
+    for ranks, micro in ((1, 32), (1, 1), (2, 8), (4, 4)):
+        dealt = [b for rank in range(ranks) for b in batches.step(3, rank, ranks, micro)]
+        sums.add((sum(len(b.tokens) for b in dealt), sum(len(b.masked) for b in dealt)))
+    assert len(sums) == 1
+    examples = batches.examples(3)[0]
+    assert sums.pop()[0] == int(store.lengths("train")[examples].sum())
+
+
+def check_fields(batch: MicroBatch) -> None:
+    n_rows, width = batch.input_ids.shape
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
+    assert batch.attention_mask.shape == (n_rows, width)
+    assert batch.labels.shape == (n_rows * width,)
+    lengths = batch.attention_mask.sum(1)
+    assert width % 8 == 0
+    assert width - int(lengths.max()) < 8
+    assert torch.equal(batch.attention_mask, (torch.arange(width) < lengths[:, None]).long())
+    real = batch.attention_mask.bool()
+    assert (batch.input_ids[~real] == PAD).all()
+    assert (batch.input_ids[real] != PAD).all()
+    assert (batch.input_ids[:, 0] == CLS).all()
+    assert (batch.input_ids[torch.arange(n_rows), lengths - 1] == SEP).all()
+    flat = real.flatten()
+    assert batch.tokens.tolist() == [i for i in range(n_rows * width) if flat[i]]
+    labelled = [i for i in range(n_rows * width) if batch.labels[i] != IGNORE_INDEX]
+    assert batch.masked.tolist() == labelled
+    assert set(labelled) <= set(batch.tokens.tolist())
+    assert (batch.labels[batch.masked] >= 5).all()
+
+
+def test_fields_of_a_batch_agree(store: Store) -> None:
+    batches = make_batches(store, 32)
+    made = [*batches.step(0, 0, 1, 8), *batches.step(1, 1, 2, 4), *batches.heldout(0, 1, 5, None)]
+    assert len(made) > 8
+    for batch in made:
+        check_fields(batch)
+    assert len({batch.input_ids.shape[1] for batch in made}) > 1
+    assert sum(len(batch.masked) for batch in made) > 100
+
+
+def test_batch_moves_whole(store: Store) -> None:
+    batch = make_batches(store, 8).step(0, 0, 1, 8)[0]
+    moved = batch.to(torch.device("meta"))
+    for name, value in vars(batch).items():
+        assert getattr(moved, name).device.type == "meta"
+        assert getattr(moved, name).shape == value.shape
+
+
+def test_masks_change_from_epoch_to_epoch(store: Store) -> None:
+    """The same texts in whole epochs, masked anew."""
+    batches = make_batches(store, len(store.train))
+    epochs = [batches.step(i, 0, 1, len(store.train)) for i in range(3)]
+    texts = [sorted(row for b in step for row in unmasked(b)) for step in epochs]
+    assert texts[0] == texts[1] == texts[2] == sorted(rows(store.train))
+    assert len({str(examples_of(step)) for step in epochs}) == 3
+
+
+def test_masked_share_of_the_training_text_is_the_one_asked_for(store: Store) -> None:
+    batches = make_batches(store, len(store.train), probability=0.2)
+    made = [b for step in range(60) for b in batches.step(step, 0, 1, len(store.train))]
+    masked, total = sum(len(b.masked) for b in made), sum(len(b.tokens) for b in made)
+    assert total > 50_000
+    assert abs(masked / total - 0.2) < 5 * (0.2 * 0.8 / total) ** 0.5
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 20])
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_heldout_batches_hold_every_text_once(ranks: int, micro: int, store: Store) -> None:
+    """Whatever the step before, the ranks and the micro-batches; a rank may have none."""
+    batches = make_batches(store, 32)
+    wanted = examples_of(list(batches.heldout(0, 1, 1, None)))
+    assert len(wanted) == len(store.heldout)
+    batches.step(5, 0, 1, 8)
+    dealt = [b for rank in range(ranks) for b in batches.heldout(rank, ranks, micro, None)]
+    assert examples_of(dealt) == wanted
+    texts = sorted(row for b in dealt for row in unmasked(b))
+    assert texts == sorted(rows(store.heldout))
+
+
+@pytest.mark.parametrize("limit", [1, 5, 10_000])
+def test_heldout_batches_keep_to_the_limit(limit: int, store: Store) -> None:
+    batches = make_batches(store, 32)
+    dealt = [b for rank in range(2) for b in batches.heldout(rank, 2, 3, limit)]
+    assert len(examples_of(dealt)) == min(limit, len(store.heldout))
+    assert set(examples_of(dealt)) <= set(examples_of(list(batches.heldout(0, 1, 4, None))))
+
+
+def test_longest_text_fits_the_teachers_positions(
+    corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A max_length of all the positions there are is either refused before training or runs."""
+    import transformers
+
+    from distilfast import models
+    from distilfast.config import TeacherSpec
+
+    folder = make_teacher(tmp_path / "bert", n_layers=1)
+    loaded = transformers.BertConfig.from_pretrained(folder)
+    loaded.max_position_embeddings = 20
+    loaded.vocab_size = len(tokenizer)
+    transformers.BertForMaskedLM(loaded).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    teachers, loaded_tokenizer = models.load_teachers([TeacherSpec(str(folder))])
+    settings = config(corpus_file, max_length=20)
+    try:
+        train.check_teachers(settings, teachers)
+    except ConfigError:
+        return
+    made = data.prepare(settings, loaded_tokenizer, tmp_path / "tokens")
+    assert int(made.lengths("train").max()) == 20
+    for batch in make_batches(made, len(made.train)).step(0, 0, 1, len(made.train)):
+        logits: Tensor = teachers[0].model(batch.input_ids, batch.attention_mask).logits
+        assert torch.isfinite(logits.flatten(0, 1)[batch.tokens]).all()
