@@ -25,7 +25,7 @@ from distilfast.evaluate import fill
 from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
 
 # Optimiser steps of the teacher's stage and of each student.
-STEPS = {"demo": (260, 160), "demo-full": (1500, 900)}
+STEPS = {"demo": (180, 110), "demo-full": (900, 500)}
 UNDISTILLED = ("--loss.kd_weight=0", "--loss.hidden_cos_weight=0", "--loss.ce_weight=1")
 SENTENCES = (
     "Paris is the [MASK] of France.",

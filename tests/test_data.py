@@ -318,10 +318,11 @@ def test_examples_of_unknown_tokens_are_dropped(tokenizer: Any, tmp_path: Path) 
     # 11 of 20, or of 22 with CLS and SEP, is half or more, 4 is less.
     store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
     some = [CLS, *(w + 5 for w in texts[1][:16]), *[UNK] * 4, SEP]
-    assert everything(store) == [tokens(texts[0]), some, tokens([*texts[0], 2000, 2001])]
+    long = tokens([*texts[0], 2000, 2001])
+    assert everything(store) == [tokens(texts[0]), long, some]
     settings = config(tmp_path / "text.txt", max_unknown=0.1)
     store = data.prepare(settings, tokenizer, tmp_path / "strict")
-    assert everything(store) == [tokens(texts[0]), tokens([*texts[0], 2000, 2001])]
+    assert everything(store) == [tokens(texts[0]), long]
 
 
 # --- Training and held-out text -------------------------------------------------------------------
@@ -669,9 +670,11 @@ def test_rows_of_equal_length_are_rows(tokenizer: Any, tmp_path: Path) -> None:
     texts = make_texts([10] * 6)
     write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
     store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
-    for examples in ([2], [4, 1], [0, 1, 2, 3, 4, 5]):
+    made = rows(store.train)
+    assert len(made) == 5
+    for examples in ([2], [4, 1], [0, 1, 2, 3, 4]):
         got = store.rows("train", torch.tensor(examples))
-        assert [row.tolist() for row in got] == [tokens(texts[i]) for i in examples]
+        assert [row.tolist() for row in got] == [made[i] for i in examples]
 
 
 # --- Batches --------------------------------------------------------------------------------------

@@ -1,0 +1,341 @@
+"""The schema of a run: its defaults, its two sources (a file and the command line), and its way
+through YAML and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from distilfast import config, train
+from distilfast.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    MaskingConfig,
+    OptimizerConfig,
+    SourceSpec,
+    StudentConfig,
+    TeacherSpec,
+    ZeroConfig,
+    parse,
+    to_yaml,
+)
+
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+# What the documentation promises to whoever leaves a key out.
+DEFAULTS = """\
+teacher: bert-base-uncased
+student: {layers: alternate, init: teacher, architecture: auto, dropout: null}
+data: {source: null, prepared: null, max_length: 512, heldout: 0.01}
+masking: {probability: 0.15, mask: 0.8, random: 0.1, keep: 0.1, smoothing: 0.7}
+loss: {temperature: 2.0, kd_weight: 5.0, ce_weight: 2.0, hidden_cos_weight: 1.0,
+       logit_cos_weight: 0.0, mse_weight: 0.0, kd_rows: all, backend: auto}
+optimizer: {name: adamw, learning_rate: 5.0e-4, weight_decay: 0.0, betas: [0.9, 0.98],
+            epsilon: 1.0e-6, warmup_ratio: 0.05, max_grad_norm: 5.0}
+batch: {sequences: 4096, micro_sequences: 32}
+evaluate: {every: 500}
+zero: {stage: 1, offload: none}
+precision: bf16
+seed: 56
+checkpoint: {every: 1000, keep: 3}
+resume: auto
+"""
+
+
+def keys() -> list[str]:
+    """All keys, from the schema."""
+    found = []
+    for top in dataclasses.fields(Config):
+        section = top.default_factory
+        if dataclasses.is_dataclass(section):
+            found += [f"{top.name}.{f.name}" for f in dataclasses.fields(section)]
+        else:
+            found.append(top.name)
+    return found
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return parse(["--config", str(path), *overrides])
+
+
+# --- The schema -----------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
+    plain = yaml.safe_load(to_yaml(read(tmp_path, "steps: 1")))
+    for key, value in yaml.safe_load(DEFAULTS).items():
+        if isinstance(value, dict):
+            assert {name: plain[key][name] for name in value} == value
+        else:
+            assert plain[key] == value
+
+
+def test_documented_example_is_read(tmp_path: Path) -> None:
+    made = read(tmp_path, DEFAULTS + "steps: 100000\noutput: runs/name\n")
+    assert made == Config(steps=100000, output="runs/name")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(TeacherSpec("a"), SourceSpec("a"), StudentConfig(), DataConfig(), MaskingConfig()),
+        *(LossConfig(), OptimizerConfig(), BatchConfig(), EvaluateConfig(), ZeroConfig()),
+        *(CheckpointConfig(), Config(steps=1)),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_config_is_frozen(made: Any) -> None:
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, getattr(made, field.name))
+
+
+def test_config_checks_itself_without_a_parser() -> None:
+    for wrong in (
+        lambda: LossConfig(temperature=0),
+        lambda: LossConfig(kd_weight=float("nan")),
+        lambda: Config(),
+        lambda: Config(steps=1, epochs=1),
+        lambda: Config(steps=1, seed=-1),
+        lambda: Config(steps=1, zero=ZeroConfig(stage=0)),
+        lambda: BatchConfig(sequences=17, micro_sequences=4).accumulation(1),
+    ):
+        with pytest.raises(ConfigError, match=r"expected .*, got "):
+            wrong()
+
+
+@pytest.mark.parametrize(("sequences", "micro", "ranks", "steps"), [(16, 4, 1, 4), (24, 4, 3, 2)])
+def test_accumulation_follows_from_batch_and_ranks(
+    sequences: int, micro: int, ranks: int, steps: int
+) -> None:
+    assert BatchConfig(sequences, micro).accumulation(ranks) == steps
+
+
+def test_teachers_and_sources_become_lists(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        "steps: 1\nteacher: [a, {name: b, weight: 3, revision: main}]\n"
+        "data: {source: [c, {name: d, config: en, column: body}], column: words}\n",
+    )
+    assert made.teachers == [TeacherSpec("a"), TeacherSpec("b", 3.0, "main")]
+    assert made.sources == [
+        SourceSpec("c", column="words"),
+        SourceSpec("d", config="en", column="body"),
+    ]
+    single = read(tmp_path, "steps: 1\nteacher: a\ndata: {source: c}\n")
+    assert single.teachers == [TeacherSpec("a")]
+    assert single.sources == [SourceSpec("c")]
+    assert read(tmp_path, "steps: 1").sources == []
+
+
+# --- Through YAML and back ------------------------------------------------------------------------
+
+NAMES = st.text("abez019._-/ #:é日'\"", min_size=1, max_size=12).filter(
+    lambda s: s.strip() and not s.startswith("#")
+)
+POSITIVE = st.floats(1e-300, 1e300)
+CONFIGS = st.builds(
+    Config,
+    teacher=NAMES
+    | st.lists(
+        NAMES | st.builds(TeacherSpec, NAMES, POSITIVE, st.none() | NAMES), min_size=1, max_size=3
+    ),
+    student=st.builds(
+        StudentConfig,
+        layers=st.sampled_from(["alternate", "all"])
+        | st.sets(st.integers(0, 99), min_size=1).map(sorted),
+        dropout=st.none() | st.floats(0, 1, exclude_max=True),
+        fold_token_type=st.booleans(),
+    ),
+    data=st.builds(
+        DataConfig,
+        source=st.none() | NAMES | st.lists(st.builds(SourceSpec, NAMES, NAMES, NAMES, NAMES)),
+        prepared=st.none() | NAMES,
+        column=NAMES,
+    ),
+    loss=st.builds(
+        LossConfig, temperature=POSITIVE, kd_weight=POSITIVE, kd_rows=st.sampled_from(["all"])
+    ),
+    optimizer=st.builds(
+        OptimizerConfig,
+        learning_rate=POSITIVE,
+        betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
+    ),
+    steps=st.integers(1, 2**62),
+    seed=st.integers(0, 2**64 - 1),
+    output=NAMES,
+)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@example(made=Config(epochs=0.5))
+@example(made=Config(steps=1, output="5"))
+@example(made=Config(steps=1, output="yes"))
+@example(made=Config(steps=1, teacher=[TeacherSpec("a", revision="7e57")]))  # no number in YAML 1.1
+@given(made=CONFIGS)
+def test_yaml_is_read_back_to_an_equal_config(made: Config, tmp_path: Path) -> None:
+    assert read(tmp_path, to_yaml(made)) == made
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_parses_and_comes_back(path: Path, tmp_path: Path) -> None:
+    made = parse(["--config", str(path)])
+    assert read(tmp_path, to_yaml(made)) == made
+    assert made.output != Config(steps=1).output  # two recipes do not write to one folder
+
+
+def test_recipes_have_outputs_of_their_own() -> None:
+    outputs = [parse(["--config", str(path)]).output for path in RECIPES]
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "5E-4"])
+def test_exponent_is_a_number_with_or_without_a_point(text: str, tmp_path: Path) -> None:
+    """YAML 1.1 takes 5e-4 for a word."""
+    made = read(tmp_path, f"steps: 1\noptimizer: {{learning_rate: {text}}}\n")
+    assert made.optimizer.learning_rate == 0.0005
+    made = read(tmp_path, "steps: 1\n", f"--optimizer.learning_rate={text}")
+    assert made.optimizer.learning_rate == 0.0005
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    text = "steps: 5\nseed: 1\nloss: {temperature: 3, kd_weight: 4}\n"
+    made = read(tmp_path, text, "--loss.temperature", "1.5", "--steps=7")
+    assert made.loss == LossConfig(temperature=1.5, kd_weight=4)
+    assert (made.steps, made.seed) == (7, 1)
+
+
+def test_command_line_wins_wherever_the_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 5\n", encoding="utf-8")
+    assert parse(["--steps", "7", "--config", str(path)]).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("--student.layers=[0, 2]", "student.layers", [0, 2]),
+        ("--student.layers=all", "student.layers", "all"),
+        ("--student.dropout=null", "student.dropout", None),
+        ("--optimizer.betas=[0.8, 0.9]", "optimizer.betas", (0.8, 0.9)),
+        ("--teacher=[a, b]", "teacher", ["a", "b"]),
+        ('--teacher=[{"name": "a", "weight": 2}]', "teacher", [TeacherSpec("a", 2.0)]),
+        ("--data.source=[a.txt, b.txt]", "data.source", ["a.txt", "b.txt"]),
+        ("--data.source=null", "data.source", None),
+        ("--tensorboard=false", "tensorboard", False),
+        ("--seed=18446744073709551615", "seed", 2**64 - 1),
+    ],
+)
+def test_override_is_read_like_the_file(
+    override: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    made: Any = read(tmp_path, "steps: 1\nstudent: {dropout: 0.5}\ndata: {source: x}\n", override)
+    for name in key.split("."):
+        made = getattr(made, name)
+    assert made == value
+
+
+def test_launcher_may_name_the_rank(tmp_path: Path) -> None:
+    """`deepspeed` puts --local_rank before everything else."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 5\n", encoding="utf-8")
+    assert parse(["--local_rank=3", "--config", str(path)]) == Config(steps=5)
+
+
+def test_environment_sets_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SEED", "DISTILFAST_SEED", "DISTILFAST_TRAIN_SEED", "TEACHER"):
+        monkeypatch.setenv(name, "3")
+    assert read(tmp_path, "steps: 5\n") == Config(steps=5)
+
+
+def exit_status(arguments: list[str]) -> int:
+    """Of the driver, whether it returns or leaves on its own."""
+    try:
+        return train.main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_print_config_shows_the_result(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    given = [*recipe, "--loss.temperature=3", "--print_config"]
+    assert exit_status(given) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read(tmp_path, out) == parse([*recipe, "--loss.temperature=3"])
+
+
+def test_print_config_checks_the_values(recipe: list[str], capsys: Any) -> None:
+    """What it prints is a configuration that can be run."""
+    assert exit_status([*recipe, "--print_config", "--loss.temperature=0"]) == 2
+    assert "loss.temperature: expected a number > 0" in capsys.readouterr().err
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for key in keys():
+        assert f"--{key} " in out
+    assert str(config.RECIPES) in " ".join(out.split())
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """The docstrings are the documentation."""
+    exit_status(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for sentence in (
+        "temperature T of the soft targets",
+        "[MASK], a random one, itself",
+        "optimiser steps; or",
+        "AdamW with warm-up",
+    ):
+        assert sentence.partition(" ")[2] in out
+
+
+def test_config_needs_no_torch() -> None:
+    """A wrong key is said at once, not after some seconds of imports."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'datasets', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "from importlib.util import spec_from_file_location, module_from_spec\n"
+        f"spec = spec_from_file_location('config', {str(ROOT / 'distilfast' / 'config.py')!r})\n"
+        "module = module_from_spec(spec)\n"
+        "sys.modules['config'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.to_yaml(module.Config(steps=1)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(json.dumps(yaml.safe_load(done.stdout)))["steps"] == 1
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

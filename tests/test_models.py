@@ -1,0 +1,909 @@
+"""Teachers and students, their scores, the learning rate, and what is exported."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distilfast import data, evaluate, export, models, step, train
+from distilfast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    MaskingConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TeacherSpec,
+)
+from distilfast.engine import World, learning_rate
+from distilfast.evaluate import Evaluator, Scores
+from distilfast.masking import Masker
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+# DistilBERT's names for what BERT calls otherwise, written out here once more.
+TWINS = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+BERT_LAYER, DISTILBERT_LAYER = "bert.encoder.layer.", "distilbert.transformer.layer."
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Biases and LayerNorms too, which a fresh model has at 0 and 1, where a mistake hides."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+
+
+def save(model: Any, folder: Path, words: list[str] = VOCABULARY, **tokenizer: Any) -> str:
+    import transformers
+
+    model.save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.BertTokenizer(vocab=vocabulary, **tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def make_bert(cls: str = "BertForMaskedLM", seed: int = 0, **settings: Any) -> Any:
+    import transformers
+
+    settings = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "hidden_dropout_prob": 0.2,
+        "attention_probs_dropout_prob": 0.3,
+    } | settings
+    torch.manual_seed(seed)
+    model = getattr(transformers, cls)(transformers.BertConfig(**settings))
+    randomize(model, seed)
+    return model
+
+
+def make_distilbert(**settings: Any) -> Any:
+    import transformers
+
+    settings = {
+        "vocab_size": len(VOCABULARY),
+        "dim": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    } | settings
+    torch.manual_seed(1)
+    model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**settings))
+    randomize(model)
+    return model
+
+
+def load(*names: str) -> list[models.Teacher]:
+    return models.load_teachers([TeacherSpec(name) for name in names])[0]
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(make_bert(), tmp_path_factory.mktemp("teachers") / "bert")
+
+
+@pytest.fixture(scope="module")
+def bert(bert_folder: str) -> models.Teacher:
+    return load(bert_folder)[0]
+
+
+@pytest.fixture(scope="module")
+def distilbert(tmp_path_factory: pytest.TempPathFactory) -> models.Teacher:
+    return load(save(make_distilbert(), tmp_path_factory.mktemp("teachers") / "distilbert"))[0]
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor]:
+    """Three texts, two of them padded."""
+    ids = torch.randint(5, len(VOCABULARY), (3, 16), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((16, 9, 3)):
+        ids[row, length:], mask[row, length:] = 0, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """(tokens, V), of what is no padding."""
+    ids, mask = inputs
+    training = model.training
+    made: Tensor = model.eval()(input_ids=ids, attention_mask=mask).logits
+    model.train(training)
+    return made[mask.bool()]
+
+
+@torch.no_grad()
+def family_logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """The same by way of Family, as the driver computes them."""
+    ids, mask = inputs
+    parts, training = models.family(model), model.training
+    hidden = parts.hidden(model.eval(), ids, mask)[mask.bool()]
+    model.train(training)
+    return parts.head(model)(parts.features(model, hidden))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "wanted"),
+    [
+        (1, [0]),
+        (2, [0]),
+        (3, [0, 2]),
+        (4, [0, 3]),
+        (5, [0, 2, 4]),
+        (6, [0, 2, 5]),
+        (12, [0, 2, 4, 7, 9, 11]),
+        (24, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]),
+    ],
+)
+def test_alternate_layers_equal_hand_value(n_layers: int, wanted: list[int]) -> None:
+    assert models.layers_of(StudentConfig(), n_layers) == wanted
+
+
+def test_alternate_layers_are_the_rounded_linspace() -> None:
+    """Halves to the even number, in exact fractions, which no real model has more of."""
+    for n_layers in range(2, 49):
+        n = -(-n_layers // 2)
+        wanted = [round(Fraction(i * (n_layers - 1), max(n - 1, 1))) for i in range(n)]
+        assert models.layers_of(StudentConfig(), n_layers) == wanted
+
+
+def test_layers_are_those_asked_for() -> None:
+    assert models.layers_of(StudentConfig(layers="all"), 3) == [0, 1, 2]
+    assert models.layers_of(StudentConfig(layers=[1, 3]), 4) == [1, 3]
+    for layers in ([0, 4], [9]):
+        with pytest.raises(ConfigError, match=r"^student\.layers: .*0 to 3"):
+            models.layers_of(StudentConfig(layers=layers), 4)
+
+
+# --- Students of their teacher's weights ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["auto", "distilbert", "same"])
+def test_student_of_all_layers_gives_the_teachers_logits(
+    architecture: Any, bert: models.Teacher, inputs: tuple[Tensor, Tensor]
+) -> None:
+    config = StudentConfig(layers="all", architecture=architecture)
+    student = models.make_student(bert.model, config, seed=1)
+    kind = "bert" if architecture == "same" else "distilbert"
+    assert student.config.model_type == kind
+    wanted = logits(bert.model, inputs)
+    assert close(logits(student, inputs), wanted)
+    assert close(family_logits(student, inputs), wanted)
+    assert close(family_logits(bert.model, inputs), wanted)
+
+
+def test_student_without_folding_gives_other_logits(
+    bert: models.Teacher, inputs: tuple[Tensor, Tensor]
+) -> None:
+    config = StudentConfig(layers="all", fold_token_type=False)
+    student = models.make_student(bert.model, config, seed=1)
+    assert (logits(student, inputs) - logits(bert.model, inputs)).abs().max() > 0.1
+    position = student.distilbert.embeddings.position_embeddings.weight
+    assert torch.equal(position, bert.model.bert.embeddings.position_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tie_word_embeddings": False},
+        {"hidden_act": "relu"},
+        {"hidden_act": "gelu_new"},
+        {"vocab_size": len(VOCABULARY) + 5},
+        {"type_vocab_size": 1},
+        {"pad_token_id": 3},
+        {"num_attention_heads": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["auto", "same"])
+def test_student_of_an_unusual_teacher_gives_its_logits(
+    architecture: Any, settings: dict[str, Any], inputs: tuple[Tensor, Tensor]
+) -> None:
+    teacher = make_bert(num_hidden_layers=2, **settings).eval()
+    config = StudentConfig(layers="all", architecture=architecture)
+    student = models.make_student(teacher, config, seed=1)
+    assert close(logits(student, inputs), logits(teacher, inputs))
+    assert close(family_logits(student, inputs), logits(teacher, inputs))
+
+
+@pytest.mark.parametrize("layers", ["alternate", [1, 2, 4], [5]], ids=str)
+@pytest.mark.parametrize("architecture", ["auto", "same"])
+def test_student_layers_are_the_teachers(
+    architecture: Any, layers: Any, bert: models.Teacher
+) -> None:
+    config = StudentConfig(layers=layers, architecture=architecture)
+    student = models.make_student(bert.model, config, seed=1)
+    state, source = student.state_dict(), bert.model.state_dict()
+    kept = [0, 2, 5] if layers == "alternate" else layers
+    prefix = BERT_LAYER if architecture == "same" else DISTILBERT_LAYER
+    own = [name for name in state if name.startswith(prefix)]
+    assert len(own) == 16 * len(kept)
+    for name in own:
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if architecture == "auto":
+            module, _, kind = rest.rpartition(".")
+            rest = f"{TWINS[module]}.{kind}"
+        assert torch.equal(state[name], source[f"{BERT_LAYER}{kept[int(number)]}.{rest}"]), name
+
+
+def test_student_outside_the_layers_is_the_teacher(bert: models.Teacher) -> None:
+    student = models.make_student(bert.model, StudentConfig(), seed=1)
+    ours, theirs = student.distilbert.embeddings, bert.model.bert.embeddings
+    assert torch.equal(ours.word_embeddings.weight, theirs.word_embeddings.weight)
+    assert torch.equal(ours.LayerNorm.weight, theirs.LayerNorm.weight)
+    assert torch.equal(ours.LayerNorm.bias, theirs.LayerNorm.bias)
+    folded = theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0]
+    assert torch.equal(ours.position_embeddings.weight, folded)
+    head = bert.model.cls.predictions
+    assert torch.equal(student.vocab_projector.bias, head.decoder.bias)
+    assert torch.equal(student.vocab_transform.weight, head.transform.dense.weight)
+    assert torch.equal(student.vocab_layer_norm.bias, head.transform.LayerNorm.bias)
+
+
+@pytest.mark.parametrize("architecture", ["auto", "distilbert", "same"])
+def test_distilbert_makes_a_distilbert(
+    architecture: Any, distilbert: models.Teacher, inputs: tuple[Tensor, Tensor]
+) -> None:
+    config = StudentConfig(layers="all", architecture=architecture)
+    student = models.make_student(distilbert.model, config, seed=1)
+    assert student.config.model_type == "distilbert"
+    assert close(logits(student, inputs), logits(distilbert.model, inputs))
+    assert close(family_logits(student, inputs), logits(distilbert.model, inputs))
+    half = models.make_student(distilbert.model, StudentConfig(architecture=architecture), seed=1)
+    assert half.config.n_layers == 2
+    state, source = half.state_dict(), distilbert.model.state_dict()
+    for i, layer in enumerate((0, 3)):
+        name = f"{DISTILBERT_LAYER}%d.ffn.lin1.weight"
+        assert torch.equal(state[name % i], source[name % layer])
+
+
+def test_student_shares_no_memory_with_its_teacher(bert: models.Teacher) -> None:
+    before = {name: p.clone() for name, p in bert.model.named_parameters()}
+    for architecture in ("auto", "same"):
+        student = models.make_student(bert.model, StudentConfig(architecture=architecture), 1)
+        with torch.no_grad():
+            for p in student.parameters():
+                assert p.requires_grad
+                p.fill_(7)
+    assert all(torch.equal(p, before[name]) for name, p in bert.model.named_parameters())
+    assert len(before) > 90
+
+
+def test_student_is_fp32_and_in_training(bert: models.Teacher) -> None:
+    for architecture in ("auto", "same"):
+        student = models.make_student(bert.model, StudentConfig(architecture=architecture), 1)
+        assert student.training
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_random_student_is_reproducible_by_its_seed(bert: models.Teacher) -> None:
+    config = StudentConfig(init="random")
+    one, again, other = (
+        models.make_student(bert.model, config, seed).state_dict() for seed in (5, 5, 6)
+    )
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["vocab_transform.weight"], other["vocab_transform.weight"])
+    taken = models.make_student(bert.model, StudentConfig(), 5).state_dict()
+    drawn = [name for name in one if one[name].ndim == 2]
+    assert len(drawn) > 15
+    for name in drawn:
+        assert not torch.equal(one[name], taken[name]), name
+        assert not torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1, 2**64 - 1])
+def test_random_student_takes_every_seed(seed: int, bert: models.Teacher) -> None:
+    models.make_student(bert.model, StudentConfig(init="random", layers=[0]), seed)
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+def test_making_a_student_leaves_the_generators_alone(init: Any, bert: models.Teacher) -> None:
+    config = StudentConfig(init=init, copy_mlm_transform=False)
+    devices = list(range(torch.cuda.device_count()))
+    before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    models.make_student(bert.model, config, 5)
+    after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["auto", "same"])
+def test_transform_that_is_not_copied_is_fresh(architecture: Any, bert: models.Teacher) -> None:
+    config = StudentConfig(copy_mlm_transform=False, architecture=architecture)
+    student = models.make_student(bert.model, config, 1)
+    copied = models.make_student(bert.model, StudentConfig(architecture=architecture), 1)
+    dense, norm = (student.get_submodule(n) for n in models.family(student).transform)
+    theirs, _ = (copied.get_submodule(n) for n in models.family(copied).transform)
+    assert not torch.allclose(dense.weight, theirs.weight, atol=0.1)
+    assert 0.15 < float(dense.weight.detach().std()) < 0.25  # the initializer_range
+    assert (dense.bias == 0).all()
+    assert (norm.weight == 1).all()
+    assert (norm.bias == 0).all()
+    rest, wanted = student.state_dict(), copied.state_dict()
+    transform = tuple(models.family(student).transform)
+    same = [name for name in rest if not name.startswith(transform)]
+    assert len(same) == len(rest) - 4
+    assert all(torch.equal(rest[name], wanted[name]) for name in same)
+    again = models.make_student(bert.model, config, 1).state_dict()
+    assert all(torch.equal(rest[name], again[name]) for name in rest)
+
+
+def test_other_layer_norm_epsilon_refuses_distilbert(inputs: tuple[Tensor, Tensor]) -> None:
+    teacher = make_bert(layer_norm_eps=1e-5).eval()
+    for architecture in ("auto", "distilbert"):
+        with pytest.raises(ConfigError, match=r"^student\.architecture: expected same.*1e-05"):
+            models.make_student(teacher, StudentConfig(architecture=architecture), 1)
+    student = models.make_student(teacher, StudentConfig(architecture="same", layers="all"), 1)
+    assert close(logits(student, inputs), logits(teacher, inputs))
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+def dropouts(model: nn.Module) -> set[float]:
+    found = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    return found | {m.dropout_prob for m in model.modules() if hasattr(m, "dropout_prob")}
+
+
+@pytest.mark.parametrize("architecture", ["auto", "same"])
+@pytest.mark.parametrize("init", ["teacher", "random"])
+def test_dropout_reaches_the_modules(init: Any, architecture: Any, bert: models.Teacher) -> None:
+    wanted = {None: {0.2, 0.3}, 0.0: {0.0}, 0.4: {0.4}}
+    for dropout, values in wanted.items():
+        config = StudentConfig(dropout=dropout, architecture=architecture, init=init)
+        assert dropouts(models.make_student(bert.model, config, 1)) == values
+
+
+def test_dropout_of_a_distilbert_reaches_the_modules(distilbert: models.Teacher) -> None:
+    student = models.make_student(distilbert.model, StudentConfig(dropout=0.4), 1)
+    assert dropouts(student) == {0.4}
+
+
+@pytest.mark.parametrize("architecture", ["auto", "same"])
+def test_student_without_dropout_is_a_function(
+    architecture: Any, bert: models.Teacher, inputs: tuple[Tensor, Tensor]
+) -> None:
+    ids, mask = inputs
+    for dropout, constant in ((0.0, True), (0.3, False)):
+        config = StudentConfig(dropout=dropout, architecture=architecture)
+        student = models.make_student(bert.model, config, 1)
+        one, two = (student(ids, attention_mask=mask).logits for _ in range(2))
+        assert torch.equal(one, two) == constant
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def test_teacher_is_frozen_and_fp32(
+    bert: models.Teacher, bert_folder: str, tmp_path: Path, inputs: tuple[Tensor, Tensor]
+) -> None:
+    folder = save(make_bert().bfloat16(), tmp_path / "bf16")
+    for teacher in (bert, load(folder)[0]):
+        assert not teacher.model.training
+        assert not any(p.requires_grad for p in teacher.model.parameters())
+        assert {p.dtype for p in teacher.model.parameters()} == {torch.float32}
+        assert teacher.has_head
+    made = make_bert().eval()
+    assert torch.equal(logits(bert.model, inputs), logits(made, inputs))
+
+
+def test_teachers_of_different_widths_are_an_ensemble(bert_folder: str, tmp_path: Path) -> None:
+    narrow = save(make_bert(hidden_size=16, num_hidden_layers=2), tmp_path / "narrow")
+    mixed = save(make_distilbert(dim=48), tmp_path / "mixed")
+    specs = [TeacherSpec(bert_folder, 2.0), TeacherSpec(narrow, 0.5), TeacherSpec(mixed)]
+    teachers, tokenizer = models.load_teachers(specs)
+    assert [t.name for t in teachers] == [bert_folder, narrow, mixed]
+    assert [t.weight for t in teachers] == [2.0, 0.5, 1.0]
+    assert [models.family(t.model).head(t.model).in_features for t in teachers] == [32, 16, 48]
+    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def test_encoder_without_head_gets_the_identity(
+    tmp_path: Path, inputs: tuple[Tensor, Tensor]
+) -> None:
+    encoder = make_bert("BertModel")
+    teacher = load(save(encoder, tmp_path / "encoder"))[0]
+    assert not teacher.has_head
+    head = teacher.model.cls.predictions
+    assert torch.equal(head.transform.dense.weight, torch.eye(32))
+    for zero in (head.transform.dense.bias, head.transform.LayerNorm.bias, head.decoder.bias):
+        assert (zero == 0).all()
+    assert (head.transform.LayerNorm.weight == 1).all()
+    assert head.decoder.weight is teacher.model.bert.embeddings.word_embeddings.weight
+    ids, mask = inputs
+    with torch.no_grad():
+        wanted = encoder.eval()(ids, attention_mask=mask).last_hidden_state
+        got = models.family(teacher.model).hidden(teacher.model, ids, mask)
+    assert torch.equal(got, wanted)
+    student = models.make_student(teacher.model, StudentConfig(layers="all"), 1)
+    assert torch.equal(student.vocab_transform.weight, torch.eye(32))
+    assert close(logits(student, inputs), logits(teacher.model, inputs))
+
+
+def edit(folder: Path, file: str, **changes: Any) -> None:
+    content = json.loads((folder / file).read_text(encoding="utf-8")) | changes
+    (folder / file).write_text(json.dumps(content), encoding="utf-8")
+
+
+def spoil(folder: Path, how: str) -> None:
+    match how:
+        case "gone":
+            shutil.rmtree(folder)
+        case "no config":
+            (folder / "config.json").unlink()
+        case "half a config":
+            (folder / "config.json").write_text('{"model_type": "be', encoding="utf-8")
+        case "no weights":
+            (folder / "model.safetensors").unlink()
+        case "half the weights":
+            weights = (folder / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+        case "other shapes":
+            edit(folder, "config.json", hidden_size=64)
+        case "missing layers":
+            edit(folder, "config.json", num_hidden_layers=8)
+        case "another family":
+            edit(folder, "config.json", model_type="roberta")
+        case "no tokenizer":
+            for path in folder.glob("tokenizer*"):
+                path.unlink()
+        case "no [MASK]":
+            edit(folder, "tokenizer_config.json", mask_token=None)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "gone",
+        "no config",
+        "half a config",
+        "no weights",
+        "half the weights",
+        "other shapes",
+        "missing layers",
+        "another family",
+        "no tokenizer",
+        "no [MASK]",
+    ],
+)
+def test_unfit_teacher_is_refused(how: str, bert_folder: str, tmp_path: Path) -> None:
+    """In one line that names it, and not by whatever the libraries below happen to raise."""
+    folder = tmp_path / "bert"
+    shutil.copytree(bert_folder, folder)
+    spoil(folder, how)
+    with pytest.raises(ConfigError, match=r"^teacher: ") as raised:
+        load(str(folder))
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_teachers_of_other_words_are_refused(bert_folder: str, tmp_path: Path) -> None:
+    words = [*VOCABULARY[:-2], VOCABULARY[-1], VOCABULARY[-2]]
+    other = save(make_bert(), tmp_path / "other", words)
+    with pytest.raises(ConfigError, match=r"^teacher: expected one vocabulary"):
+        load(bert_folder, other)
+
+
+def test_teacher_with_too_few_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = save(make_bert(vocab_size=len(VOCABULARY) - 1), tmp_path / "few")
+    with pytest.raises(ConfigError, match=r"^teacher: .*embeddings"):
+        load(folder)
+
+
+def test_ensemble_of_padded_vocabularies_is_refused_or_works(
+    bert_folder: str, tmp_path: Path, inputs: tuple[Tensor, Tensor]
+) -> None:
+    """Heads are often padded to a multiple of 8 or 64; one step has to go through, or none to
+    begin."""
+    padded = save(make_bert(vocab_size=88), tmp_path / "padded")
+    loss = LossConfig(hidden_cos_weight=0)
+    config = Config(
+        teacher=[bert_folder, padded], loss=loss, data=DataConfig(max_length=16), steps=1
+    )
+    for specs in (config.teachers, config.teachers[::-1]):
+        try:
+            teachers, _ = models.load_teachers(specs)
+            train.check_teachers(config, teachers)
+        except ConfigError:
+            continue
+        side = step.TeacherSide(teachers, loss, torch.device("cpu"), torch.float32)
+        student = models.make_student(teachers[0].model, config.student, 1)
+        ids, mask = inputs
+        labels = torch.full((ids.numel(),), -100)
+        labels[2] = 7
+        rows = mask.flatten().nonzero()[:, 0]
+        batch = data.MicroBatch(ids, mask, rows, torch.tensor([2]), labels)
+        counts = step.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
+        value, _ = step.Distillation(student, loss, side)(batch, side(batch), counts)
+        assert torch.isfinite(value)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out batches, and a model whose guesses are not all the same."""
+
+    batches: data.Batches
+    teacher: Any
+    student: Any
+
+
+SIDES = ("teacher", "student")
+ALONE = World(rank=0, ranks=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def held(
+    bert: models.Teacher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Held]:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        settings = DataConfig(source=str(corpus), max_length=24, heldout=0.4)
+        config = Config(teacher=bert.name, data=settings, steps=1)
+        tokenizer = models.load_teachers(config.teachers)[1]
+        store = data.prepare(config, tokenizer, tmp_path_factory.mktemp("held") / "tokens")
+        masker = Masker.from_counts(
+            store.counts, tokenizer.all_special_ids, tokenizer.mask_token_id, MaskingConfig(), 3
+        )
+        student = models.make_student(bert.model, StudentConfig(layers="all"), 1)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        yield Held(data.Batches(store, masker, 0, 8), bert.model, student)
+
+
+@torch.no_grad()
+def direct_scores(model: Any, teacher: Any, held: Held) -> Scores:
+    """One text at a time, without padding, from transformers' own logits, in float64."""
+    loss, right, agreeing, total = 0.0, 0, 0, 0
+    for batch in held.batches.heldout(0, 1, 1, None):
+        n = int(batch.attention_mask.sum())
+        labels = batch.labels[:n]
+        at = labels != -100
+        made = {}
+        for name, m in (("model", model), ("teacher", teacher)):
+            training = m.training
+            made[name] = m.eval()(input_ids=batch.input_ids[:, :n]).logits[0][at].double()
+            m.train(training)
+        chosen = made["model"].log_softmax(-1).gather(1, labels[at, None])
+        loss -= float(chosen.sum())
+        right += int((made["model"].argmax(-1) == labels[at]).sum())
+        agreeing += int((made["model"].argmax(-1) == made["teacher"].argmax(-1)).sum())
+        total += int(at.sum())
+    assert total > 100
+    return Scores(loss / total, right / total, agreeing / total)
+
+
+def test_scores_equal_a_direct_computation(held: Held) -> None:
+    """Whatever the micro-batches; the student stays in training."""
+    wanted = {name: direct_scores(getattr(held, name), held.teacher, held) for name in SIDES}
+    assert wanted["teacher"].eval_agreement == 1
+    assert 0.1 < wanted["student"].eval_agreement < 0.9
+    assert wanted["student"].eval_accuracy > 0
+    for micro in (1, 5, 1000):
+        evaluator = Evaluator(held.batches, ALONE, micro, None)
+        got = {name: getattr(evaluator, name)(getattr(held, name)) for name in SIDES}
+        for name in SIDES:
+            assert got[name].eval_loss == pytest.approx(wanted[name].eval_loss, rel=1e-5)
+            assert got[name].eval_accuracy == pytest.approx(wanted[name].eval_accuracy, abs=1e-12)
+        agreement = wanted["student"].eval_agreement
+        assert got["student"].eval_agreement == pytest.approx(agreement, abs=1e-12)
+        assert held.student.training
+        assert not held.teacher.training
+
+
+def test_agreement_of_the_teacher_with_itself_is_one(held: Held) -> None:
+    evaluator = Evaluator(held.batches, ALONE, 4, None)
+    assert evaluator.student(held.student).eval_agreement is None  # nobody to agree with yet
+    before = evaluator.teacher(held.teacher)
+    assert evaluator.student(held.teacher).eval_agreement == 1.0
+    assert evaluator.student(held.teacher).eval_loss == before.eval_loss
+
+
+def test_scores_of_ranks_sum_to_those_of_one(held: Held) -> None:
+    """Two ranks' sums, added up by hand."""
+
+    class Half(World):
+        def sum(self, values: Tensor) -> Tensor:
+            sums.append(values.clone())
+            return values
+
+    sums: list[Tensor] = []
+    for rank in range(2):
+        evaluator = Evaluator(held.batches, Half(rank, 2, torch.device("cpu")), 3, None)
+        evaluator.teacher(held.teacher)
+        evaluator.student(held.student)
+    together = sums[1] + sums[3]
+    evaluator = Evaluator(held.batches, ALONE, 7, None)
+    evaluator.teacher(held.teacher)
+    wanted = evaluator.student(held.student)
+    loss, right, agreeing, total = together.tolist()
+    assert loss / total == pytest.approx(wanted.eval_loss, rel=1e-5)
+    assert right / total == pytest.approx(wanted.eval_accuracy)
+    assert agreeing / total == pytest.approx(wanted.eval_agreement)
+
+
+def test_scores_keep_to_the_limit(held: Held) -> None:
+    """The first texts, and no others."""
+    evaluator = Evaluator(held.batches, ALONE, 4, 7)
+    assert sum(len(batch.input_ids) for batch in evaluator.batches) == 7
+
+
+# --- The learning rate ----------------------------------------------------------------------------
+
+
+def rates(steps: int, **settings: Any) -> list[float]:
+    config = OptimizerConfig(learning_rate=1.0, **settings)
+    return [learning_rate(config, i, steps) for i in range(steps)]
+
+
+def test_learning_rate_equals_hand_value() -> None:
+    """Three steps of warm-up rise in quarters; seven steps fall in sevenths."""
+    wanted = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
+    assert rates(10, warmup_ratio=0.3) == pytest.approx(wanted)
+    wanted = [1 / 4, 2 / 4, 3 / 4] + 7 * [1.0]
+    assert rates(10, warmup_ratio=0.3, decay="constant") == pytest.approx(wanted)
+    assert rates(4, warmup_ratio=0.0) == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
+    assert rates(1, warmup_ratio=0.05) == [1.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
+def test_learning_rate_rises_and_falls_to_zero(warmup: float, steps: int) -> None:
+    config = OptimizerConfig(learning_rate=3e-4, warmup_ratio=warmup)
+    made = [learning_rate(config, i, steps) for i in range(steps)]
+    assert all(0 < rate <= 3e-4 * (1 + 1e-12) for rate in made)
+    assert learning_rate(config, steps, steps) == 0
+    peak = made.index(max(made))
+    assert peak == pytest.approx(min(warmup * steps, steps - 1), abs=0.5 + 1e-9)
+    assert made[: peak + 1] == sorted(made[: peak + 1])
+    assert made[peak:] == sorted(made[peak:], reverse=True)
+
+
+def test_learning_rate_is_that_of_the_recipe() -> None:
+    made = rates(1000)  # 5 % of warm-up, linear decay
+    assert made[50] == 1.0
+    assert max(made[:50]) < 1
+    assert made[25] == pytest.approx(26 / 51)
+    assert made[525] == pytest.approx(0.5)
+
+
+# --- Export ---------------------------------------------------------------------------------------
+
+LOADER = """
+import sys, torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+made = {}
+for folder in sys.argv[2:]:
+    model, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["the river of the [MASK]", "a king"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        kept = {n: batch[n] for n in ("input_ids", "attention_mask")}
+        made[folder] = {
+            "logits": model(**kept).logits,
+            "answers": pipeline("fill-mask", model=folder)("the river of the [MASK]"),
+            "type": type(model).__name__,
+            "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            **kept,
+        }
+assert not [name for name in sys.modules if name.split(".")[0] == "distilfast"]
+torch.save(made, sys.argv[1])
+"""
+SUMMARY = {
+    "teacher": ["bert"],
+    "parameters": 66_985_530,
+    "student_layers": 3,
+    "steps": 12_345,
+    "tokens": 987_654_321,
+    "seconds": 5430.0,
+    "device": "one abacus",
+    "scores": {
+        "teacher": {"eval_loss": 1.23456, "eval_accuracy": 0.75, "eval_agreement": None},
+        "student": {"eval_loss": 2.34567, "eval_accuracy": 0.625, "eval_agreement": 0.8125},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    student: Any
+    config: Config
+    loaded: dict[str, Any]  # what a process without distilfast made of it
+
+
+@pytest.fixture(scope="module")
+def exported(
+    bert_folder: str, bert: models.Teacher, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Exported]:
+    """A DistilBERT and a BERT, exported with the weights as the engine gives them: a copy under
+    each name, tied or not."""
+    root, made = tmp_path_factory.mktemp("exported"), {}
+    tokenizer = models.load_teachers([TeacherSpec(bert_folder)])[1]
+    for architecture in ("auto", "same"):
+        settings = StudentConfig(architecture=architecture)
+        student = models.make_student(bert.model, settings, 1)
+        randomize(student, seed=9)
+        config = Config(
+            teacher=bert_folder,
+            student=settings,
+            data=DataConfig(source="some/text.txt"),
+            steps=12_345,
+            output=f"runs/{architecture}-student",
+        )
+        named = student.named_parameters(remove_duplicate=False)
+        weights = {name: p.detach().clone() for name, p in named}
+        export.export(student, weights, tokenizer, config, SUMMARY, root / architecture)
+        made[architecture] = (student, config)
+    folders = [str(root / name) for name in made]
+    command = [sys.executable, "-c", LOADER, str(root / "made.pt"), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    loaded = torch.load(root / "made.pt")
+    return {n: Exported(root / n, *made[n], loaded[str(root / n)]) for n in made}
+
+
+both = pytest.mark.parametrize("architecture", ["auto", "same"])
+
+
+@both
+def test_exported_model_gives_the_students_logits(
+    architecture: str, exported: dict[str, Exported]
+) -> None:
+    """In a process that knows nothing of distilfast, with every weight found."""
+    made = exported[architecture]
+    loaded = made.loaded
+    assert loaded["type"] == type(made.student).__name__
+    assert loaded["attention_mask"].min() == 0
+    inputs = (loaded["input_ids"], loaded["attention_mask"])
+    wanted = logits(made.student, inputs)
+    assert close(loaded["logits"][loaded["attention_mask"].bool()], wanted)
+
+
+@both
+def test_exported_model_fills_masks(architecture: str, exported: dict[str, Exported]) -> None:
+    """By transformers' pipeline, and as `fill` says, which the report prints."""
+    made = exported[architecture]
+    answers = made.loaded["answers"]
+    assert len(answers) == 5
+    tokenizer = models.load_teachers(made.config.teachers)[1]
+    [guesses] = evaluate.fill(made.student.eval(), tokenizer, ["the river of the [MASK]"], k=5)
+    assert [word for word, _ in guesses] == [answer["token_str"] for answer in answers]
+    wanted = [answer["score"] for answer in answers]
+    assert [share for _, share in guesses] == pytest.approx(wanted, rel=1e-4)
+    assert set(word for word, _ in guesses) <= set(VOCABULARY)
+
+
+@both
+def test_exported_head_is_tied_and_stored_once(
+    architecture: str, exported: dict[str, Exported]
+) -> None:
+    made = exported[architecture]
+    assert models.family(made.student).head(made.student).weight is (
+        made.student.get_input_embeddings().weight
+    )
+    assert made.loaded["tied"]
+    stored = load_file(made.folder / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    size = sum(value.numel() for value in stored.values())
+    assert size == sum(p.numel() for p in made.student.parameters())
+
+
+@both
+def test_card_holds_the_figures(architecture: str, exported: dict[str, Exported]) -> None:
+    made = exported[architecture]
+    card = (made.folder / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert head["pipeline_tag"] == "fill-mask"
+    text = " ".join(card.split())
+    for figure in (
+        f"# {architecture}-student",
+        f"A {type(made.student).__name__} of 3 layers and 67.0 M parameters",
+        made.config.teachers[0].name,
+        "some/text.txt",
+        "5 x KL at T = 2, 2 x masked-LM cross entropy, 1 x hidden-state cosine",
+        "987,654,321 tokens in 12,345 steps of 4096 sequences, 90.5 minutes on one abacus",
+        "| teacher | 1.235 | 75.0% | |",
+        "| student | 2.346 | 62.5% | 81.2% |",
+    ):
+        assert figure in text, figure
+    assert "logit" not in text.split("## Configuration")[0]
+    [block] = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    again = yaml.safe_load(block)
+    again["optimizer"]["betas"] = tuple(again["optimizer"]["betas"])
+    assert again == asdict(made.config)
+
+
+def test_export_replaces_an_older_one_whole(exported: dict[str, Exported], tmp_path: Path) -> None:
+    made, folder = exported["auto"], tmp_path / "model"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"of an older run")
+    weights = {n: p.detach() for n, p in made.student.named_parameters(remove_duplicate=False)}
+    tokenizer = models.load_teachers(made.config.teachers)[1]
+    export.export(made.student, weights, tokenizer, made.config, SUMMARY, folder)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in made.folder.iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_failed_export_leaves_the_older_one(
+    exported: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, folder = exported["auto"], tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    def fail(*_: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export, "card", fail)
+    weights = {n: p.detach() for n, p in made.student.named_parameters(remove_duplicate=False)}
+    tokenizer = models.load_teachers(made.config.teachers)[1]
+    with pytest.raises(OSError, match="no space"):
+        export.export(made.student, weights, tokenizer, made.config, SUMMARY, folder)
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+
+
+def test_weights_exported_are_those_given(
+    exported: dict[str, Exported], tmp_path: Path, inputs: tuple[Tensor, Tensor]
+) -> None:
+    """The fp32 masters, and not the model's own, which may be rounded to bf16."""
+    import transformers
+
+    made = exported["auto"]
+    weights = {
+        name: p.detach().clone()
+        for name, p in made.student.named_parameters(remove_duplicate=False)
+    }
+    rounded = models.make_student(made.student, StudentConfig(layers="all"), 1).bfloat16()
+    tokenizer = models.load_teachers(made.config.teachers)[1]
+    export.export(rounded, weights, tokenizer, made.config, SUMMARY, tmp_path / "model")
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(logits(loaded, inputs), logits(made.student, inputs))
