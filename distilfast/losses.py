@@ -245,9 +245,9 @@ def reduce_parts(
     parts = rows
     if reduction != "none":
         parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale])
-    weights = parts.new_tensor(options[1:5])
-    # A part of weight 0 is 0, so the product is too.
-    loss = (parts * (weights[:, None] if parts.ndim == 2 else weights)).sum(0)
+    # Weights stay on the host: a tensor of them would have to wait for the device. A part of weight
+    # 0 is 0, and so is its product.
+    loss = sum((w * part for w, part in zip(options[1:5], parts, strict=True)), parts.new_zeros(()))
     return loss, parts
 
 

@@ -163,7 +163,8 @@ class Distillation(nn.Module):
         assert targets is not None
         states, backend = hidden[batch.tokens], self.config.backend
         losses = [
-            hidden_cosine_loss(states, target, normalizer=normalizers.tokens, backend=backend)
-            for target in targets.hidden
+            weight
+            * hidden_cosine_loss(states, target, normalizer=normalizers.tokens, backend=backend)
+            for weight, target in zip(self.teacher.weights, targets.hidden, strict=True)
         ]
-        return torch.stack(losses) @ states.new_tensor(self.teacher.weights, dtype=torch.float32)
+        return torch.stack(losses).sum()

@@ -52,8 +52,9 @@ def test_demo_compares_three_runs(small: Path, capsys: pytest.CaptureFixture[str
         assert f"{loss:.3f}" in html, name
         assert f"| {name} |" in out
     assert "untrained" in html
-    better = summaries["distilled"]["scores"]["student"]["eval_loss"] < (
-        summaries["undistilled"]["scores"]["student"]["eval_loss"]
+    better = (
+        summaries["distilled"]["scores"]["student"]["eval_loss"]
+        < (summaries["undistilled"]["scores"]["student"]["eval_loss"])
     )
     assert ("not lower than" in html) is not better
     untrained = {s["scores"]["untrained student"]["eval_loss"] for s in summaries.values()}

@@ -585,15 +585,17 @@ def held(
         config = Config(teacher=bert.name, data=settings, steps=1)
         tokenizer = models.load_teachers(config.teachers)[1]
         store = data.prepare(config, tokenizer, tmp_path_factory.mktemp("held") / "tokens")
-        masker = Masker.from_counts(
-            store.counts, tokenizer.all_special_ids, tokenizer.mask_token_id, MaskingConfig(), 3
-        )
-        student = models.make_student(bert.model, StudentConfig(layers="all"), 1)
+        masking = MaskingConfig(probability=0.4, mask=0.4, random=0.2, keep=0.4)
+        special, mask = tokenizer.all_special_ids, tokenizer.mask_token_id
+        masker = Masker.from_counts(store.counts, special, mask, masking, seed=3)
+        # One layer and large weights: its guesses differ from place to place.
+        teacher = make_bert(num_hidden_layers=1, initializer_range=1.0).eval()
+        student = models.make_student(teacher, StudentConfig(layers="all"), 1)
         torch.manual_seed(0)
         with torch.no_grad():
             for p in student.parameters():
-                p.add_(0.05 * torch.randn_like(p))
-        yield Held(data.Batches(store, masker, 0, 8), bert.model, student)
+                p.mul_(1 + 0.1 * torch.randn_like(p))
+        yield Held(data.Batches(store, masker, 0, 8), teacher, student)
 
 
 @torch.no_grad()
