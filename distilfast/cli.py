@@ -33,13 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train.main(rest)
     commands = {"prepare": prepare, "check": check, "recipes": recipes, "demo": demo}
     if name not in commands:
-        print(f"distilfast: unknown command {name!r}\n{USAGE}", file=sys.stderr)
+        known = ", ".join(("train", *commands))
+        print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
         return 2
     try:
         return commands[name](rest)
     except ConfigError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 2
+
+
+def script() -> None:
+    """`main` as a program of its own."""
+    status = main()
+    if "distilfast.engine" in sys.modules:
+        sys.modules["distilfast.engine"].finish()
+    sys.exit(status)
 
 
 def prepare(arguments: Sequence[str]) -> int:
@@ -57,7 +66,7 @@ def prepare(arguments: Sequence[str]) -> int:
 def check(arguments: Sequence[str]) -> int:
     """Everything that `train` checks, and what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
-    from distilfast import data, models, names, train
+    from distilfast import data, models, train
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = config.batch.accumulation(ranks)
@@ -82,11 +91,7 @@ def check(arguments: Sequence[str]) -> int:
             f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs"
         )
     else:
-        if not config.sources:
-            raise ConfigError("data.source: expected a file, folder or hub name, got null")
-        for source in config.sources:
-            if not source.name.startswith("asset:"):
-                names.local_path("data.source", source.name)
+        data.check(config, folder)
         print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
         print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
     print(

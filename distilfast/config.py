@@ -59,9 +59,6 @@ class TeacherSpec:
     weight: float = 1.0
     revision: str | None = None
 
-    def __post_init__(self) -> None:
-        _not_negative("teacher.weight", self.weight)
-
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -149,7 +146,7 @@ class DataConfig:
             self.min_length,
         )
         expect(0 < self.max_unknown <= 1, "data.max_unknown", "0 < x <= 1", self.max_unknown)
-        _fraction("data.heldout", self.heldout)
+        expect(0 < self.heldout < 1, "data.heldout", "0 < x < 1", self.heldout)
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,9 @@ class MaskingConfig:
 
     Args:
         probability: expected share of the non-padding tokens.
-        mask, random, keep: what becomes of a chosen token: [MASK], a random one, itself. Sum 1.
+        mask: the share of the chosen tokens that become [MASK].
+        random: the share that become a random token.
+        keep: the share that stay as they are. The three sum to 1.
         smoothing: rare tokens are chosen more often, by the weight count^-smoothing.
     """
 
@@ -233,7 +232,8 @@ class OptimizerConfig:
         name: adamw.
         learning_rate: the peak.
         weight_decay: not applied to biases and LayerNorms.
-        betas, epsilon: Adam's.
+        betas: Adam's decay rates.
+        epsilon: Adam's.
         warmup_ratio: the share of the steps over which the rate rises from 0.
         decay: what it does after that, down to 0 at the last step.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
@@ -388,7 +388,11 @@ class Config:
         if self.epochs is not None:
             _positive("epochs", self.epochs)
         expect(0 <= self.seed < 2**64, "seed", "0 to 2^64 - 1", self.seed)
+        expect(bool(self.output), "output", "a folder", self.output)
         expect(len(self.teachers) > 0, "teacher", "at least one teacher", self.teacher)
+        for teacher in self.teachers:
+            expect(bool(teacher.name), "teacher", "a name", teacher.name)
+            _not_negative("teacher: weight", teacher.weight)
         expect(sum(t.weight for t in self.teachers) > 0, "teacher", "a weight > 0", self.teacher)
         expect(
             self.precision == "fp32" or self.zero.stage >= 1,
@@ -423,7 +427,7 @@ class Config:
 def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     """Command line and YAML into a checked Config.
 
-    ``--config FILE`` comes first, ``--key.sub value`` overrides it. ``--help`` and
+    ``--key.sub value`` overrides the file, wherever ``--config FILE`` stands. ``--help`` and
     ``--print_config`` print and exit.
 
     Raises:
@@ -432,53 +436,98 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
-        prog=prog, exit_on_error=False, description=f"Recipes: {RECIPES}"
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+        description=f"Recipes: {RECIPES}",
     )
     parser.add_argument("--config", action="config", help="a YAML file with these keys")
+    parser.add_argument("--print_config", action="store_true", help="print the result and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Config, None, fail_untyped=True, sub_configs=False)
-    _check_config_file(arguments)
+    files, others = _split(arguments)
+    for file in files:
+        _check_file(Path(file))
     try:
-        namespace = parser.parse_args(list(arguments))
-        namespace.pop("config", None)
-        namespace.pop("local_rank", None)
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
+        for key, value in namespace.as_flat().__dict__.items():
+            expect(value is not None or key in _OPTIONAL, key, "a value", None)
         made = parser.instantiate(namespace)
-        return Config(**{f.name: made[f.name] for f in fields(Config)})
+        config = Config(**{f.name: made[f.name] for f in fields(Config)})
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_explain(str(error))) from error
+    if namespace.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
 
 
-def _check_config_file(arguments: Sequence[str]) -> None:
-    """That --config names a YAML file of sections; the parser's own words for this are obscure."""
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name != "--config":
-            continue
-        path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise ConfigError(
-                f"--config: expected a YAML file, got {str(path)!r}; recipes in {RECIPES}: {known}"
-            )
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: expected YAML, got {' '.join(str(error).split())}"
-            ) from None
-        expect(isinstance(content, dict), str(path), "a mapping of keys", content)
-        for key in (f.name for f in fields(Config) if is_dataclass(f.default_factory)):
-            section = content.get(key, {})
-            expect(isinstance(section, dict), f"{path}: {key}", "a mapping of keys", section)
+# The keys that may be null.
+_OPTIONAL = {
+    *("config", "steps", "epochs", "student.dropout", "data.source", "data.prepared"),
+    "evaluate.max_examples",
+}
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files after --config, and everything else."""
+    files, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            files.append(value if equals else next(rest, ""))
+        else:
+            others.append(argument)
+    return files, others
+
+
+def _check_file(path: Path) -> None:
+    """That a file is YAML with known keys; the parser's own words for this are obscure."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ConfigError(
+            f"--config: expected a YAML file, got {str(path)!r}; recipes in {RECIPES}: {known}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+    _check_keys(path, "", content, Config)
+    for section in fields(Config):
+        if is_dataclass(section.default_factory) and section.name in content:
+            _check_keys(path, section.name, content[section.name], section.default_factory)
+    entries: dict[str, tuple[Any, Any]] = {"teacher": (content.get("teacher"), TeacherSpec)}
+    entries["data.source"] = (content.get("data", {}).get("source"), SourceSpec)
+    for key, (value, kind) in entries.items():
+        for entry in value if isinstance(value, list) else []:
+            if isinstance(entry, dict):
+                _check_keys(path, key, entry, kind)
+                expect(bool(entry.get("name")), key, f"an entry with a name in {path}", entry)
+
+
+def _check_keys(path: Path, where: str, content: Any, kind: Any) -> None:
+    expected = f"a mapping of keys in {path}" if where else "a mapping of keys"
+    expect(isinstance(content, dict), where or str(path), expected, content)
+    for key in content:
+        if key not in {f.name for f in fields(kind)}:
+            full = ".".join(filter(None, (where, str(key))))
+            near = difflib.get_close_matches(str(key), [f.name for f in fields(kind)], n=1)
+            entry = kind in (TeacherSpec, SourceSpec)
+            hint = f"; did you mean {near[0]}?" if near and entry else _nearest(full)
+            raise ConfigError(f"{full}: unknown key in {path}{hint}")
 
 
 def _explain(message: str) -> str:
     """The parser's message as "key: expected ..., got ...", in one line."""
     text = " ".join(message.split())
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+    text = re.sub(r"<class '(?:distilfast\.config\.)?(\w+)'>", r"\1", text).replace(
+        "NoneType", "null"
+    )
     if found := re.match(r"(?:Group '(.*)' does not accept o|O)ption '(.*)'", text):
         key = ".".join(filter(None, found.groups()))
         return f"{key}: unknown key{_nearest(key)}"
@@ -486,6 +535,8 @@ def _explain(message: str) -> str:
         return f"--{found[1]}: unknown key{_nearest(found[1])}"
     if found := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', text):
         return f"{found[1]}: expected {found[2]}, got {found[3]}"
+    if found := re.match(r"""Parser key "(.*?)": Unable to load config '(.*?)'""", text):
+        return f"{found[1]}: expected a mapping of keys, got {found[2]}"
     union = r'Parser key "(.*?)": .*Subtypes: \[(.*?)\] Errors.*Given value: (.*)'
     if found := re.match(union, text):
         return f"{found[1]}: expected {found[2]}, got {found[3]}"
@@ -506,4 +557,16 @@ def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `parse` reads back to an equal Config."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings such as 7e57, which PyYAML takes for text and the parser for a number."""
+
+
+def _quoted(dumper: _Dumper, text: str) -> Any:
+    style = '"' if re.fullmatch(r"[-+]?\d+e[-+]?\d+", text, re.IGNORECASE) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted)

@@ -8,6 +8,7 @@ loss can be divided by the count of the whole step.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,26 +57,43 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
                 "made with another"
             )
         return store
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
-    if not config.sources:
-        raise ConfigError("data.source: expected a file, folder or hub name, got null")
+    check(config, folder)
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    made = [parent for parent in scratch.parents if not parent.exists()]
     try:
         _tokenize(config.data, config.sources, tokenizer, scratch, record)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)
-    finally:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # not there, or no longer only ours
+                parent.rmdir()
+        raise
     return Store.open(folder)
 
 
+def check(config: Config, folder: Path) -> None:
+    """That a store can be made in ``folder``, as far as can be told without reading the text."""
+    for parent in (folder, *folder.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"data.prepared: expected a folder, got the file {str(parent)!r}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
+    if not config.sources:
+        raise ConfigError("data.source: expected a file, folder or hub name, got null")
+    for source in config.sources:
+        locate(source)
+
+
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of the tokenizer's vocabulary: two tokenizers of one hash give the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    """A hash of all that makes tokens of a text: tokenizers of one hash give the same ids."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("truncation", "padding", "post_processor"):  # ours, not the tokenizer's
+        parts.pop(setting, None)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
@@ -105,12 +123,11 @@ def _tokenize(
     texts = datasets.concatenate_datasets([_read(spec, data) for spec in sources])
     if len(texts) == 0:
         raise ConfigError(f"data.source: expected text, got none in {_names(sources)}")
-    heldout = _heldout_rows(len(texts), data.heldout)
     cls_token, sep_token = tokenizer.cls_token_id, tokenizer.sep_token_id
     unknown, body = tokenizer.unk_token_id, data.max_length - 2
 
     def cut(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {"input_ids": [], "heldout": []}
+        made: dict[str, list[Any]] = {"input_ids": [], "text": []}
         strings = [text or "" for text in batch["text"]]
         encoded = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
         for row, ids in zip(rows, encoded, strict=True):
@@ -121,26 +138,30 @@ def _tokenize(
                 if piece.count(unknown) >= data.max_unknown * len(piece):
                     continue
                 made["input_ids"].append([cls_token, *piece, sep_token])
-                made["heldout"].append(bool(heldout[row]))
+                made["text"].append(row)
         return made
 
     features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32")), "heldout": datasets.Value("bool")}
+        {"input_ids": datasets.List(datasets.Value("int32")), "text": datasets.Value("int64")}
     )
-    examples = texts.map(
-        cut,
-        batched=True,
-        with_indices=True,
-        remove_columns=texts.column_names,
-        features=features,
-        desc="tokenizing",
-    )
-    flags = np.asarray(examples.data.column("heldout").to_numpy())
+    try:
+        examples = texts.map(
+            cut,
+            batched=True,
+            with_indices=True,
+            remove_columns=texts.column_names,
+            features=features,
+            desc="tokenizing",
+        )
+    except UnicodeDecodeError as error:
+        message = f"data.source: expected UTF-8 text in {_names(sources)}, got {error}"
+        raise ConfigError(message) from error
+    flags = _held_out(np.asarray(examples.data.column("text").to_numpy()), data.heldout)
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     for split, chosen in (("train", ~flags), ("heldout", flags)):
-        part = examples.select(np.flatnonzero(chosen)).remove_columns("heldout")
+        part = examples.select(np.flatnonzero(chosen)).remove_columns("text")
         part = part.flatten_indices() if len(part) else part
-        if len(part) == 0 and (split == "train" or data.heldout):
+        if len(part) == 0:
             raise ConfigError(
                 f"data.source: expected examples of at least {data.min_length} tokens for both "
                 f"training and evaluation, got none for {split} in {_names(sources)}"
@@ -153,79 +174,100 @@ def _tokenize(
     (folder / "store.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def locate(spec: SourceSpec) -> list[Path] | None:
+    """A source's files, or None for a data set of the hub; reads none of them.
+
+    Raises:
+        ConfigError: there is nothing by that name, or nothing of a known type.
+    """
+    path = names.local_path("data.source", spec.name)
+    if path is None:
+        names.require_hub("data.source", spec.name, "dataset", spec.revision)
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    known = [p for p in files if p.suffix in READERS]
+    if not known:
+        raise ConfigError(
+            f"data.source: expected files of type {', '.join(READERS)}, got {str(path)!r}"
+        )
+    return known
+
+
 def _read(spec: SourceSpec, data: DataConfig) -> Any:
     """One source as a data set of the one column "text"."""
     import datasets
 
-    path = names.local_path("data.source", spec.name)
-    if path is None:
-        names.require_hub("data.source", spec.name, "dataset", spec.revision)
-        try:
-            loaded = datasets.load_dataset(
-                spec.name, spec.config, split=spec.split, revision=spec.revision
-            )
-        except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
-            message = " ".join(str(error).split())
-            raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
-        column = spec.column
-    else:
-        files = (
-            sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
-        )
-        if not files or any(p.suffix not in READERS for p in files):
-            raise ConfigError(
-                f"data.source: expected files of type {', '.join(READERS)}, got {str(path)!r}"
-            )
+    files = locate(spec)
+    if files is not None:
         parts = [_read_file(file, spec.column, data.txt_rows) for file in files]
-        loaded, column = datasets.concatenate_datasets(parts), "text"
-    if column not in loaded.column_names:
-        raise ConfigError(
-            f"data.source: expected a column {column!r} in {spec.name!r}, got "
-            f"{', '.join(loaded.column_names)}; name it with data.column"
+        return datasets.concatenate_datasets(parts)
+    try:
+        loaded = datasets.load_dataset(
+            spec.name, spec.config, split=spec.split, revision=spec.revision
         )
-    return loaded.select_columns(column).rename_columns(
-        {column: "text"} if column != "text" else {}
-    )
+    except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
+    return _text_column(loaded, spec.column, spec.name)
 
 
 def _read_file(file: Path, column: str, txt_rows: str) -> Any:
     import datasets
 
     reader = READERS[file.suffix]
+    features = datasets.Features({"text": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"text": []}, features=features)
     if file.stat().st_size == 0:
-        return datasets.Dataset.from_dict(
-            {"text": []}, features=datasets.Features({"text": datasets.Value("string")})
-        )
+        return empty
     options = {"sample_by": txt_rows} if reader == "text" else {}
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises
     try:
         loaded = datasets.load_dataset(reader, data_files=str(file), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
+        if "corresponds to no data" in str(error):
+            return empty
         cause = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(
             f"data.source: {str(file)!r} is no valid {reader} file: {cause}"
         ) from error
-    column = "text" if reader == "text" else column
+    finally:
+        datasets.logging.set_verbosity(level)
+    return _text_column(loaded, "text" if reader == "text" else column, str(file))
+
+
+def _text_column(loaded: Any, column: str, source: str) -> Any:
+    """The one column, named "text", of strings."""
+    import datasets
+
     if column not in loaded.column_names:
         raise ConfigError(
-            f"data.source: expected a column {column!r} in {str(file)!r}, got "
+            f"data.source: expected a column {column!r} in {source!r}, got "
             f"{', '.join(loaded.column_names)}; name it with data.column"
         )
     loaded = loaded.select_columns(column)
-    loaded = loaded.rename_column(column, "text") if column != "text" else loaded
-    return loaded.cast_column("text", datasets.Value("string"))
+    loaded = loaded if column == "text" else loaded.rename_column(column, "text")
+    try:
+        return loaded.cast(datasets.Features({"text": datasets.Value("string")}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"data.source: expected text in column {column!r} of {source!r}, got "
+            f"{loaded.features['text']}"
+        ) from error
 
 
 def _names(sources: Sequence[SourceSpec]) -> str:
     return ", ".join(repr(s.name) for s in sources)
 
 
-def _heldout_rows(n_texts: int, share: float) -> Tensor:
-    """Which texts are held out, (n_texts,) bool: whole ones, so that no piece of a text that is
-    evaluated was trained on. The choice depends on nothing but the number of texts."""
-    count = min(max(1, round(share * n_texts)), n_texts - 1) if share and n_texts > 1 else 0
-    chosen = torch.zeros(n_texts, dtype=torch.bool)
-    chosen[permutation(0, 0, n_texts)[:count]] = True
-    return chosen
+def _held_out(texts: np.ndarray, share: float) -> np.ndarray:
+    """Which examples are held out, from the number of each one's text: whole texts, at least one,
+    so that no piece of a text that is evaluated was trained on."""
+    numbers, text_of_example = np.unique(texts, return_inverse=True)
+    count = min(max(1, round(share * len(numbers))), len(numbers) - 1) if len(numbers) > 1 else 0
+    chosen = np.zeros(len(numbers), dtype=bool)
+    chosen[permutation(0, 0, len(numbers))[:count].numpy()] = True
+    return chosen[text_of_example]
 
 
 def _token_arrays(dataset: Any) -> Iterator[np.ndarray]:
@@ -261,7 +303,7 @@ class Store:
                 torch.from_numpy(np.load(folder / "counts.npy")),
                 record,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"data.prepared: expected a folder made by `distilfast prepare`, got "
                 f"{str(folder)!r}: {' '.join(str(error).split())}"
@@ -345,7 +387,8 @@ class Batches:
 
     def _micro_batch(self, split: str, examples: Tensor, epochs: Tensor | int) -> MicroBatch:
         rows = self.store.rows(split, examples)
-        width = -(-max(len(row) for row in rows) // PAD_TO) * PAD_TO
+        longest = max(len(row) for row in rows)
+        width = max(longest, min(-(-longest // PAD_TO) * PAD_TO, self.store.record["max_length"]))
         input_ids = torch.full((len(rows), width), self.pad_token)
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))

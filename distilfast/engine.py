@@ -11,7 +11,6 @@ What is done here and nowhere else:
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import json
@@ -73,6 +72,9 @@ class World:
 def start() -> World:
     """Join the processes of `deepspeed` or torchrun, or be one alone. May be called again."""
     deepspeed = _import_deepspeed()
+    # DeepSpeed calls these once a step and more, and torch says each time that they have new names.
+    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).* deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     if not torch.distributed.is_initialized():
         ranks = os.environ.get("WORLD_SIZE", "1")
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
@@ -83,12 +85,18 @@ def start() -> World:
         deepspeed.ops.__compatible_ops__ = {}
         with _alone():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        atexit.register(torch.distributed.destroy_process_group)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def finish() -> None:
+    """Leave the processes together: who leaves while another still talks to it can bring it down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -69,7 +70,10 @@ def export(
     """
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch, state_dict=weights)
+    # A model of its own: the trained one may be bf16, and its config would say so.
+    exported = type(model)(copy.deepcopy(model.config)).float()
+    exported.load_state_dict(weights)
+    exported.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / "README.md").write_text(card(model, config, summary), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

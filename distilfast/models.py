@@ -126,7 +126,9 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     source, revision = (spec.name, spec.revision) if path is None else (str(path), None)
     try:
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+            config = transformers.AutoConfig.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            )
             if config.model_type not in FAMILIES:
                 raise ConfigError(
                     f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
@@ -136,12 +138,14 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
             model, info = transformers.AutoModelForMaskedLM.from_pretrained(
                 source, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except _loading_errors() as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"teacher: {spec.name!r} cannot be loaded: {message}") from error
     parts = FAMILIES[config.model_type]
+    if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
     own = [k for k in info["missing_keys"] if not k.startswith(parts.head_prefix)]
     if own:
         raise ConfigError(f"teacher: {spec.name!r} lacks weights: {', '.join(sorted(own)[:3])} ...")
@@ -149,6 +153,15 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     if not has_head:
         start_transform(model)
     return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
+
+
+def _loading_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises over files that are damaged or do not fit together."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    own = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError)
+    return (*own, StrictDataclassError, SafetensorError)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ ASSETS = {
     "asset:all-MiniLM-L6-v2": assets.minilm,
     "asset:wikipedia-sample": assets.wikipedia_sample,
 }
+FOLDERS = ("runs", "data", "configs")  # ours, whether they are there yet or not
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -37,7 +38,8 @@ def local_path(key: str, name: str) -> Path | None:
     if path.exists():
         return path
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(path.suffix[1:])
-    in_folder = "/" in name and Path(name.split("/")[0]).is_dir()
+    first = name.split("/")[0]
+    in_folder = "/" in name and (first in FOLDERS or Path(first).is_dir())
     looks_versioned = re.fullmatch(r"\.\d+.*", path.suffix or "")  # "gpt-3.5" is no file name
     if in_folder or (is_path and not looks_versioned) or not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"{key}: expected an existing file or folder, got {name!r}")

@@ -121,6 +121,7 @@ class Distillation(nn.Module):
         config, parts = self.config, models.family(self.student)
         rows, head = vocabulary_rows(batch, config), parts.head(self.student)
         soft = self._soft(targets) if config.vocabulary else {}
+        widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(
             parts.features(self.student, hidden[rows]),
             head.weight,
@@ -137,6 +138,7 @@ class Distillation(nn.Module):
             jsd_beta=config.jsd_beta,
             kd_normalizer=normalizers.rows,
             ce_normalizer=normalizers.masked,
+            vocab_size=min(widths),  # what is beyond is some head's padding
             backend=config.backend,
             **soft,
         )

@@ -160,7 +160,10 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 def check_output(config: Config, output: Path) -> None:
     """That the folder is empty, or holds this very run."""
-    if not output.exists() or {p.name for p in output.iterdir()} <= {"tokens"}:
+    for parent in (output, *output.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
+    if not output.exists() or all(p.name.startswith("tokens") for p in output.iterdir()):
         return
     if config.resume == "never":
         raise ConfigError(
@@ -168,7 +171,10 @@ def check_output(config: Config, output: Path) -> None:
         )
     if not (output / "config.yaml").is_file():
         raise ConfigError(f"output: expected an empty folder or a run's, got {str(output)!r}")
-    before = configs.parse(["--config", str(output / "config.yaml")])
+    try:
+        before = configs.parse(["--config", str(output / "config.yaml")])
+    except ConfigError as error:
+        raise ConfigError(f"output: {output / 'config.yaml'} is damaged: {error}") from error
     differing = [
         k for k in _differing(asdict(before), asdict(config)) if not k.startswith(FREE_KEYS)
     ]
@@ -195,7 +201,7 @@ def claim(config: Config, output: Path) -> None:
     temporary = output / "config.yaml.tmp"
     temporary.write_text(configs.to_yaml(config), encoding="utf-8")
     os.replace(temporary, output / "config.yaml")
-    for leftover in output.glob("checkpoints/tmp-*"):
+    for leftover in (*output.glob("checkpoints/tmp-*"), *output.glob("tokens.tmp-*")):
         shutil.rmtree(leftover)
 
 
@@ -420,5 +426,13 @@ def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:
     return [weights[name] for name, _ in model.named_parameters()]
 
 
+def script() -> None:
+    """`main` as a program of its own."""
+    status = main()
+    if status != 1:  # after an error the others may not come
+        engine.finish()
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -403,6 +403,30 @@ def test_counts_are_those_of_the_training_part(tokenizer: Any, tmp_path: Path) -
     assert everything[6] == sum(text.count(1) for text in texts)
 
 
+def test_text_of_many_chunks_is_one_text(tokenizer: Any, tmp_path: Path) -> None:
+    """Rows are read, mapped and written a thousand at a time: numbers run on over the borders."""
+    texts = [[i, *range(i % 5)] for i in range(2500)]
+    write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+    settings = config(tmp_path / "text.txt", heldout=0.04)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    train, heldout = rows(store.train), rows(store.heldout)
+    assert len(heldout) == 100
+    assert everything(store) == sorted(tokens(t) for t in texts)
+    assert store.lengths("train").tolist() == [len(row) for row in train]
+    places = torch.tensor([0, 999, 1000, 1001, 1999, 2000, 2399])
+    assert [r.tolist() for r in store.rows("train", places)] == [train[i] for i in places]
+    recount = Counter(token for row in train for token in row)
+    assert store.counts.tolist() == [recount[token] for token in range(len(tokenizer))]
+
+
+def test_changed_source_is_read_anew(tokenizer: Any, tmp_path: Path) -> None:
+    """`datasets` remembers what it has read, and must not remember it for another text."""
+    for i, texts in enumerate((TEXTS[:5], TEXTS[5:])):
+        write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
+        store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / f"tokens-{i}")
+        assert everything(store) == [tokens(t) for t in texts]
+
+
 # --- The store ------------------------------------------------------------------------------------
 
 
@@ -772,6 +796,16 @@ def test_counts_of_a_step_do_not_depend_on_its_split(store: Store) -> None:
     assert len(sums) == 1
     examples = batches.examples(3)[0]
     assert sums.pop()[0] == int(store.lengths("train")[examples].sum())
+
+
+def test_neighbours_in_length_share_a_batch_and_ranks_take_turns(store: Store) -> None:
+    """Little padding, and no rank has much more to do than another."""
+    batches = make_batches(store, 32)
+    dealt = [batches.step(0, rank, 4, 2) for rank in range(4)]
+    lengths = sorted(sorted(b.attention_mask.sum(1).tolist()) for mine in dealt for b in mine)
+    assert list(chain(*lengths)) == sorted(chain(*lengths))
+    work = [sum(b.input_ids.numel() for b in mine) for mine in dealt]
+    assert max(work) - min(work) <= max(b.input_ids.numel() for mine in dealt for b in mine)
 
 
 def check_fields(batch: MicroBatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distilfast import masking
 from distilfast.config import ConfigError, MaskingConfig
 from distilfast.masking import EVALUATION_EPOCH, IGNORE_INDEX, Masker, permutation, philox
 
@@ -225,6 +226,17 @@ def test_special_tokens_and_padding_are_never_masked() -> None:
     assert (labels[special] == IGNORE_INDEX).all()
     assert torch.equal(masked[special], ids[special])
     assert (labels[~special] != IGNORE_INDEX).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("drawn", [0, MAX32])
+def test_no_draw_masks_a_special_token(drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the one draw in 2^32 that chance will not bring about here."""
+    masker, ids = make_masker(torch.full((20,), 50)), torch.arange(20)[None]
+    draws = (torch.full_like(ids, drawn),) * 4
+    monkeypatch.setattr(masking, "philox", lambda *_: draws)
+    labels = masker.apply(ids, torch.tensor([0]), 0)[1][0]
+    assert (labels[:5] == IGNORE_INDEX).all()
+    assert ((labels[5:] != IGNORE_INDEX) == (drawn == 0)).all()
 
 
 def test_labels_are_the_original_tokens_and_nothing_else_changes() -> None:
