@@ -6,6 +6,7 @@ value is a `ConfigError` of one line: the key, what was expected, what came.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -449,6 +450,11 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     files, others = _split(arguments)
     for file in files:
         _check_file(Path(file))
+    for argument in others:
+        key, _, value = argument.removeprefix("--").partition("=")
+        if key in ("teacher", "data.source") and value.startswith("["):
+            with contextlib.suppress(yaml.YAMLError):
+                _check_entries("the command line", key, yaml.safe_load(value))
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
         for key, value in namespace.as_flat().__dict__.items():
@@ -500,16 +506,21 @@ def _check_file(path: Path) -> None:
     for section in fields(Config):
         if is_dataclass(section.default_factory) and section.name in content:
             _check_keys(path, section.name, content[section.name], section.default_factory)
-    entries: dict[str, tuple[Any, Any]] = {"teacher": (content.get("teacher"), TeacherSpec)}
-    entries["data.source"] = (content.get("data", {}).get("source"), SourceSpec)
-    for key, (value, kind) in entries.items():
-        for entry in value if isinstance(value, list) else []:
-            if isinstance(entry, dict):
-                _check_keys(path, key, entry, kind)
-                expect(bool(entry.get("name")), key, f"an entry with a name in {path}", entry)
+    _check_entries(str(path), "teacher", content.get("teacher"))
+    _check_entries(str(path), "data.source", content.get("data", {}).get("source"))
 
 
-def _check_keys(path: Path, where: str, content: Any, kind: Any) -> None:
+def _check_entries(where: str, key: str, value: Any) -> None:
+    """The entries of a list of teachers or sources, as far as the parser would be obscure."""
+    for entry in value if isinstance(value, list) else []:
+        if isinstance(entry, dict):
+            _check_keys(where, key, entry, TeacherSpec if key == "teacher" else SourceSpec)
+            expect(bool(entry.get("name")), key, f"an entry with a name in {where}", entry)
+            weight = entry.get("weight", 1.0)
+            expect(type(weight) in (int, float), f"{key}: weight", "a number", weight)
+
+
+def _check_keys(path: Path | str, where: str, content: Any, kind: Any) -> None:
     expected = f"a mapping of keys in {path}" if where else "a mapping of keys"
     expect(isinstance(content, dict), where or str(path), expected, content)
     for key in content:

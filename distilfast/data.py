@@ -205,7 +205,7 @@ def _read(spec: SourceSpec, data: DataConfig) -> Any:
         loaded = datasets.load_dataset(
             spec.name, spec.config, split=spec.split, revision=spec.revision
         )
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
     return _text_column(loaded, spec.column, spec.name)

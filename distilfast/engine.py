@@ -93,7 +93,7 @@ def start() -> World:
 
 
 def finish() -> None:
-    """Leave the processes together: who leaves while another still talks to it can bring it down."""
+    """Leave together: a rank that is still talking to one that left can be brought down by it."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

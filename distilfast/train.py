@@ -63,7 +63,10 @@ class TrainingError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="distilfast: %(message)s")
+    if not (logger := logging.getLogger("distilfast")).handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
+        logger.addHandler(handler)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):

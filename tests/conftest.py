@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from pathlib import Path
+
+# The tests never ask a hub for anything, nor leave anything in a cache of the user's.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="distilfast-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
 
 from distilfast import backends
-
-# The tests never ask a hub for anything.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 WORDS = (
