@@ -236,7 +236,7 @@ class OptimizerConfig:
         betas: Adam's decay rates.
         epsilon: Adam's.
         warmup_ratio: the share of the steps over which the rate rises from 0.
-        decay: what it does after that, down to 0 at the last step.
+        decay: what it does after that, down to 0 after the last step.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
     """
 

@@ -135,7 +135,7 @@ def _tokenize(
                 piece = ids[start : start + body]
                 if len(piece) + 2 < data.min_length:
                     continue
-                if piece.count(unknown) >= data.max_unknown * len(piece):
+                if piece.count(unknown) >= data.max_unknown * (len(piece) + 2):
                     continue
                 made["input_ids"].append([cls_token, *piece, sep_token])
                 made["text"].append(row)

@@ -41,7 +41,7 @@ def philox(seed: int, epoch: int, example: Tensor, position: Tensor) -> tuple[Te
         high word, epoch).
     """
     example, position = torch.broadcast_tensors(example, position)
-    counter = [position, example & _LOW, example >> 32, torch.full_like(position, epoch)]
+    counter = [position, example & _LOW, (example >> 32) & _LOW, torch.full_like(position, epoch)]
     key = [seed & _LOW, seed >> 32]
     for _ in range(10):
         # int64 products wrap, and their bits are those of the unsigned product.

@@ -201,7 +201,8 @@ def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
     if config.layers == "all":
         return list(range(n_layers))
     if config.layers == "alternate":
-        return torch.linspace(0, n_layers - 1, -(-n_layers // 2)).round().long().tolist()
+        spaced = torch.linspace(0, n_layers - 1, -(-n_layers // 2), dtype=torch.float64)
+        return spaced.round().long().tolist()
     for layer in config.layers:
         if not isinstance(layer, int) or layer >= n_layers:
             raise ConfigError(
@@ -229,7 +230,7 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
         raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
     make_config = _distilbert_config if to_distilbert else _same_config
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
+        torch.default_generator.manual_seed(seed % 2**63)
         student_config = make_config(teacher.config, len(layers), config.dropout)
         student = (
             type(teacher)(student_config) if not to_distilbert else _distilbert(student_config)
