@@ -3,9 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# One installation of torch, the one that is tested: a bare "torch" would fetch gigabytes of CUDA
-# where there is no GPU. Where there is one, its build of the same version is what pip picks.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH_INDEX)
+# PyPI's torch for Linux is the CUDA build, gigabytes of it. Without a GPU the CPU build is taken from
+# PyTorch's own index, where that can be reached.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || \
+	{ curl -fsI -m 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX); })
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -18,13 +21,13 @@ help:
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 $(VENV)/demo: $(SOURCES)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) ..."
 	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/dev: $(SOURCES)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) ..."
 	@$(INSTALL) --editable '.[demo,dev]'
 	@touch $@ $(VENV)/demo

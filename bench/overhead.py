@@ -191,6 +191,7 @@ def append(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         "steps": options.steps,
         "micro_sequences": options.micro_sequences,
     }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*context, *rows[0]])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distilfast.config import RECIPES, Config, ConfigError, parse
+from distilfast.config import RECIPES, ConfigError, parse
 
 USAGE = """\
 usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
@@ -54,12 +54,11 @@ def script() -> None:
 def prepare(arguments: Sequence[str]) -> int:
     """Tokenise and count."""
     config = parse(arguments, prog="distilfast prepare")
-    from distilfast import data, models
+    from distilfast import data, train
 
-    _, tokenizer = models.load_teachers(config.teachers)
-    folder = token_folder(config)
-    store = data.prepare(config, tokenizer, folder)
-    print(f"{folder}: {describe_store(store)}")
+    _, tokenizer, _ = train.load_models(config)
+    store = data.prepare(config, tokenizer, config.token_folder)
+    print(f"{config.token_folder}: {describe_store(store)}")
     return 0
 
 
@@ -71,9 +70,7 @@ def check(arguments: Sequence[str]) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = config.batch.accumulation(ranks)
     train.check_output(config, Path(config.output))
-    teachers, tokenizer = models.load_teachers(config.teachers)
-    train.check_teachers(config, teachers)
-    student = models.make_student(teachers[0].model, config.student, config.seed)
+    teachers, tokenizer, student = train.load_models(config)
     for teacher in teachers:
         print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
     kind = type(student).__name__
@@ -81,12 +78,11 @@ def check(arguments: Sequence[str]) -> int:
         config.student, getattr(teachers[0].model.config, models.family(teachers[0].model).n_layers)
     )
     print(f"student:  {kind}, {_millions(student)}, teacher's layers {layers}")
-    folder = token_folder(config)
+    folder = config.token_folder
     if (folder / "store.json").is_file():
         store = data.prepare(config, tokenizer, folder)
         print(f"data:     {folder}: {describe_store(store)}")
-        passes = (config.epochs or 0) * len(store.train) / config.batch.sequences
-        steps = config.steps or max(1, int(passes))
+        steps = train.count_steps(config, len(store.train))
         print(
             f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs"
         )
@@ -118,10 +114,6 @@ def demo(arguments: Sequence[str]) -> int:
     from distilfast import demo
 
     return 0 if demo.main(full="--full" in arguments) else 1
-
-
-def token_folder(config: Config) -> Path:
-    return Path(config.data.prepared or Path(config.output) / "tokens")
 
 
 def describe_store(store: object) -> str:

@@ -19,8 +19,8 @@ import yaml
 
 RECIPES = next(
     folder
-    for folder in (Path(__file__).parent.parent / "configs", Path(__file__).parent / "recipes")
-    if folder.is_dir()
+    for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "configs")
+    if folder.name == "configs" or folder.is_dir()  # installed, or in a checkout
 )
 
 
@@ -416,6 +416,11 @@ class Config:
             [self.teacher] if isinstance(self.teacher, str) else self.teacher
         )
         return [TeacherSpec(t) if isinstance(t, str) else t for t in value]
+
+    @property
+    def token_folder(self) -> Path:
+        """Where the tokens are, or are to be made."""
+        return Path(self.data.prepared or Path(self.output) / "tokens")
 
     @property
     def sources(self) -> list[SourceSpec]:

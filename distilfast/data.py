@@ -9,6 +9,7 @@ loss can be divided by the count of the whole step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +26,13 @@ from torch import Tensor
 
 from distilfast import names
 from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
-from distilfast.masking import EVALUATION_EPOCH, IGNORE_INDEX, Masker, permutation
+from distilfast.masking import (
+    EVALUATION_EPOCH,
+    EVALUATION_SEED,
+    IGNORE_INDEX,
+    Masker,
+    permutation,
+)
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FORMAT = 1  # of the store; raised when its files change meaning
@@ -45,6 +52,9 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
     record = _record(config, tokenizer)
     if (folder / "store.json").is_file():
         store = Store.open(folder)
+        # A source that is gone since then is no matter; one that has changed is.
+        gone = {name for name, size in record["bytes"].items() if size is None}
+        store.record.setdefault("bytes", {}).update(dict.fromkeys(gone))
         differing = [k for k, v in record.items() if store.record.get(k) != v]
         if config.sources and differing:
             raise ConfigError(
@@ -63,6 +73,9 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
     try:
         _tokenize(config.data, config.sources, tokenizer, scratch, record)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if (folder / "store.json").is_file():  # another process was faster
+            shutil.rmtree(scratch)
+            return Store.open(folder)
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)
@@ -103,9 +116,17 @@ def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "source": [asdict(s) for s in config.sources],
+        "bytes": {s.name: _bytes(Path(s.name).expanduser()) for s in config.sources},
         "tokenizer": fingerprint(tokenizer),
         **settings,
     }
+
+
+def _bytes(path: Path) -> int | None:
+    """The size of a local source's files, by which it is seen to have changed; None: not local."""
+    if not path.exists():
+        return None
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
 def _tokenize(
@@ -394,7 +415,10 @@ class Batches:
             input_ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
         lengths = self.lengths[split][examples]
         attention_mask = (torch.arange(width) < lengths[:, None]).long()
-        masked_ids, labels = self.masker.apply(input_ids, examples, epochs)
+        masker = self.masker
+        if split == "heldout":  # runs of different seeds are asked the same questions
+            masker = dataclasses.replace(masker, seed=EVALUATION_SEED)
+        masked_ids, labels = masker.apply(input_ids, examples, epochs)
         labels = labels.flatten()
         return MicroBatch(
             input_ids=masked_ids,

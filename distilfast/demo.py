@@ -11,6 +11,7 @@ batches for as many steps with the labels alone. `report.html` holds the three s
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,14 @@ from typing import Any
 
 import torch
 
-from distilfast import __version__, models, train
+from distilfast import __version__, engine, models, train
 from distilfast import config as configs
 from distilfast.config import RECIPES, Config, parse
 from distilfast.evaluate import fill
 from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
 
-# Optimiser steps of the teacher's stage and of each student.
-STEPS = {"demo": (180, 110), "demo-full": (900, 500)}
+# Optimiser steps of the teacher's stage and of each student, where not those of the recipes.
+FULL = (900, 500)
 UNDISTILLED = ("--loss.kd_weight=0", "--loss.hidden_cos_weight=0", "--loss.ce_weight=1")
 SENTENCES = (
     "Paris is the [MASK] of France.",
@@ -42,12 +43,25 @@ SENTENCES = (
 def distil(arguments: Sequence[str] = ()) -> Config | None:
     """The demo's recipe: the teacher's head where it is missing, then the student. ``arguments``
     override the student's configuration. None: stopped by a signal."""
-    config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
-    first = parse(["--config", str(RECIPES / "demo-teacher.yaml")])
+    shared = _shared()
+    config = parse(["--config", str(RECIPES / "demo.yaml"), *shared, *arguments])
+    first = parse(["--config", str(RECIPES / "demo-teacher.yaml"), *shared])
     model = Path(first.output) / "model"
     if config.teacher == str(model) and not model.exists() and not train.run(first):
         return None
     return config if train.run(config) else None
+
+
+def _shared() -> list[str]:
+    """What the processes share: the batch of the recipes, dealt out among however many they are."""
+    _show_progress_of_downloads()
+    sequences = parse(["--config", str(RECIPES / "demo.yaml")]).batch.sequences
+    ranks = engine.start().ranks
+    return [f"--batch.micro_sequences={sequences // ranks}"] if sequences % ranks == 0 else []
+
+
+def _show_progress_of_downloads() -> None:
+    logging.getLogger("distilfast").setLevel(logging.INFO)
 
 
 def main(full: bool = False) -> Path | None:
@@ -55,13 +69,15 @@ def main(full: bool = False) -> Path | None:
     began = time.monotonic()
     name = "demo-full" if full else "demo"
     root = Path("runs") / name
-    teacher_steps, student_steps = STEPS[name]
+    teacher_steps, student_steps = ([f"--steps={n}"] for n in FULL) if full else ([], [])
+    shared = _shared()
     teacher = parse(
         [
             *("--config", str(RECIPES / "demo-teacher.yaml")),
             f"--output={root / 'teacher'}",
             f"--data.prepared={root / 'tokens'}",
-            f"--steps={teacher_steps}",
+            *teacher_steps,
+            *shared,
         ]
     )
     if not train.run(teacher):
@@ -75,7 +91,8 @@ def main(full: bool = False) -> Path | None:
                 f"--teacher={root / 'teacher' / 'model'}",
                 f"--data.prepared={root / 'tokens'}",
                 f"--output={root / run}",
-                f"--steps={student_steps}",
+                *student_steps,
+                *shared,
             ]
         )
         if not train.run(runs[run]):
@@ -90,6 +107,7 @@ def compare(teacher: Config, runs: dict[str, Config]) -> Report:
     """The runs side by side, from the files that they left."""
     summaries = {name: _summary(config) for name, config in runs.items()}
     teacher_summary, distilled = _summary(teacher), summaries["distilled"]
+    share = runs["distilled"].data.heldout
     size = {"teacher": teacher_summary["parameters"], "student": distilled["parameters"]}
     rows = [
         _row("teacher", distilled["scores"]["teacher"], size["teacher"], teacher_summary),
@@ -100,7 +118,10 @@ def compare(teacher: Config, runs: dict[str, Config]) -> Report:
     losses = {row.name: row.eval_loss for row in rows}
     verdict = "lower than" if losses["distilled"] < losses["undistilled"] else "not lower than"
     return Report(
-        title=f"distilfast {__version__}: six layers to three",
+        title=(
+            f"distilfast {__version__}: {teacher_summary['student_layers']} layers to "
+            f"{distilled['student_layers']}"
+        ),
         lead=(
             f"Held-out loss of the distilled student: {losses['distilled']:.3f}, {verdict} the "
             f"{losses['undistilled']:.3f} of the same student trained for as many steps without a "
@@ -115,7 +136,7 @@ def compare(teacher: Config, runs: dict[str, Config]) -> Report:
         facts={
             "device": distilled["device"],
             "teacher": "sentence-transformers/all-MiniLM-L6-v2 with a masked-LM head",
-            "text": "107 articles of the English Wikipedia, 5 % of them held out",
+            "text": f"articles of the English Wikipedia, {share:.0%} of them held out",
             "seed": str(runs["distilled"].seed),
         },
         config=configs.to_yaml(runs["distilled"]),

@@ -12,9 +12,12 @@ What is done here and nowhere else:
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -22,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ class World:
     rank: int
     ranks: int
     device: torch.device
+    patient: Any = None  # a process group in which to wait for hours: for text to be tokenised, say
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -50,23 +54,42 @@ class World:
             torch.distributed.all_reduce(values)
         return values
 
-    def first(self, work: Callable[[], Result]) -> Result | None:
-        """``work`` on the first rank while the others wait. Its error is everybody's error."""
+    def first(self, work: Callable[[], Result]) -> Result:
+        """``work`` on the first rank while the others wait. Its result, or its error, is
+        everybody's: no rank decides by itself and leaves the others waiting."""
+        return self._agree(work if self.rank == 0 else None)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """``work``, which talks to no other rank, on each. An error on one is everybody's."""
+        return self._agree(work)
+
+    def _agree(self, work: Callable[[], Result] | None) -> Result:
         result, failure = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        if self.ranks > 1:
-            told = [None if failure is None else (type(failure).__name__, str(failure))]
-            torch.distributed.broadcast_object_list(told, src=0)
-            if failure is None and told[0] is not None:
-                kind, message = told[0]
-                failure = ConfigError(message) if kind == "ConfigError" else RuntimeError(message)
-        if failure is not None:
-            raise failure
-        return result
+        try:
+            result = work() if work else None
+        except Exception as error:
+            if self.ranks == 1:
+                raise
+            failure = error
+        if self.ranks == 1:
+            return cast(Result, result)
+        everyone: list[Any] = [None] * self.ranks
+        is_first = work is not None and self.rank == 0
+        said = (result if is_first and failure is None else None, failure)
+        torch.distributed.all_gather_object(everyone, _portable(said), group=self.patient)
+        for _, other in everyone:
+            if other is not None:
+                raise failure or other
+        return cast(Result, everyone[0][0] if work is None else result)
+
+
+def _portable(said: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
+    """What can be sent: plain results, and an error of a kind that any rank can make."""
+    result, failure = said
+    plain = result if isinstance(result, (bool, int, float, str, type(None))) else None
+    if failure is None or isinstance(failure, ConfigError):
+        return plain, failure
+    return plain, RuntimeError(f"{type(failure).__name__}: {failure}")
 
 
 def start() -> World:
@@ -76,10 +99,9 @@ def start() -> World:
     renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).* deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     if not torch.distributed.is_initialized():
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks))
         # No operator of its own is worth compiling: its shared-memory collectives alone would take
         # most of a minute at the first run. Said before it looks, which calls the linker.
         deepspeed.ops.__compatible_ops__ = {}
@@ -89,7 +111,13 @@ def start() -> World:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return World(rank, ranks, device, _patient_group() if ranks > 1 else None)
+
+
+@functools.cache
+def _patient_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
 
 
 def finish() -> None:
@@ -193,12 +221,17 @@ class Engine:
             self.deepspeed.step()
 
     def step(self, rate: float) -> float:
-        """Apply the gradients and return their norm before clipping."""
+        """Apply the gradients and return their norm before clipping. Where it is not finite,
+        nothing is applied (with ZeRO, DeepSpeed sees to that)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = self._stage_0_norm() if self.config.zero.stage == 0 else None
+        if self.config.zero.stage == 0:
+            norm = float(self._stage_0_norm())
+            if math.isfinite(norm):
+                self.deepspeed.step()
+            return norm
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        return float(self.deepspeed.get_global_grad_norm())
 
     def _stage_0_norm(self) -> Tensor:
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
@@ -241,7 +274,9 @@ def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
         files = sorted(p for p in scratch.rglob("*") if p.is_file())
         sizes = {str(p.relative_to(scratch)): p.stat().st_size for p in files}
         manifest = scratch / "manifest.json"
-        manifest.write_text(json.dumps({"step": step, **_layout(engine), "files": sizes}, indent=1))
+        manifest.write_text(
+            json.dumps({"step": step, **_layout(engine.config, world), "files": sizes}, indent=1)
+        )
         for path in (*files, manifest):
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -258,30 +293,31 @@ def newest(folder: Path) -> int | None:
     return max(_complete(folder), default=None)
 
 
-def load(engine: Engine, folder: Path, step: int) -> None:
-    """Weights and optimiser as they were after ``step`` steps.
+def check_layout(folder: Path, step: int, config: Config, world: World) -> None:
+    """That `load` can read the checkpoint.
 
     Raises:
-        ConfigError: the checkpoint is of another number of ranks, stage or precision.
+        ConfigError: it is of another number of ranks, stage or precision.
     """
     path = folder / f"step-{step}"
     manifest = json.loads((path / "manifest.json").read_text())
-    for key, value in _layout(engine).items():
+    for key, value in _layout(config, world).items():
         if manifest[key] != value:
             raise ConfigError(
                 f"resume: expected {key} = {manifest[key]}, as {path} was written with, got {value}"
             )
+
+
+def load(engine: Engine, folder: Path, step: int) -> None:
+    """Weights and optimiser as they were after ``step`` steps."""
+    path = folder / f"step-{step}"
     loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
     if loaded is None:
-        raise ConfigError(f"resume: {path} cannot be loaded")
+        raise RuntimeError(f"resume: {path} cannot be loaded")
 
 
-def _layout(engine: Engine) -> dict[str, Any]:
-    return {
-        "ranks": engine.world.ranks,
-        "zero.stage": engine.config.zero.stage,
-        "precision": engine.config.precision,
-    }
+def _layout(config: Config, world: World) -> dict[str, Any]:
+    return {"ranks": world.ranks, "zero.stage": config.zero.stage, "precision": config.precision}
 
 
 def _complete(folder: Path) -> list[int]:

@@ -74,7 +74,8 @@ class Head:
         the logits: d/dx c tanh(x / c) = 1 - (y / c)^2."""
         if self.softcap:
             assert logits is not None
-            gradient *= 1 - (logits.to(gradient.dtype) / self.softcap) ** 2
+            compute = reference.accumulation_dtype(logits)  # 1 - y^2 cancels in bf16
+            gradient *= 1 - (logits.to(compute) / self.softcap) ** 2
         if self.scale != 1:
             gradient *= self.scale
 
@@ -209,29 +210,9 @@ def _chunks(hidden: Tensor, needed: Tensor | None, rows: int) -> Sequence[slice 
 
 @linear_distillation_op.register_fake
 def _(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: list[Tensor],
-    teacher_weight: list[Tensor],
-    teacher_bias: list[Tensor],
-    labels: Tensor | None,
-    mask: Tensor | None,
-    kd_scale: Tensor,
-    ce_scale: Tensor,
-    scalars: list[float],
-    divergence: str,
-    ignore_index: int,
-    vocab_size: int,
-    heads: list[float],
-    teacher_weights: list[float],
-    ensemble: str,
-    chunk_rows: int,
-    reduction: str,
-    late: bool,
-    backend: str,
-    wanted: list[bool],
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kd_scale, (reduction, late, _, wanted) = others[5], others[-4:]
     n_rows = [student_hidden.shape[0]] if reduction == "none" else []
     bias_like = student_weight if student_bias is None else student_bias
     if late:
@@ -250,6 +231,7 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*rest)
     *ctx.settings, ctx.late, ctx.backend, ctx.wanted = inputs[10:]
     ctx.teacher_counts = [len(group) for group in inputs[3:6]]
+    ctx.others = len(inputs) - 6
     if not ctx.late:
         ctx.save_for_backward(loss, *rest[1:])
         return
@@ -285,7 +267,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         scale_gradient_op(g, grad_loss, loss) if wanted else None
         for g, wanted in zip(gradients, ctx.wanted, strict=True)
     ]
-    return *scaled, *([None] * n for n in ctx.teacher_counts), *[None] * 16
+    return *scaled, *([None] * n for n in ctx.teacher_counts), *[None] * ctx.others
 
 
 linear_distillation_op.register_autograd(_linear_backward, setup_context=_linear_context)
@@ -370,7 +352,7 @@ def linear_distillation_loss(
     check_ensemble_mode("ensemble", ensemble)
     scales = _pair("logit_scale", logit_scale, 1.0)
     softcaps = _pair("logit_softcap", logit_softcap, 0.0)
-    if chunk_rows != "auto" and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+    if chunk_rows != "auto" and (type(chunk_rows) is not int or chunk_rows < 1):
         raise ValueError(f"chunk_rows: expected 'auto' or a whole number >= 1, got {chunk_rows!r}")
 
     soft = bool(kd_weight or cos_weight or mse_weight)
@@ -399,7 +381,7 @@ def linear_distillation_loss(
         [("teacher_weight", w.shape[0]) for w in t_weight],
         vocab_size,
     )
-    check_labels(labels, ce_weight, leading, device)
+    check_labels(labels, ignore_index, ce_weight, leading, device)
     check_mask(mask, leading, device)
 
     if not soft:  # the labels alone: no teacher is projected

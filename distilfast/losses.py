@@ -136,7 +136,11 @@ def check_vocab(
     return vocab_size
 
 
-def check_labels(labels: Tensor | None, ce_weight: float, rows: torch.Size, device: Any) -> None:
+def check_labels(
+    labels: Tensor | None, ignore_index: int, ce_weight: float, rows: torch.Size, device: Any
+) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise ValueError(f"ignore_index: expected a whole number, got {ignore_index!r}")
     if labels is None:
         if ce_weight:
             raise ValueError(
@@ -285,23 +289,8 @@ def distillation_op(
 
 
 @distillation_op.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    kd_scale: Tensor,
-    ce_scale: Tensor,
-    scalars: list[float],
-    divergence: str,
-    ignore_index: int,
-    vocab_size: int,
-    reduction: str,
-    late: bool,
-    inplace: bool,
-    backend: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kd_scale, (reduction, late, _, _, with_gradient) = others[3], others[-5:]
     n_rows = [student.shape[0]] if reduction == "none" else []
     now = with_gradient and not late
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
@@ -339,6 +328,7 @@ def _distillation_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
     loss, parts, gradient = output
     ctx.mark_non_differentiable(parts, gradient)
     ctx.options, ctx.late, ctx.inplace, ctx.backend = options, late, inplace, backend
+    ctx.others = len(inputs) - 1
     if late:
         ctx.save_for_backward(loss, *tensors)
     else:
@@ -367,7 +357,7 @@ def _distillation_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, .
         loss, gradient = ctx.saved_tensors
     if not (ctx.late and not torch.is_grad_enabled()):
         gradient = scale_gradient_op(gradient, grad_loss, loss)
-    return gradient, *[None] * 14
+    return gradient, *[None] * ctx.others
 
 
 distillation_op.register_autograd(_distillation_backward, setup_context=_distillation_context)
@@ -380,8 +370,9 @@ def scale_gradient_op(gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tens
     ``loss`` ties the result to the graph: without it a double backward would find a constant here
     and silently be 0.
     """
-    scaled = gradient.to(grad_loss.dtype) * (grad_loss[:, None] if grad_loss.ndim else grad_loss)
-    return scaled.to(gradient.dtype)
+    if grad_loss.ndim == 0:  # computed in fp32 and rounded once; no fp32 copy is made
+        return gradient * grad_loss.to(reference.accumulation_dtype(gradient))
+    return (gradient * grad_loss[:, None]).to(gradient.dtype)
 
 
 @scale_gradient_op.register_fake
@@ -563,7 +554,7 @@ def distillation_loss(
         [("teacher_logits", teacher_logits.shape[-1])],
         vocab_size,
     )
-    check_labels(labels, ce_weight, leading, device)
+    check_labels(labels, ignore_index, ce_weight, leading, device)
     check_mask(mask, leading, device)
     backend = backends.choose(backend, device, (student_logits.dtype, teacher_logits.dtype))
 
@@ -727,7 +718,11 @@ def combine_teachers(
         check_teacher("logits", t)
         if t.ndim == 0:
             raise ValueError("logits: expected (..., V), got a 0-d tensor")
-        check_like("logits", t[..., 0], logits[0].shape[:-1], logits[0].device)
+        if t.shape[:-1] != logits[0].shape[:-1] or t.device != logits[0].device:
+            raise ValueError(
+                f"logits: expected one leading shape and device, got {tuple(logits[0].shape[:-1])} "
+                f"on {logits[0].device} and {tuple(t.shape[:-1])} on {t.device}"
+            )
     widths = [("logits", t.shape[-1]) for t in logits]
     vocab = check_vocab(widths[0], widths[1:], vocab_size)
     z = reference.combine_teachers(

@@ -20,7 +20,8 @@ from torch import Tensor
 from distilfast.config import ConfigError, MaskingConfig
 
 IGNORE_INDEX = -100
-EVALUATION_EPOCH = 0xFFFFFFFF  # held-out text is masked the same way every time
+# Held-out text is masked the same way every time, whatever the seed of the run.
+EVALUATION_SEED, EVALUATION_EPOCH = 56, 0xFFFFFFFF
 ORDER_POSITION = 0xFFFFFFFF  # no position of a text: the stream that shuffles the examples
 
 _LOW = 0xFFFFFFFF

@@ -6,7 +6,6 @@ ids, and a hub that does not answer is found out in seconds and not after minute
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def require_hub(key: str, name: str, repo_type: str = "model", revision: str | N
     """
     import huggingface_hub
 
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "true", "TRUE") and assets.hub_answers():
+    if assets.hub_answers():
         return
     try:
         huggingface_hub.snapshot_download(
@@ -68,3 +67,9 @@ def require_hub(key: str, name: str, repo_type: str = "model", revision: str | N
             f"{key}: expected a folder or a name that the hub knows, got {name!r}; the hub does "
             "not answer and the cache does not hold it"
         ) from error
+    # From here on nothing asks the hub again: each question would be retried for minutes.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if repo_type == "dataset":
+        import datasets.config
+
+        datasets.config.HF_HUB_OFFLINE = True

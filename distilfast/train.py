@@ -87,12 +87,12 @@ def run(config: Config) -> bool:
     world = engine.start()
     setup = prepare(config, world)
     output = Path(config.output)
-    if (output / "summary.json").is_file():
+    if world.first(lambda: (output / "summary.json").is_file()):
         world.first(lambda: print(f"{output} is complete"))
         return True
-    world.first(lambda: claim(config, output))
+    start = world.first(lambda: claim(config, world, output))
     with Stop() as stop:
-        complete = train(config, world, setup, output, stop)
+        complete = train(config, world, setup, output, start, stop)
     if not complete:
         world.first(lambda: print(f"stopped; the same command goes on from {output}"))
     return complete
@@ -119,25 +119,30 @@ def prepare(config: Config, world: World) -> Setup:
         ConfigError: the first thing found wrong.
     """
     config.batch.accumulation(world.ranks)
-    check_output(config, Path(config.output))
+    world.first(lambda: check_output(config, Path(config.output)))
+    teachers, tokenizer, student = world.together(lambda: load_models(config))
+    if world.device.type == "cpu" and config.data.max_length <= SHORT:
+        student.set_attn_implementation("eager")
+    folder = config.token_folder
+    world.first(lambda: data.prepare(config, tokenizer, folder))
+    store = world.together(lambda: data.Store.open(folder))
+    special, mask_token = tokenizer.all_special_ids, tokenizer.mask_token_id
+    masker = Masker.from_counts(store.counts, special, mask_token, config.masking, config.seed)
+    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch.sequences)
+    return Setup(teachers, tokenizer, student, batches, count_steps(config, len(store.train)))
+
+
+def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
+    """The teachers, their tokenizer and the student, checked against the configuration."""
     teachers, tokenizer = models.load_teachers(config.teachers)
     check_teachers(config, teachers)
     student = models.make_student(teachers[0].model, config.student, config.seed)
-    if world.device.type == "cpu" and config.data.max_length <= SHORT:
-        student.set_attn_implementation("eager")
-    folder = Path(config.data.prepared or Path(config.output) / "tokens")
-    world.first(lambda: data.prepare(config, tokenizer, folder))
-    store = data.Store.open(folder)
-    masker = Masker.from_counts(
-        store.counts,
-        tokenizer.all_special_ids,
-        tokenizer.mask_token_id,
-        config.masking,
-        config.seed,
-    )
-    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch.sequences)
-    passes = (config.epochs or 0) * len(store.train) / config.batch.sequences
-    return Setup(teachers, tokenizer, student, batches, config.steps or max(1, int(passes)))
+    return teachers, tokenizer, student
+
+
+def count_steps(config: Config, n_examples: int) -> int:
+    """Optimiser steps: as configured, or of the epochs, whole steps and at least one."""
+    return config.steps or max(1, int((config.epochs or 0) * n_examples / config.batch.sequences))
 
 
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
@@ -198,27 +203,34 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[s
     return keys
 
 
-def claim(config: Config, output: Path) -> None:
-    """Make the folder this run's, and clear away what a killed one left half-written."""
+def claim(config: Config, world: World, output: Path) -> int:
+    """Make the folder this run's, clear away what a killed one left half-written, and return the
+    step to go on from."""
+    checkpoints = output / "checkpoints"
+    start = (engine.newest(checkpoints) or 0) if config.resume == "auto" else 0
+    if start:
+        engine.check_layout(checkpoints, start, config, world)
     output.mkdir(parents=True, exist_ok=True)
     temporary = output / "config.yaml.tmp"
     temporary.write_text(configs.to_yaml(config), encoding="utf-8")
     os.replace(temporary, output / "config.yaml")
-    for leftover in (*output.glob("checkpoints/tmp-*"), *output.glob("tokens.tmp-*")):
-        shutil.rmtree(leftover)
+    for pattern in ("checkpoints/tmp-*", "tokens.tmp-*", "model.tmp-*"):
+        for leftover in output.glob(pattern):
+            shutil.rmtree(leftover)
+    return start
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train(config: Config, world: World, setup: Setup, output: Path, stop: Stop) -> bool:
-    """Train to the last step and write the results. False: stopped by a signal, and saved."""
+def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> bool:
+    """Train from step ``start`` to the last and write the results. False: stopped by a signal, and
+    saved."""
     teacher = TeacherSide(
         setup.teachers, config.loss, world.device, engine.DTYPES[config.precision]
     )
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
     checkpoints = output / "checkpoints"
-    start = (engine.newest(checkpoints) or 0) if config.resume == "auto" else 0
     if start:
         engine.load(runner, checkpoints, start)
 
@@ -227,7 +239,9 @@ def train(config: Config, world: World, setup: Setup, output: Path, stop: Stop) 
     )
     scores = {}
     if setup.teachers[0].has_head:
-        scores["teacher"] = asdict(evaluator.teacher(teacher.models[0]))
+        # Of an ensemble, agreement and figures are those of its first teacher, by name.
+        shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
+        scores[shown] = asdict(evaluator.teacher(teacher.models[0]))
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
     name = f"{Path(config.output).name:>12}"
     with (
@@ -285,10 +299,12 @@ def optimiser_step(
     began = time.perf_counter()
     micro_batches = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
     counted = [
-        [len(vocabulary_rows(b, config.loss)), len(b.masked), len(b.tokens)] for b in micro_batches
+        [len(vocabulary_rows(b, config.loss)), len(b.masked), len(b.tokens), 0]
+        for b in micro_batches
     ]
-    counts = torch.tensor(counted, device=world.device).sum(0)
-    normalizers = Normalizers(*world.sum(counts.clone()).float())
+    counted[0][3] = int(stop.requested)
+    counts = world.sum(torch.tensor(counted, device=world.device).sum(0))
+    normalizers = Normalizers(*counts[:3].float())
 
     parts: list[Tensor] = []
     for i, batch in enumerate(micro_batches):
@@ -299,9 +315,9 @@ def optimiser_step(
         runner.backward(loss)
         parts.append(shares)
 
-    flag = torch.tensor([stop.requested], device=world.device)
-    sums = world.sum(torch.cat([torch.stack(parts).sum(0).double(), counts[2:], flag]))
-    *values, tokens, stopping = sums.tolist()  # the step's one wait for the device
+    sums = world.sum(torch.stack(parts).sum(0).double())
+    # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
+    *values, tokens, stopping = torch.cat([sums, counts[2:].double()]).tolist()
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
@@ -311,6 +327,8 @@ def optimiser_step(
         )
     rate = engine.learning_rate(config.optimizer, step, setup.steps)
     norm = runner.step(rate)
+    if not math.isfinite(norm):
+        raise TrainingError(f"step {step + 1}: grad_norm is {norm}; no weight was changed")
     line = {
         "step": step + 1,
         "tokens": int(tokens),
@@ -390,8 +408,8 @@ def finish(
     rows = [
         ModelRow(
             name=name,
-            parameters=_count(setup.teachers[0].model) if name == "teacher" else size,
-            size_mib=(_count(setup.teachers[0].model) if name == "teacher" else size) * 4 / 2**20,
+            parameters=(count := _count(setup.teachers[0].model) if name in scores else size),
+            size_mib=count * 4 / 2**20,
             train_time_s=seconds if name == "student" else None,
             steps=setup.steps if name == "student" else None,
             **values,
@@ -438,4 +456,7 @@ def script() -> None:
 
 
 if __name__ == "__main__":
-    script()
+    # The module by its name: this one is __main__, whose errors nobody else would recognise.
+    from distilfast import train as this
+
+    this.script()

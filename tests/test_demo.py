@@ -25,12 +25,13 @@ def small(
     text.write_text("\n".join(lines))
     assets = {"asset:all-MiniLM-L6-v2": lambda: encoder, "asset:wikipedia-sample": lambda: text}
     monkeypatch.setattr(names, "ASSETS", assets)
-    monkeypatch.setattr(demo, "STEPS", {"demo": (2, 2), "demo-full": (3, 3)})
+    monkeypatch.setattr(demo, "FULL", (3, 3))
     monkeypatch.chdir(tmp_path)
     parse = configs.parse
 
     def shorter(arguments: list[str], **keywords: Any) -> configs.Config:
-        given = [*arguments, "--data.max_length=32", "--batch.sequences=8"]
+        steps = [] if any("--steps" in a for a in arguments) else ["--steps=2"]
+        given = [*arguments, *steps, "--data.max_length=32", "--batch.sequences=8"]
         return parse([*given, "--batch.micro_sequences=8"], **keywords)
 
     monkeypatch.setattr(demo, "parse", shorter)
