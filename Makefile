@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH_INDEX)
 # PyPI's torch for Linux is the CUDA build, gigabytes of it. Without a GPU the CPU build is taken from
 # PyTorch's own index, where that can be reached.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || \
 	{ curl -fsI -m 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX); })
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt $(TORCH_INDEX)
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
