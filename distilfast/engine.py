@@ -181,6 +181,9 @@ class Engine:
     def __init__(self, module: nn.Module, config: Config, world: World):
         self.config, self.world = config, world
         dtype = DTYPES[config.precision]
+        # One process has nothing to split, and stage 1 would copy every gradient for it.
+        alone = world.ranks == 1 and dtype == torch.float32
+        self.stage = 0 if alone else config.zero.stage
         accumulation = config.batch.accumulation(world.ranks)
         options = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -194,7 +197,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": options.max_grad_norm,
-            "zero_optimization": {"stage": config.zero.stage},
+            "zero_optimization": {"stage": self.stage},
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -211,6 +214,9 @@ class Engine:
                 dist_init_required=False,
             )
 
+        if world.ranks == 1:
+            self.deepspeed.enable_backward_allreduce = False
+
     def __call__(self, *arguments: Any) -> Any:
         return self.deepspeed(*arguments)
 
@@ -225,7 +231,7 @@ class Engine:
         nothing is applied (with ZeRO, DeepSpeed sees to that)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self.config.zero.stage == 0:
+        if self.stage == 0:
             norm = float(self._stage_0_norm())
             if math.isfinite(norm):
                 self.deepspeed.step()
@@ -242,7 +248,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = self.deepspeed.module.named_parameters(remove_duplicate=False)
-        if self.config.zero.stage == 0:
+        if self.stage == 0:
             return {name: p.detach().float().cpu() for name, p in named}
         return {name: safe_get_full_fp32_param(p).cpu() for name, p in named}
 

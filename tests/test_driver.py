@@ -114,24 +114,24 @@ def test_micro_batches_do_not_change_the_curve(
     assert_same_curve(folder, other)
 
 
-@pytest.mark.parametrize(("name", "micro"), [("deepspeed", 2), ("torchrun", 8)])
-def test_ranks_do_not_change_the_curve(
-    whole: tuple[list[str], Path], tmp_path: Path, name: str, micro: int
+@pytest.mark.parametrize(
+    ("name", "micro", "stage"), [("deepspeed", 2, 1), ("torchrun", 8, 0)], ids=["1", "0"]
+)
+def test_ranks_and_stages_do_not_change_the_curve(
+    whole: tuple[list[str], Path], tmp_path: Path, name: str, micro: int, stage: int
 ) -> None:
-    """Both launchers, two ranks. Nothing is compiled on the way: the folder for DeepSpeed's
-    operators stays empty."""
+    """Both launchers, two ranks, ZeRO 1 and 0. Nothing is compiled on the way: the folder for
+    DeepSpeed's operators stays empty."""
     recipe, folder = whole
-    changes = (f"--output={tmp_path / 'run'}", f"--batch.micro_sequences={micro}")
+    changes = (
+        f"--output={tmp_path / 'run'}",
+        f"--batch.micro_sequences={micro}",
+        f"--zero.stage={stage}",
+    )
     extensions = tmp_path / "extensions"
     run_processes(launcher(name, 2), recipe, *changes, TORCH_EXTENSIONS_DIR=str(extensions))
     assert_same_curve(folder, tmp_path / "run")
     assert not extensions.exists() or not any(extensions.iterdir())
-
-
-def test_zero_stages_do_not_change_the_curve(whole: tuple[list[str], Path], tmp_path: Path) -> None:
-    recipe, folder = whole
-    other = run(recipe, f"--output={tmp_path / 'run'}", "--zero.stage=0")
-    assert_same_curve(folder, other)
 
 
 def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
@@ -371,11 +371,11 @@ def test_non_finite_loss_reaches_no_weight(
     assert len(stepped) == 3
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the first at ZeRO 0, the second at 1
 def test_non_finite_gradient_stops_the_run(
     whole: tuple[list[str], Path],
     tmp_path: Path,
-    stage: int,
+    precision: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -389,7 +389,7 @@ def test_non_finite_gradient_stops_the_run(
         backward(self, loss * 1e30 * 1e30 if len(seen) == 3 else loss)
 
     monkeypatch.setattr(engine.Engine, "backward", overflow)
-    changes = (f"--output={tmp_path / 'run'}", f"--zero.stage={stage}")
+    changes = (f"--output={tmp_path / 'run'}", f"--precision={precision}")
     assert train.main([*recipe, *changes]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 3: grad_norm is" in error
