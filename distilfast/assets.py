@@ -140,7 +140,7 @@ def hub_answers() -> bool:
         except urllib.error.HTTPError as error:
             answers.append(error.code in (401, 404))  # a private hub, without this model
         except Exception as error:  # no network, a malformed proxy setting, ...
-            log.info("%s does not answer (%s)", endpoint, _one_line(error))
+            log.debug("%s does not answer (%s)", endpoint, _one_line(error))
 
     # In a thread, because no timeout of a socket covers a slow name server.
     thread = threading.Thread(target=ask, daemon=True)

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(("train", *commands))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
         return 2
+    from distilfast.records import log_to_stderr
+
+    log_to_stderr()
     try:
         return commands[name](rest)
     except ConfigError as error:

@@ -217,11 +217,14 @@ def locate(spec: SourceSpec) -> list[Path] | None:
 def _read(spec: SourceSpec, data: DataConfig) -> Any:
     """One source as a data set of the one column "text"."""
     import datasets
+    import huggingface_hub
 
     files = locate(spec)
     if files is not None:
         parts = [_read_file(file, spec.column, data.txt_rows) for file in files]
         return datasets.concatenate_datasets(parts)
+    # `locate` may have found that the hub does not answer; datasets keeps a copy of the setting.
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         loaded = datasets.load_dataset(
             spec.name, spec.config, split=spec.split, revision=spec.revision

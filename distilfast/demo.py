@@ -11,7 +11,6 @@ batches for as many steps with the labels alone. `report.html` holds the three s
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,14 +53,9 @@ def distil(arguments: Sequence[str] = ()) -> Config | None:
 
 def _shared() -> list[str]:
     """What the processes share: the batch of the recipes, dealt out among however many they are."""
-    _show_progress_of_downloads()
     sequences = parse(["--config", str(RECIPES / "demo.yaml")]).batch.sequences
     ranks = engine.start().ranks
     return [f"--batch.micro_sequences={sequences // ranks}"] if sequences % ranks == 0 else []
-
-
-def _show_progress_of_downloads() -> None:
-    logging.getLogger("distilfast").setLevel(logging.INFO)
 
 
 def main(full: bool = False) -> Path | None:

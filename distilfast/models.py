@@ -6,7 +6,6 @@ layers. Everything else about a model is transformers'.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from distilfast import names
 from distilfast.config import ConfigError, StudentConfig, TeacherSpec
-
-logger = logging.getLogger("distilfast")
 
 
 @dataclass(frozen=True)

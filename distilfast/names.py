@@ -69,7 +69,3 @@ def require_hub(key: str, name: str, repo_type: str = "model", revision: str | N
         ) from error
     # From here on nothing asks the hub again: each question would be retried for minutes.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    if repo_type == "dataset":
-        import datasets.config
-
-        datasets.config.HF_HUB_OFFLINE = True

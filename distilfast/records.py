@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from distilfast.report import read_metrics
+
+
+def log_to_stderr() -> None:
+    """The library's warnings, and what the assets' downloads say, as lines of the program."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
+    logging.getLogger("distilfast").handlers[:] = [handler]
+    logging.getLogger("distilfast.assets").setLevel(logging.INFO)
 
 
 class Metrics:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -34,7 +33,7 @@ from distilfast.config import Config, ConfigError
 from distilfast.engine import Engine, World
 from distilfast.evaluate import Evaluator
 from distilfast.masking import Masker, philox
-from distilfast.records import Metrics, Progress
+from distilfast.records import Metrics, Progress, log_to_stderr
 from distilfast.report import ModelRow, Report, write_report
 from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide, vocabulary_rows
 
@@ -63,10 +62,7 @@ class TrainingError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    if not (logger := logging.getLogger("distilfast")).handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
-        logger.addHandler(handler)
+    log_to_stderr()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # The tests never ask a hub for anything, nor leave anything in a cache of the user's.
@@ -46,6 +48,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> str:
     """Where the backend's tensors live."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A program sets its log up as it likes; the next test starts from nothing."""
+    yield
+    logging.getLogger("distilfast").handlers.clear()
+    logging.getLogger("distilfast.assets").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
