@@ -93,7 +93,7 @@ def main(full: bool = False) -> Path | None:
             return None
     path = write_report(compare(teacher, runs), root / "report.html")
     print(f"\nmodel:  {root / 'distilled' / 'model'}\nreport: {path}")
-    print(f"{time.monotonic() - began:.0f} s")
+    print(f"in {time.monotonic() - began:.0f} s")
     return path
 
 
