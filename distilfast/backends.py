@@ -1,16 +1,18 @@
 """The one door to the implementations of the losses. A new backend is one entry in BACKENDS.
 
-A backend is two functions with the signatures of their namesakes in `reference.py`, written by
-row: (N, V) logits in, (4, N) parts out, the gradient into a tensor that the caller gives. Shapes,
+A backend is four functions, three of them named and defined as in `reference.py`, written by row:
+(N, V) logits in, (4, N) parts out, gradients into tensors that the caller gives. Shapes,
 reductions, autograd, torch.compile and errors are not its business; they live in `losses.py`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import distilfast_kernels
 import torch
@@ -28,6 +30,8 @@ class Backend:
 
     ``unavailable`` says why the backend cannot be used on this machine, or returns None.
     ``accepts`` says whether it takes tensors of a device type ("cpu", "cuda") and dtype.
+    ``combine_teachers`` writes into its last argument, (N, vocab_size). ``scale`` multiplies (N, M)
+    by () or (N,), in place, computing in fp32 at least. What is written to is dense along its rows.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Backend:
     accepts: Callable[[str, torch.dtype], bool]
     distillation: Callable[..., Tensor]
     hidden_cosine: Callable[..., Tensor]
+    combine_teachers: Callable[..., None]
+    scale: Callable[[Tensor, Tensor], None]
 
 
 # Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU
@@ -73,13 +79,55 @@ def _torch_distillation(
     return torch.cat(rows, dim=1)
 
 
+def _torch_combine_teachers(*arguments: Any) -> None:
+    *inputs, z = arguments
+    z.copy_(reference.combine_teachers(*inputs))
+
+
+def _torch_scale(gradient: Tensor, by: Tensor) -> None:
+    if by.ndim == 0 and by.device.type == "cpu" and by == 1:
+        return
+    compute = reference.accumulation_dtype(gradient)
+    block = max(1, BLOCK_ELEMENTS.get(gradient.device.type, 1 << 26) // max(1, gradient.shape[1]))
+    for start in range(0, gradient.shape[0], block):
+        part = gradient[start : start + block]
+        factor = by[start : start + block, None] if by.ndim else by
+        part.copy_(part.to(compute) * factor.to(compute))
+
+
+def _triton(file: str, function: str) -> Callable[..., Any]:
+    """A launcher, imported when it is first called: triton may be absent."""
+
+    def launch(*arguments: Any) -> Any:
+        module = importlib.import_module(f"distilfast_kernels.{file}")
+        return getattr(module, function)(*arguments)
+
+    return launch
+
+
+def _triton_accepts(device: str, dtype: torch.dtype) -> bool:
+    on_device = device == "cuda" or (device == "cpu" and distilfast_kernels.interpreted())
+    return on_device and dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        name="triton",
+        unavailable=lambda: distilfast_kernels.unavailable("triton"),
+        accepts=_triton_accepts,
+        distillation=_triton("distillation", "distillation"),
+        hidden_cosine=_triton("hidden_cosine", "hidden_cosine"),
+        combine_teachers=_triton("ensemble", "combine_teachers"),
+        scale=_triton("scale", "scale"),
+    ),
     "torch": Backend(
         name="torch",
         unavailable=lambda: None,
         accepts=lambda device, dtype: True,
         distillation=_torch_distillation,
         hidden_cosine=reference.hidden_cosine,
+        combine_teachers=_torch_combine_teachers,
+        scale=_torch_scale,
     ),
 }
 

@@ -34,10 +34,11 @@ from distilfast.losses import (
     check_tensor,
     check_values,
     check_vocab,
+    combine_teachers_op,
     flatten_rows,
     normalize_weights,
     reduce_parts,
-    scale_gradient_op,
+    scale_gradient,
 )
 from distilfast.reference import PARTS, Options
 
@@ -137,8 +138,8 @@ def linear_distillation_op(
         logits = student.logits(hidden)
         z = [head.logits(h[chunk]) for head, h in zip(teachers, teacher_hidden, strict=True)]
         if len(z) > 1:
-            target = reference.combine_teachers(
-                z, teacher_weights, options.temperature, ensemble, vocab_size
+            target = combine_teachers_op(
+                z, teacher_weights, options.temperature, ensemble, vocab_size, backend
             )
         else:
             target = z[0] if z else logits  # without a teacher nothing reads it
@@ -228,6 +229,7 @@ def _(
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     loss, *rest = output
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
     ctx.mark_non_differentiable(*rest)
     *ctx.settings, ctx.late, ctx.backend, ctx.wanted = inputs[10:]
     ctx.teacher_counts = [len(group) for group in inputs[3:6]]
@@ -240,7 +242,9 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(loss, *student, *inputs[6:10], *teachers)
 
 
-def _linear_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return *[None] * 3, *([None] * n for n in ctx.teacher_counts), *[None] * ctx.others
     if ctx.late:
         loss, *saved = ctx.saved_tensors
         student, (labels, mask, kd_scale, ce_scale), teachers = saved[:3], saved[3:7], saved[7:]
@@ -264,7 +268,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     else:
         loss, *gradients = ctx.saved_tensors
     scaled = [
-        scale_gradient_op(g, grad_loss, loss) if wanted else None
+        scale_gradient(g, grad_loss, loss, ctx.backend) if wanted else None
         for g, wanted in zip(gradients, ctx.wanted, strict=True)
     ]
     return *scaled, *([None] * n for n in ctx.teacher_counts), *[None] * ctx.others

@@ -255,6 +255,16 @@ def reduce_parts(
     return loss, parts
 
 
+def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """An empty (N, width), its rows as far apart as those of ``like`` if that is mere padding: then
+    a kernel finds both at the same alignment."""
+    stride = like.stride(0)
+    padded = like.stride(1) == 1 and width <= stride < width + 128
+    return like.new_empty_strided(
+        (like.shape[0], width), (stride if padded else width, 1), dtype=dtype
+    )
+
+
 # --- The custom operators: opaque to torch.compile, one for all backends --------------------------
 # Outputs: the loss, the parts, and the gradient for a grad_output of 1 (empty where not asked for).
 
@@ -280,7 +290,7 @@ def distillation_op(
     options = as_options(scalars, divergence, ignore_index, vocab_size)
     check_values(labels, mask, options)
     now = with_gradient and not late
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if now else None
+    gradient = rows_like(student, student.shape[1], student.dtype) if now else None
     rows = backends.BACKENDS[backend].distillation(
         student, teacher, labels, mask, kd_scale, ce_scale, options, gradient
     )
@@ -293,11 +303,11 @@ def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     kd_scale, (reduction, late, _, _, with_gradient) = others[3], others[-5:]
     n_rows = [student.shape[0]] if reduction == "none" else []
     now = with_gradient and not late
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = rows_like(student, student.shape[1], student.dtype) if now else student.new_empty(0)
     return (
         kd_scale.new_empty(n_rows),
         kd_scale.new_empty([len(PARTS), *n_rows]),
-        gradient if now else student.new_empty(0),
+        gradient,
     )
 
 
@@ -326,6 +336,7 @@ def distillation_gradient_op(
 def _distillation_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, options, (_, late, inplace, backend, _) = inputs[:6], inputs[6:10], inputs[10:]
     loss, parts, gradient = output
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
     ctx.mark_non_differentiable(parts, gradient)
     ctx.options, ctx.late, ctx.inplace, ctx.backend = options, late, inplace, backend
     ctx.others = len(inputs) - 1
@@ -335,12 +346,14 @@ def _distillation_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
         ctx.save_for_backward(loss, gradient)
 
 
-def _distillation_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _distillation_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return None, *[None] * ctx.others
     if ctx.late:
         loss, student, teacher, labels, mask, kd_scale, ce_scale = ctx.saved_tensors
         gradient = student.detach()
         if not ctx.inplace:
-            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+            gradient = rows_like(student, student.shape[1], student.dtype)
         distillation_gradient_op(
             gradient,
             student.detach(),
@@ -355,29 +368,46 @@ def _distillation_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, .
         grad_loss = torch.ones_like(grad_loss)
     else:
         loss, gradient = ctx.saved_tensors
-    if not (ctx.late and not torch.is_grad_enabled()):
-        gradient = scale_gradient_op(gradient, grad_loss, loss)
+    if not ctx.late or torch.is_grad_enabled():
+        gradient = scale_gradient(gradient, grad_loss, loss, ctx.backend)
     return gradient, *[None] * ctx.others
 
 
 distillation_op.register_autograd(_distillation_backward, setup_context=_distillation_context)
 
 
+def scale_gradient(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
+    """gradient * grad_loss, in the gradient's own memory where nobody can want it again."""
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if traced or kept:
+        return scale_gradient_op(gradient, grad_loss, loss, backend)
+    scale_gradient_inplace_op(gradient, grad_loss, backend)
+    return gradient
+
+
+@torch.library.custom_op("distilfast::scale_gradient_", mutates_args=("gradient",))
+def scale_gradient_inplace_op(gradient: Tensor, grad_loss: Tensor, backend: str) -> None:
+    """gradient *= grad_loss, () or (N,), rounded once."""
+    rows = gradient if gradient.ndim == 2 else gradient.reshape(1, -1)
+    backends.BACKENDS[backend].scale(rows, grad_loss)
+
+
 @torch.library.custom_op("distilfast::scale_gradient", mutates_args=())
-def scale_gradient_op(gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
+def scale_gradient_op(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
     """gradient * grad_loss, and an error for whoever differentiates it again.
 
     ``loss`` ties the result to the graph: without it a double backward would find a constant here
     and silently be 0.
     """
-    if grad_loss.ndim == 0:  # computed in fp32 and rounded once; no fp32 copy is made
-        return gradient * grad_loss.to(reference.accumulation_dtype(gradient))
-    return (gradient * grad_loss[:, None]).to(gradient.dtype)
+    scaled = torch.empty_like(gradient, memory_format=torch.contiguous_format).copy_(gradient)
+    scale_gradient_inplace_op(scaled, grad_loss, backend)
+    return scaled
 
 
 @scale_gradient_op.register_fake
-def _(gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
+def _(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
@@ -393,7 +423,11 @@ scale_gradient_op.register_autograd(_no_double_backward)
 def _hidden_gradients(student: list[Tensor]) -> list[Tensor]:
     """Room for the gradients; fp16's are held in fp32 until the loss scale has been applied."""
     return [
-        torch.empty_like(s, dtype=torch.float32 if s.dtype == torch.float16 else s.dtype)
+        torch.empty_like(
+            s,
+            dtype=torch.float32 if s.dtype == torch.float16 else s.dtype,
+            memory_format=torch.contiguous_format,
+        )
         for s in student
     ]
 
@@ -430,17 +464,48 @@ def _(
 
 def _hidden_cosine_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     loss, gradients = output
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
     ctx.mark_non_differentiable(*gradients)
+    ctx.backend = inputs[5]
     ctx.save_for_backward(loss, *gradients)
 
 
-def _hidden_cosine_backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+def _hidden_cosine_backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
     loss, *gradients = ctx.saved_tensors
-    scaled = [scale_gradient_op(g, grad_loss, loss) for g in gradients]
+    if grad_loss is None:
+        return [None] * len(gradients), [None] * len(gradients), *[None] * 5
+    scaled = [scale_gradient(g, grad_loss, loss, ctx.backend) for g in gradients]
     return scaled, [None] * len(scaled), *[None] * 5
 
 
 hidden_cosine_op.register_autograd(_hidden_cosine_backward, setup_context=_hidden_cosine_context)
+
+
+@torch.library.custom_op("distilfast::combine_teachers", mutates_args=())
+def combine_teachers_op(
+    logits: list[Tensor],
+    weights: list[float],
+    temperature: float,
+    mode: str,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    z = rows_like(logits[0], vocab_size, reference.accumulation_dtype(*logits))
+    combine = backends.BACKENDS[backend].combine_teachers
+    combine(logits, weights, temperature, mode, vocab_size, z)
+    return z
+
+
+@combine_teachers_op.register_fake
+def _(
+    logits: list[Tensor],
+    weights: list[float],
+    temperature: float,
+    mode: str,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    return rows_like(logits[0], vocab_size, reference.accumulation_dtype(*logits))
 
 
 def as_arguments(options: Options) -> tuple[list[float], str, int, int]:
@@ -725,12 +790,13 @@ def combine_teachers(
             )
     widths = [("logits", t.shape[-1]) for t in logits]
     vocab = check_vocab(widths[0], widths[1:], vocab_size)
-    z = reference.combine_teachers(
+    z = combine_teachers_op(
         [t.reshape(-1, t.shape[-1]) for t in logits],
         normalize_weights("weights", weights, len(logits)),
-        temperature,
+        float(temperature),
         mode,
         vocab,
+        backends.choose("auto", logits[0].device, [t.dtype for t in logits]),
     )
     return z.reshape(*logits[0].shape[:-1], vocab)
 

@@ -17,6 +17,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in triton's interpreter, which it asks for when imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from distilfast import backends
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +30,13 @@ WORDS = (
     "east west old new first last great small long short high low red green blue white black "
     "land sea mountain road town church music language history science art law people country"
 ).split()
+
+
+def pytest_report_header() -> str:
+    """Says what the parity suite can tell on this machine."""
+    how = "compiled" if torch.cuda.is_available() else "interpreted, on small shapes"
+    names = (f"{name} ({how})" if name == "triton" else name for name in backends.usable())
+    return f"distilfast backends: {', '.join(names)}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

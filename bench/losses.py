@@ -1,0 +1,588 @@
+"""How fast are the losses over the vocabulary, next to the machine and to everybody else's?
+
+    python bench/losses.py [--quick] [--device cuda|cpu] [--csv FILE] [--json [FILE]]
+    python bench/losses.py --loss kl_ce jsd --vocab 30528 --rows 8192 --labels none some all
+    python bench/losses.py --loss kl --vocab 30528 --rows 8192 --only distilfast --profile FILE
+    TRITON_INTERPRET=1 python bench/losses.py --device cpu --rows 8 --vocab 96    # agreement alone
+    python -m triton.profiler.proton -n NAME -k triton bench/losses.py ...        # Proton's profile
+
+From the logits to their gradient, forward and backward. Beside the time stand the memory above the
+inputs; the bytes that the loss has to move (declared in peers.py: two reads and one write for a KL)
+over that time, as a fraction of what a copy of the logits reaches in the same rounds; and how far
+loss and gradient of that very call are from the fp64 reference, so that a contestant which computes
+something else is seen.
+
+Without --loss, --vocab, --rows or --labels a plan of cases is measured, the most telling first, and
+nothing new is begun after SECONDS: a run ends within five minutes, with --quick within one and a
+half. Every run appends to bench/results/losses.csv, from which --plot draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import measure
+import peers
+import torch
+from measure import figure
+from peers import Case, Contestant
+from torch import Tensor
+
+from distilfast import reference
+
+CSV = Path(__file__).parent / "results" / "losses.csv"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The first of each is the one where everything is measured.
+VOCABULARIES = {"cuda": [30528, 50304, 128256, 151936], "cpu": [30522]}
+ROWS = {"cuda": [8192, 2048, 32768], "cpu": [512]}
+QUICK_ROWS = {"cuda": 8192, "cpu": 128}
+WIDTH, LAYERS, TEACHERS = 768, 6, 3  # of hidden_cosine and combine
+SECONDS, QUICK_SECONDS = 240, 65  # nothing new is begun after so long
+ROUNDS_SECONDS = {"cuda": 1.0, "cpu": 4.0}  # for the rounds of a case, at most
+# A gradient may be off by so much of its row's largest entry: the budget of the tests.
+GRADIENT_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+VALUE_TOLERANCE = 1e-5
+CHECKED_ROWS = 32  # rows whose gradient is compared
+PROFILED_CALLS = 3
+BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # the reference takes rows in blocks
+
+RESULT = (  # the columns beside the environment's and the case's
+    "contestant version status time_ms time_ms_p20 time_ms_p80 rounds peak_mib expected_mib "
+    "gb_per_s copy_gb_per_s copy_fraction speedup value_error gradient_error agreement lacks"
+).split()
+
+
+# --- The cases ------------------------------------------------------------------------------------
+
+
+def plan(options: argparse.Namespace, kind: str) -> list[Case]:
+    """What is measured, the most telling first: a run that is out of time leaves out the rest."""
+    own = any((options.loss, options.vocab, options.rows, options.labels))
+    quick = options.quick
+    every_vocab = VOCABULARIES[kind][:1] if quick else VOCABULARIES[kind]
+    every_rows = [QUICK_ROWS[kind]] if quick else ROWS[kind]
+    labels = options.labels or ["none", "some"] + ([] if quick else ["all"])
+    dense = options.loss or ["kl_ce"]
+    found: list[Case] = []
+
+    def add(loss: str, n_rows: int, columns: int, label: str = "none") -> None:
+        """A case once, under its own name: KL + CE without labels is KL, and CE is nothing."""
+        tensors = {"hidden_cosine": LAYERS, "combine": TEACHERS}.get(loss, 1)
+        if loss not in ("kl_ce", "ce"):
+            label = "none"
+        elif label == "none":
+            if loss == "ce":
+                return
+            loss = "kl"
+        dtype = DTYPES[options.dtype]
+        case = Case(loss, n_rows, columns, label, dtype, options.temperature, tensors)
+        if case not in found:
+            found.append(case)
+
+    for number, columns in enumerate(options.vocab or every_vocab):
+        for n_rows, loss, label in itertools.product(options.rows or every_rows, dense, labels):
+            width = WIDTH if loss == "hidden_cosine" and not options.vocab else columns
+            add(loss, n_rows, width, label)
+        if own:
+            continue
+        add("ce", every_rows[0], columns, "all")
+        if number == 0:
+            for n_rows in every_rows:
+                add("hidden_cosine", n_rows, WIDTH)
+            for loss in () if quick else ("ce", "reverse_kl", "jsd", "combine"):
+                add(loss, every_rows[0], columns, "some")
+    return found
+
+
+def skip(contestant: Contestant, case: Case, options: argparse.Namespace) -> str | None:
+    """Why a contestant does not take part in a case, or None."""
+    kind = options.device
+    if contestant.slow and not (options.vocab or options.rows or options.only):
+        # Asked before anything is imported, which can be slow, too.
+        first = (case.rows, case.columns) == (ROWS[kind][0], VOCABULARIES[kind][0])
+        if options.quick or not first or case.loss not in ("kl", "kl_ce"):
+            return "slow to get ready, ask for it with --vocab, --rows or --only"
+    return contestant.skip(case, torch.device(kind))
+
+
+# --- One case -------------------------------------------------------------------------------------
+
+
+class Copy(NamedTuple):
+    """The inputs of a call. The tensors of a side lie one after the other in its block."""
+
+    block: Tensor  # (tensors, N, V): the student's, or the teachers' where there is no student
+    student: list[Tensor]
+    teacher: list[Tensor]
+    labels: Tensor | None
+
+
+class Problem:
+    """A case's tensors: a pristine block, and copies of everything to be taken in turn."""
+
+    def __init__(self, case: Case, device: torch.device):
+        torch.manual_seed(0)
+        shape = (case.tensors, case.rows, case.columns)
+        inputs_bytes = shape[0] * shape[1] * shape[2] * case.dtype.itemsize
+        sides = 1 if case.loss == "combine" else 2
+        free = measure.free_bytes(device)
+        # One copy of the inputs, the pristine block and a gradient: less is not worth a start.
+        needed = inputs_bytes * (sides + 2) + measure.LEAD_BYTES
+        if needed > free:
+            raise MemoryError(f"needs {needed >> 20} MiB, {free >> 20} are free")
+
+        def random(scale: float) -> Tensor:
+            return torch.randn(shape, dtype=case.dtype, device=device).mul_(scale)
+
+        n_copies = measure.rotation(sides * inputs_bytes, device)
+        self.pristine = random(2.0)
+        teacher = None if case.loss == "combine" else random(1.0).add_(self.pristine)
+        labels = None
+        if case.labels != "none":
+            labels = torch.full((case.rows,), peers.IGNORED, device=device)
+            chosen = torch.randperm(case.rows, device=device)[: case.labelled]
+            labels[chosen] = torch.randint(case.columns, (case.labelled,), device=device)
+        self.copies = []
+        for number in range(n_copies):
+            block = self.pristine.clone()
+            tensors = [x.detach() for x in block]
+            if teacher is None:
+                self.copies.append(Copy(block, [], tensors, labels))
+                continue
+            own = teacher if number == 0 else teacher.clone()
+            student = [x.requires_grad_() for x in tensors]
+            self.copies.append(Copy(block, student, list(own), labels))
+
+    def at(self, turn: int) -> Copy:
+        return self.copies[turn % len(self.copies)]
+
+    def restore(self, turn: int) -> Tensor:
+        """What a call has overwritten; also a copy of the logits, whose rate is the machine's."""
+        return self.at(turn).block.copy_(self.pristine)
+
+
+def run(loss: peers.Loss, inputs: Copy) -> tuple[Tensor, list[Tensor]]:
+    """The loss (for combine: the logits), and the gradients of the student."""
+    value = loss(inputs.student, inputs.teacher, inputs.labels)
+    if not inputs.student:
+        return value, []
+    return value, list(torch.autograd.grad(value, inputs.student))
+
+
+class Oracle:
+    """A case in fp64: its loss, and some of the gradient's rows."""
+
+    def __init__(self, case: Case, inputs: Copy):
+        self.case = case
+        n_rows, device = case.rows, inputs.block.device
+        self.rows = torch.linspace(0, n_rows - 1, min(n_rows, CHECKED_ROWS), device=device).long()
+        if inputs.labels is not None:
+            labelled = (inputs.labels != peers.IGNORED).nonzero()[:8, 0]
+            self.rows = torch.cat([self.rows, labelled]).unique()
+        self.gradients: list[Tensor] = []
+        student, teacher, labels = inputs.student, inputs.teacher, inputs.labels
+        if case.loss == "combine":
+            self.value = reference.combine_teachers(
+                [t[self.rows].double() for t in teacher],
+                [1 / len(teacher)] * len(teacher),
+                case.temperature,
+                "probability",
+                case.columns,
+            )
+            return
+        rows = self.rows
+        picked = [s.detach()[rows] for s in student], [t[rows] for t in teacher]
+        _, self.gradients = self._part(*picked, None if labels is None else labels[rows], True)
+        block = max(1, BLOCK_ELEMENTS[device.type] // case.columns)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(0, n_rows, block):
+            part = slice(start, start + block)
+            sides = [s.detach()[part] for s in student], [t[part] for t in teacher]
+            total += self._part(*sides, None if labels is None else labels[part], False)[0]
+        self.value = total
+
+    def _part(
+        self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, wanted: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What some of the rows add to the loss, and their gradients."""
+        case = self.case
+        student, teacher = [s.double() for s in student], [t.double() for t in teacher]
+        gradients = [torch.empty_like(s) for s in student] if wanted else []
+        kd_scale = student[0].new_tensor(1 / case.rows)
+        if case.loss == "hidden_cosine":
+            found = reference.hidden_cosine(student, teacher, None, kd_scale, gradients)
+            return found.sum() * kd_scale, gradients
+        ce_scale = student[0].new_tensor(1 / max(case.labelled, 1))
+        options = reference.Options(
+            temperature=case.temperature,
+            kd_weight=float(case.loss != "ce"),
+            ce_weight=float(case.loss in ("kl_ce", "ce")),
+            cos_weight=0.0,
+            mse_weight=0.0,
+            jsd_beta=0.5,
+            divergence=case.loss if case.loss in ("reverse_kl", "jsd") else "forward_kl",
+            ignore_index=peers.IGNORED,
+            vocab_size=case.columns,
+        )
+        gradient = gradients[0] if wanted else None
+        kd, ce, _, _ = reference.distillation(
+            student[0], teacher[0], labels, None, kd_scale, ce_scale, options, gradient
+        )
+        return kd.sum() * kd_scale + ce.sum() * ce_scale, gradients
+
+    def compare(self, value: Tensor, gradients: list[Tensor]) -> dict[str, Any]:
+        """The errors of a contestant's results, and whether they are within the budget."""
+        case = self.case
+        if case.loss == "combine":
+            value_error = worst(value[self.rows].detach(), self.value)
+            agrees = value_error <= VALUE_TOLERANCE
+        else:
+            error = float((value.detach().double() - self.value).abs())
+            size = float(self.value.abs())
+            value_error = error / size if size else error
+            agrees = error <= VALUE_TOLERANCE * (size + max(1.0, case.temperature**2))
+        agreement = [] if agrees else [f"loss off by {value_error:.1e}"]
+        gradient_error = None
+        if self.gradients:
+            pairs = zip(gradients, self.gradients, strict=True)
+            gradient_error = max(worst(g[self.rows], right) for g, right in pairs)
+            if not gradient_error <= GRADIENT_TOLERANCE[case.dtype]:
+                agreement.append(f"gradient off by {gradient_error:.1e}")
+        return {
+            "value_error": value_error,
+            "gradient_error": gradient_error,
+            "agreement": ", ".join(agreement) or "ok",
+        }
+
+
+def worst(found: Tensor, right: Tensor) -> float:
+    """The largest error of a row, as a share of the row's largest entry; NaN counts as infinite."""
+    limits = torch.finfo(found.dtype)
+    subnormal = limits.tiny * limits.eps
+    error = ((found.double() - right).abs().amax(-1) - subnormal).clamp_min(0)
+    error = error.masked_fill(error.isnan(), torch.inf)
+    return float((error / right.abs().amax(-1).clamp_min(limits.tiny)).max())
+
+
+def measure_case(
+    case: Case, field: Sequence[Contestant], options: argparse.Namespace, ends: float
+) -> list[dict[str, Any]]:
+    """A row a contestant."""
+    device = torch.device(options.device)
+    field = [c for c in field if case.loss in c.computes or c.unable]
+    rows = {c.name: result_row(case, c) for c in field}
+    waiting = []
+    for c in field:
+        why = skip(c, case, options)
+        if why is None:
+            waiting.append(c)
+        else:
+            rows[c.name]["status"] = f"skipped: {why}"
+    if not waiting:
+        return list(rows.values())
+    try:
+        problem = Problem(case, device)
+        oracle = Oracle(case, problem.at(0))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+        for c in waiting:
+            rows[c.name]["status"] = f"skipped: does not fit: {text}"
+        return list(rows.values())
+
+    losses: dict[str, peers.Loss] = {}
+    for c in waiting:
+        row = rows[c.name]
+        if time.perf_counter() > ends:
+            row["status"] = "skipped: out of time (--seconds)"
+            continue
+        print(f"  {c.name} ...", end="", flush=True, file=sys.stderr)
+        began = time.perf_counter()
+        try:
+            loss = c.build(case)
+            row |= oracle.compare(*run(loss, problem.at(0)))
+            problem.restore(0)
+            if c.interpreted:
+                row["status"] = "not timed: runs in Triton's interpreter"
+            else:
+                peak = measure.peak_mib(lambda loss=loss: run(loss, problem.at(0)), device)
+                row |= {"status": "ok", "peak_mib": peak}
+                losses[c.name] = loss
+        except Exception as error:
+            row["status"] = f"failed: {measure.reason(error)}"
+        problem.restore(0)
+        print(f" {time.perf_counter() - began:.1f} s", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    if losses:
+        fill_in(case, rows, losses, problem, {c.name: c for c in field}, device)
+    return list(rows.values())
+
+
+def fill_in(
+    case: Case,
+    rows: dict[str, dict[str, Any]],
+    losses: dict[str, peers.Loss],
+    problem: Problem,
+    field: dict[str, Contestant],
+    device: torch.device,
+) -> None:
+    """Time those that are ready, and what follows from the times."""
+
+    def restore(name: str, turn: int) -> None:
+        if name in losses and case.loss in field[name].overwrites:
+            problem.restore(turn)
+
+    calls = {
+        name: lambda turn, loss=loss: run(loss, problem.at(turn)) for name, loss in losses.items()
+    }
+    samples, failures = measure.interleave(
+        {"copy": problem.restore, **calls},
+        measure.Stopwatch(device),
+        ROUNDS_SECONDS[device.type],
+        restore,
+    )
+    copied_bytes = 2 * problem.pristine.nbytes
+    copy_gb_per_s = copied_bytes / measure.Spread.of(samples["copy"]).median / 1e6
+    for name, text in failures.items():
+        rows[name]["status"] = f"failed: {text}"
+    for name in losses.keys() - failures.keys():
+        spread = measure.Spread.of(samples[name])
+        gb_per_s = case.expected_bytes / spread.median / 1e6
+        rows[name] |= {
+            "time_ms": spread.median,
+            "time_ms_p20": spread.p20,
+            "time_ms_p80": spread.p80,
+            "rounds": len(samples[name]),
+            "gb_per_s": gb_per_s,
+            "copy_gb_per_s": copy_gb_per_s,
+            "copy_fraction": gb_per_s / copy_gb_per_s,
+        }
+    yardstick = rows.get("PyTorch eager, fp32", {}).get("time_ms")
+    for row in rows.values():
+        if yardstick and row["time_ms"]:
+            row["speedup"] = yardstick / row["time_ms"]
+
+
+def result_row(case: Case, contestant: Contestant) -> dict[str, Any]:
+    return {
+        "loss": case.loss,
+        "rows": case.rows,
+        "columns": case.columns,
+        "tensors": case.tensors,
+        "labels": case.labels,
+        "dtype": peers.dtype_name(case.dtype),
+        "temperature": case.temperature,
+        **dict.fromkeys(RESULT),
+        "contestant": contestant.name,
+        "version": contestant.version,
+        "expected_mib": case.expected_bytes / measure.MIB,
+        "lacks": contestant.lacks,
+    }
+
+
+# --- What comes out -------------------------------------------------------------------------------
+
+
+def table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
+    """A case for people: a line for each that ran, and who was skipped below, by reason."""
+    copy = next((row["copy_gb_per_s"] for row in rows if row["copy_gb_per_s"]), None)
+    rate = f"; a copy moves {figure(copy)} GB/s" if copy else ""
+    lines = []
+    skipped: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"].startswith("skipped: "):
+            skipped.setdefault(row["status"].removeprefix("skipped: "), []).append(
+                row["contestant"]
+            )
+            continue
+        median, p20, p80 = (figure(row[f"time_ms{part}"]) for part in ("", "_p20", "_p80"))
+        lacks = f"without {row['lacks']}" if row["lacks"] else ""
+        lines.append(
+            {
+                "contestant": " ".join(filter(None, (row["contestant"], row["version"]))),
+                "time_ms (p20, p80)": f"{median} ({p20}, {p80})" if median else "",
+                "peak_mib": "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+                "gb_per_s": figure(row["gb_per_s"]),
+                "of copy": "" if not median else f"{row['copy_fraction']:.0%}",
+                "speed-up": "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+                "agreement": row["agreement"] or "",
+                "note": lacks if row["status"] == "ok" else row["status"],
+            }
+        )
+    moved = figure(case.expected_bytes / measure.MIB)
+    parts = [f"### {case}: {moved} MiB to move{rate}"]
+    parts += [measure.markdown(lines)] if lines else []
+    reasons = [f"{'; '.join(names)}: {why}" for why, names in skipped.items()]
+    parts += ["\n".join(["Skipped:", *(f"- {line}" for line in reasons)])] if reasons else []
+    return "\n\n".join(parts) + "\n"
+
+
+def profile(case: Case, field: Sequence[Contestant], options: argparse.Namespace) -> None:
+    """A Chrome trace of a case, and its kernels as a table beside it."""
+    device, path = torch.device(options.device), options.profile
+    problem = Problem(case, device)
+    losses: dict[str, peers.Loss] = {}
+    for c in field:
+        if c.interpreted or skip(c, case, options) is not None:
+            continue
+        try:
+            losses[c.name] = c.build(case)
+            run(losses[c.name], problem.at(0))  # what is compiled first is no part of the profile
+        except Exception as error:
+            losses.pop(c.name, None)
+            print(f"not profiled: {c.name}: {measure.reason(error)}", file=sys.stderr)
+        problem.restore(0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for name, loss in losses.items():
+            for turn in range(PROFILED_CALLS):
+                problem.restore(turn)
+                with torch.profiler.record_function(name):
+                    run(loss, problem.at(turn))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    kind = "device" if device.type == "cuda" else "cpu"
+    averages = profiler.key_averages().table(
+        sort_by=f"self_{kind}_time_total", row_limit=100, max_name_column_width=80
+    )
+    Path(f"{path}.txt").write_text(f"{case}, {PROFILED_CALLS} calls each\n{averages}\n")
+
+
+def plot(source: Path, target: Path) -> None:
+    """The latest run in the CSV: a panel a loss, the share of a copy's rate over its cases."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["date"] == rows[-1]["date"] and row["copy_fraction"]]
+    if not rows:
+        print(f"{source}: nothing was timed in its latest run", file=sys.stderr)
+        return
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    titles = list(dict.fromkeys((row["loss"], row["labels"]) for row in rows))
+    across = min(2, len(titles))
+    down = -(-len(titles) // across)
+    canvas, axes = pyplot.subplots(
+        down, across, figsize=(8 * across, 1 + 4 * down), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(titles) :]:
+        axis.set_visible(False)
+    handles = {}
+    for axis, (loss, labels) in zip(axes.flat, titles, strict=False):
+        found = [row for row in rows if (row["loss"], row["labels"]) == (loss, labels)]
+        cases = sorted({(int(row["columns"]), int(row["rows"])) for row in found})
+        for number, name in enumerate(names):
+            mine = [row for row in found if row["contestant"] == name]
+            if mine:
+                x = [cases.index((int(row["columns"]), int(row["rows"]))) for row in mine]
+                points = sorted(zip(x, (float(r["copy_fraction"]) for r in mine), strict=True))
+                agrees = all(row["agreement"] == "ok" for row in mine)
+                style = {"marker": "o" if agrees else "x", "color": f"C{number % 10}"}
+                dashes = "-" if number < 10 else "--"
+                handles[name], *_ = axis.plot(*zip(*points, strict=True), dashes, **style)
+        axis.set_xticks(range(len(cases)), [f"{v:,}\n{n:,}" for v, n in cases], fontsize=7)
+        axis.set_yscale("log")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_title(loss if labels == "none" else f"{loss}, {labels} labels", fontsize=10)
+    canvas.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    canvas.suptitle(
+        f"{rows[0]['device']}, torch {rows[0]['torch']}: bytes to move over time, as a share of a "
+        "copy's rate,\nby columns and rows (x: does not agree with the reference)",
+        fontsize=10,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(target, dpi=120)
+    pyplot.close(canvas)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--loss", nargs="+", choices=peers.LOSSES)
+    add("--vocab", nargs="+", type=int, help="columns")
+    add("--rows", nargs="+", type=int)
+    add("--labels", nargs="+", choices=("none", "some", "all"), help="some is 15 %%")
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--temperature", type=float, default=2.0)
+    add("--only", nargs="+", metavar="NAME", help="contestants whose name contains one of these")
+    add("--quick", action="store_true", help="few cases, in about a minute")
+    add("--seconds", type=float, help=f"begin nothing new after: {SECONDS}, quick {QUICK_SECONDS}")
+    add("--csv", type=Path, default=CSV, help="append to this file")
+    add("--json", nargs="?", const="-", metavar="FILE", help="also as JSON; alone: not as a table")
+    add("--profile", type=Path, metavar="FILE", help="a Chrome trace of the first case")
+    add("--plot", type=Path, metavar="FILE", help="draw this run from the CSV")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    began = time.perf_counter()
+    options = parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no CUDA device here")
+    field = [
+        c
+        for c in peers.contestants()
+        if not options.only or any(part.lower() in c.name.lower() for part in options.only)
+    ]
+    cases = plan(options, device.type)
+    if not cases or not field:
+        raise SystemExit("nothing to measure: CE needs --labels some or all, --only a known name")
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    environment, results = measure.environment(device), []
+    try:
+        measure.check_csv(options.csv, [*environment, *result_row(cases[0], field[0])])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for number, case in enumerate(cases, 1):
+        spent = time.perf_counter() - began
+        print(f"[{number}/{len(cases)}, {spent:.0f} s] {case}", file=sys.stderr)
+        try:
+            rows = measure_case(case, field, options, began + seconds)
+        except Exception as error:  # a device that no longer answers, say: the others keep theirs
+            status = {"status": f"failed: {measure.reason(error)}"}
+            rows = [result_row(case, c) | status for c in field]
+        measure.append_csv(options.csv, [{**environment, **row} for row in rows])
+        results += rows
+        if options.json != "-":
+            print(table(case, rows), flush=True)
+    if options.json is not None:
+        plain = [{key: finite(value) for key, value in row.items()} for row in results]
+        text = json.dumps({"environment": environment, "rows": plain}, indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).write_text(text + "\n", encoding="utf-8")
+    if options.plot:
+        plot(options.csv, options.plot)
+    if options.profile:
+        profile(cases[0], field, options)
+    print(f"{time.perf_counter() - began:.0f} s, appended to {options.csv}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""Every loss over the vocabulary and its gradient, a row a program: two reads, one write.
+
+The mathematics, for a row with student logits s and teacher logits t, in bits, so that the
+hardware's 2^x serves. With c = log2(e) / T,
+
+    x_s = c s - m_s      e_s = 2^x_s      l_s = sum e_s      and the same for t,
+
+where m is any number near the row's maximum: it drops out of everything below. p_s = e_s / l_s.
+
+    forward KL   sum p_t (log p_t - log p_s) = ln2 (d / l_t - log2 l_t + log2 l_s)
+                 with d = sum e_t (x_t - x_s);        its gradient  T (p_s - p_t)
+    reverse KL   the same with s and t swapped;       T ln2 p_s (x_s - x_t - d / l_s)
+    JSD          each side's KL from M = beta p_t + (1 - beta) p_s, which needs l_s and l_t and so
+                 one sweep more;                      (1 - beta) T p_s (log(p_s / M) - KL_s)
+    CE at T = 1  log l_1 - log e_1[label], e_1 = 2^(T x_s): for T = 1, 2, 3, 4 a power of e_s
+    cosine       1 - s.t / (|s| |t|);                 (r s - t) / (|s| |t|), r = s.t / |s|^2
+    MSE          the sum of (s - t)^2;                2 (s - t)
+
+The first sweep forms the sums, the last the gradient; it walks backwards, so that it finds in L2
+what was read last.
+
+No barrier in a sweep: every thread keeps an m and sums of its own, merged once at the row's end.
+m is the maximum rounded up to a whole number. A thread whose maximum grows then rescales its sums
+by a power of two: exactly, and with integer instructions in place of an exponential. d is rescaled
+with its differences shifted, so that no offset of the logits ever reaches it.
+
+16 bytes a load and store, whatever the row's length: a row is a body, from its first 16-byte
+boundary to its last, and edges, fewer than VECTOR elements at either end, read as one small tile.
+
+Sources: Hinton et al. 2015, section 2.1; the online softmax is Milakov and Gimelshein 2018.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distilfast_kernels import rows
+from distilfast_kernels.rows import FLOOR, INF, LN_2, LOG2_E, NAN, TINY, log2
+
+FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
+
+# --- Kernel: where a row's elements are -----------------------------------------------------------
+
+
+@triton.jit
+def _load(s_ptr, t_ptr, where, soft, SOFT: tl.constexpr, MASK: tl.constexpr, LAST: tl.constexpr):
+    """A tile of both rows in fp32; LAST where no other sweep will want it. The teacher's row is not
+    read outside the mask: the student's stands in, which leaves every difference 0."""
+    policy: tl.constexpr = "evict_first" if LAST else "evict_last"
+    s = tl.load(s_ptr + where, eviction_policy=policy).to(tl.float32)
+    t = s
+    if SOFT and MASK:
+        t = tl.load(t_ptr + where, mask=soft, other=0.0, eviction_policy=policy).to(tl.float32)
+        t = tl.where(soft, t, s)
+    elif SOFT:
+        t = tl.load(t_ptr + where, eviction_policy=policy).to(tl.float32)
+    return s, t
+
+
+@triton.jit
+def _load_some(s_ptr, t_ptr, where, exists, soft, SOFT: tl.constexpr):
+    """The same for a tile that the row does not fill: minus infinity where there is no column."""
+    s = tl.load(s_ptr + where, mask=exists, other=-INF).to(tl.float32)
+    t = s
+    if SOFT:
+        t = tl.load(t_ptr + where, mask=exists & soft, other=-INF).to(tl.float32)
+        t = tl.where(soft, t, s)
+    return s, t
+
+
+# --- Kernel: the arithmetic of one tile -----------------------------------------------------------
+
+
+@triton.jit
+def _at_one(e, x, temperature, power):
+    """2^(T x) from e = 2^x: a power where T is a small whole number, else an exponential."""
+    if power == 0:
+        result = tl.exp2(x * temperature)
+    else:
+        result = e
+        for _ in range(1, power):
+            result = result * e
+    return result
+
+
+@triton.jit
+def _gap(x, y):
+    """x - y, finite where x is minus infinity: 0 log 0 = 0, as 2^x is 0 there. Where 2^x is not 0
+    the difference is above -127, so the bound changes nothing. NaN is not above anything."""
+    gap = x - y
+    return tl.where(gap > -1024.0, gap, -1024.0)
+
+
+@triton.jit
+def _log2_mixture(e_s, e_t, share_s, share_t):
+    """log2 of l_s M, against which x_s and x_t are measured."""
+    return log2(tl.maximum(share_s * e_s + share_t * e_t, TINY))
+
+
+@triton.jit
+def _excluded(s, t):
+    """Columns that both sides rule out: they have no part in cosine and MSE."""
+    return (s == -INF) & (t == -INF)
+
+
+@triton.jit
+def _no_sums(THREADS: tl.constexpr):
+    zero = tl.zeros([THREADS], tl.float32)
+    floor = zero + FLOOR
+    return floor, zero, floor, zero, zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def _add_sums(
+    s,
+    t,
+    sums,
+    how,
+    KD: tl.constexpr,
+    CE: tl.constexpr,
+    COS: tl.constexpr,
+    MSE: tl.constexpr,
+):
+    """First sweep: the sums of each thread, with a tile more."""
+    m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq = sums
+    scale, temperature, power, labelled, _label = how
+    if KD != 0 or CE:
+        m_s, fall_s, x_s = rows.exponents(s, scale, m_s)
+        e_s, a_s = tl.exp2(x_s), rows.exp2_whole(fall_s)
+        if KD != 0:
+            m_t, fall_t, x_t = rows.exponents(t, scale, m_t)
+            e_t, a_t = tl.exp2(x_t), rows.exp2_whole(fall_t)
+            if KD == FORWARD_KL:
+                d = a_t * (d + l_t * (fall_t - fall_s)) + rows.thread_sum(e_t * _gap(x_t, x_s))
+            if KD == REVERSE_KL:
+                d = a_s * (d + l_s * (fall_s - fall_t)) + rows.thread_sum(e_s * _gap(x_s, x_t))
+            l_t = l_t * a_t + rows.thread_sum(e_t)
+            l_s = l_s * a_s + rows.thread_sum(e_s)
+        if CE:
+            if labelled:
+                e_1 = _at_one(e_s, x_s, temperature, power)
+                l_1 = l_1 * _at_one(a_s, fall_s, temperature, power) + rows.thread_sum(e_1)
+    if COS or MSE:
+        out = _excluded(s, t)
+        if COS:
+            a, b = tl.where(out, 0.0, s), tl.where(out, 0.0, t)
+            ss, tt, st = (
+                ss + rows.thread_sum(a * a),
+                tt + rows.thread_sum(b * b),
+                st + rows.thread_sum(a * b),
+            )
+        if MSE:
+            gap = tl.where(out, 0.0, s - t)
+            sq += rows.thread_sum(gap * gap)
+    return m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq
+
+
+@triton.jit
+def _merge(sums, temperature, KD: tl.constexpr, CE: tl.constexpr):
+    """The threads' sums, brought to a common m a side and added."""
+    m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq = sums
+    top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
+    fall_s, fall_t = m_s - top_s, m_t - top_t
+    a_s, a_t = rows.exp2_whole(fall_s), rows.exp2_whole(fall_t)
+    if KD == FORWARD_KL:
+        d = a_t * (d + l_t * (fall_t - fall_s))
+    if KD == REVERSE_KL:
+        d = a_s * (d + l_s * (fall_s - fall_t))
+    if CE:
+        l_1 = l_1 * tl.exp2(fall_s * temperature)
+    l_s, l_t, d, l_1 = tl.sum(l_s * a_s, 0), tl.sum(l_t * a_t, 0), tl.sum(d, 0), tl.sum(l_1, 0)
+    ss, tt, st, sq = tl.sum(ss, 0), tl.sum(tt, 0), tl.sum(st, 0), tl.sum(sq, 0)
+    return top_s, top_t, l_s, l_t, d, l_1, ss, tt, st, sq
+
+
+@triton.jit
+def _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t):
+    """JSD's second sweep: a = sum e_t log2(p_t / M), b = sum e_s log2(p_s / M), up to log2 l."""
+    x_s, x_t = s * scale - top_s, t * scale - top_t
+    e_s, e_t = tl.exp2(x_s), tl.exp2(x_t)
+    mixture = _log2_mixture(e_s, e_t, share_s, share_t)
+    return a + rows.thread_sum(e_t * _gap(x_t, mixture)), b + rows.thread_sum(
+        e_s * _gap(x_s, mixture)
+    )
+
+
+@triton.jit
+def _gradient(
+    s,
+    t,
+    cols,
+    row,
+    how,
+    KD: tl.constexpr,
+    CE: tl.constexpr,
+    COS: tl.constexpr,
+    MSE: tl.constexpr,
+):
+    """Last sweep: the gradient of a tile in fp32, from the row's scalars."""
+    (
+        top_s,
+        top_t,
+        by_s,
+        by_t,
+        mean,
+        spoilt,
+        share_s,
+        share_t,
+        by_1,
+        by_label,
+        by_cos,
+        ratio,
+        by_gap,
+    ) = row
+    scale, temperature, power, labelled, label = how
+    g = tl.zeros_like(s)
+    if KD != 0 or CE:
+        x_s, x_t = s * scale - top_s, t * scale - top_t
+        e_s = tl.exp2(x_s)
+        if KD == FORWARD_KL:
+            g = by_s * e_s - by_t * tl.exp2(x_t)
+        if KD == REVERSE_KL:
+            g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
+        if KD == JSD:
+            mixture = _log2_mixture(e_s, tl.exp2(x_t), share_s, share_t)
+            g = by_s * (e_s * (_gap(x_s, mixture) - mean))
+        if CE:
+            if labelled:
+                g += by_1 * _at_one(e_s, x_s, temperature, power)
+                g -= tl.where(cols == label, by_label, 0.0)
+    if COS or MSE:
+        out = _excluded(s, t)
+        if COS:
+            g += by_cos * (tl.where(out, 0.0, s) * ratio - tl.where(out, 0.0, t))
+        if MSE:
+            g += tl.where(out, 0.0, s - t) * by_gap
+    return g
+
+
+# --- Kernel ---------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_cols", "n_padded", "ignore_index", "power"]
+    + [f"stride_{x}" for x in ("s", "t", "g", "kd_scale", "ce_scale")]
+)
+def distillation_kernel(
+    s_ptr,
+    t_ptr,
+    g_ptr,
+    labels_ptr,
+    mask_ptr,
+    kd_scale_ptr,
+    ce_scale_ptr,
+    rows_ptr,
+    stride_s,
+    stride_t,
+    stride_g,
+    stride_kd_scale,
+    stride_ce_scale,
+    n_rows,
+    n_cols,
+    n_padded,
+    ignore_index,
+    power,
+    temperature,
+    kd_weight,
+    ce_weight,
+    cos_weight,
+    mse_weight,
+    beta,
+    KD: tl.constexpr,
+    CE: tl.constexpr,
+    COS: tl.constexpr,
+    MSE: tl.constexpr,
+    MASK: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """s and t, (n_rows, n_cols) -> rows, (4, n_rows): kd, ce, cos, mse; g, (n_rows, n_padded)."""
+    SOFT: tl.constexpr = KD != 0 or COS or MSE
+    BLOCK_V: tl.constexpr = TILES * THREADS * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    offset_s, offset_t, offset_g = row * stride_s, row * stride_t, row * stride_g
+    head, body = rows.split(offset_s, n_cols, VECTOR)
+    s_row, s_body = s_ptr + offset_s, s_ptr + rows.aligned(offset_s, head, VECTOR)
+    t_row, t_body = t_ptr + offset_t, t_ptr + rows.aligned(offset_t, head, VECTOR)
+    g_row, g_body = g_ptr + offset_g, g_ptr + rows.aligned(offset_g, head, VECTOR)
+    n_full = body // BLOCK_V
+    tile = rows.tile(TILES, THREADS, VECTOR)
+    rest = n_full * BLOCK_V + tile
+    edge, is_edge = rows.edges(head, body, n_cols, THREADS, VECTOR)
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+
+    # What this row needs. A row that needs nothing is not read.
+    weight = 1.0
+    soft = tl.full([], SOFT, tl.int1)
+    if SOFT and MASK:
+        weight = tl.load(mask_ptr + row)
+        soft &= weight != 0
+    label = tl.full([], 0, tl.int32)
+    labelled = tl.full([], False, tl.int1)
+    if CE:
+        wanted = tl.load(labels_ptr + row)
+        labelled = wanted != ignore_index
+        known = (wanted >= 0) & (wanted < n_cols)
+        label = tl.where(known, wanted, 0).to(tl.int32)
+    if GRADIENT:
+        for start in range(n_cols, n_padded, BLOCK_V):
+            padding = start + tl.arange(0, BLOCK_V)
+            tl.store(g_row + padding, 0.0, mask=padding < n_padded)
+    if (MASK or not SOFT) and not (soft | labelled):
+        for part in tl.static_range(4):
+            tl.store(rows_ptr + part * n_rows + row, 0.0)
+        if GRADIENT:
+            nothing = tl.zeros([TILES, THREADS, VECTOR], dtype)
+            for i in range(0, n_full):
+                tl.store(g_body + i * BLOCK_V + tile, nothing)
+            tl.store(g_body + rest, nothing, mask=rest < body)
+            tl.store(g_row + edge, 0.0, mask=is_edge)
+        return
+
+    # First sweep: the sums.
+    scale = LOG2_E / temperature
+    how = scale, temperature, power, labelled, label
+    ONLY: tl.constexpr = not GRADIENT and KD != JSD
+    sums = _no_sums(THREADS)
+    if VECTOR > 1:
+        edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
+        sums = _add_sums(edge_s, edge_t, sums, how, KD, CE, COS, MSE)
+    for i in range(0, n_full):
+        at = i * BLOCK_V
+        s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, ONLY)
+        sums = _add_sums(s, t, sums, how, KD, CE, COS, MSE)
+    if n_full * BLOCK_V < body:
+        s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
+        sums = _add_sums(s, t, sums, how, KD, CE, COS, MSE)
+    top_s, top_t, l_s, l_t, d, l_1, ss, tt, st, sq = _merge(sums, temperature, KD, CE)
+
+    # The row's losses, and the factors of its gradient. The scales are applied in fp32, before
+    # anything is rounded.
+    kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
+    by_s, by_t, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
+    by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
+    if KD != 0:
+        by_kd = by_row * kd_weight * temperature
+        # Where neither row holds a NaN, only tiny * inf can have made d one: minus infinity on the
+        # right where the left probability underflows. It is tiny and not 0, and d infinite.
+        d = tl.where((d != d) & (l_s == l_s) & (l_t == l_t), INF, d)
+        if KD == FORWARD_KL:
+            kd = d / l_t - tl.log2(l_t) + tl.log2(l_s)
+            by_s, by_t = by_kd / l_s, by_kd / l_t
+        if KD == REVERSE_KL:
+            mean = d / l_s
+            kd = mean - tl.log2(l_s) + tl.log2(l_t)
+            by_s = by_kd * LN_2 / l_s
+            spoilt = tl.where(kd == INF, NAN, 0.0)
+        if KD == JSD:
+            share_s, share_t = 1 - beta, beta * (l_s / l_t)
+            a, b = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.float32)
+            if n_full * BLOCK_V < body:
+                s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
+                a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
+            for i in range(0, n_full):
+                at = (n_full - 1 - i) * BLOCK_V
+                s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, not GRADIENT)
+                a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
+            if VECTOR > 1:
+                edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
+                a, b = _add_jsd(edge_s, edge_t, a, b, scale, top_s, top_t, share_s, share_t)
+            mean = tl.sum(b, 0) / l_s
+            kd = beta * (tl.sum(a, 0) / l_t + tl.log2(l_s / l_t)) + (1 - beta) * mean
+            by_s = by_kd * LN_2 * (1 - beta) / l_s
+        kd = tl.where(soft, kd * (LN_2 * temperature * temperature) * weight, 0.0)
+    if CE:
+        at_label = tl.load(s_row + label).to(tl.float32) * scale - top_s
+        ce = LN_2 * (tl.log2(l_1) - temperature * at_label)
+        # A label outside the vocabulary makes its own row NaN: asking about it would be a wait.
+        ce = tl.where(labelled, tl.where(known, ce, NAN), 0.0)
+        by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)
+        by_label = tl.where(known, by_label, NAN)
+        by_1 = by_label / l_1
+    if COS:
+        # A zero vector has no direction: distance 1, gradient 0.
+        zero = ((ss == 0) | (tt == 0)) & (ss + tt == ss + tt)
+        length_s = tl.where(zero, 0.0, tl.rsqrt(ss))
+        length_t = tl.where(zero, 0.0, tl.rsqrt(tt))
+        cosine = st * length_s * length_t
+        cos = tl.where(soft, (1 - cosine) * weight, 0.0)
+        by_cos = by_row * cos_weight * (length_s * length_t)
+        ratio = tl.where(zero, 0.0, tl.div_rn(st, ss))
+    if MSE:
+        mse = tl.where(soft, sq * weight, 0.0)
+        by_gap = tl.where(sq == INF, NAN, by_row * mse_weight * 2)
+    tl.store(rows_ptr + row, kd)
+    tl.store(rows_ptr + n_rows + row, ce)
+    tl.store(rows_ptr + 2 * n_rows + row, cos)
+    tl.store(rows_ptr + 3 * n_rows + row, mse)
+
+    # Last sweep: the gradient, from the newest tile back to the oldest.
+    if GRADIENT:
+        scalars = (top_s, top_t, by_s, by_t, mean, spoilt, share_s, share_t)
+        scalars += (by_1, by_label, by_cos, ratio, by_gap)
+        if n_full * BLOCK_V < body:
+            s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
+            g = _gradient(s, t, head + rest, scalars, how, KD, CE, COS, MSE)
+            tl.store(g_body + rest, g.to(dtype), mask=rest < body)
+        for i in range(0, n_full):
+            at = (n_full - 1 - i) * BLOCK_V
+            s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, True)
+            g = _gradient(s, t, head + at + tile, scalars, how, KD, CE, COS, MSE)
+            tl.store(g_body + at + tile, g.to(dtype), eviction_policy="evict_first")
+        if VECTOR > 1:
+            edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
+            edge_g = _gradient(edge_s, edge_t, edge, scalars, how, KD, CE, COS, MSE)
+            tl.store(g_row + edge, edge_g.to(dtype), mask=is_edge)
+
+
+# --- Launcher -------------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """What is compiled for: the terms, and the shape of a tile. All else are arguments."""
+
+    KD: int
+    CE: bool
+    COS: bool
+    MSE: bool
+    MASK: bool
+    GRADIENT: bool
+    VECTOR: int
+    TILES: int
+    THREADS: int
+
+    @property
+    def num_warps(self) -> int:
+        return self.THREADS // 32
+
+
+def variant(
+    options: Any, labels: bool, mask: bool, gradient: bool, itemsizes: list[int], aligned: bool
+) -> Variant:
+    """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes."""
+    kd = DIVERGENCES[options.divergence] if options.kd_weight else 0
+    cos, mse = bool(options.cos_weight), bool(options.mse_weight)
+    warps = rows.warps_for(options.vocab_size * sum(itemsizes), most=32)
+    if kd and (cos or mse):
+        warps = min(warps, 16)  # their sums take some 100 registers, 32 warps have 64
+    elif kd == DIVERGENCES["jsd"] and warps == 16:
+        warps = 32  # 16 would be given 64 registers and a spill, one program of 32 is not
+    vector = 16 // min(itemsizes)
+    return Variant(
+        KD=kd,
+        CE=labels and bool(options.ce_weight),
+        COS=cos,
+        MSE=mse,
+        MASK=mask,
+        GRADIENT=gradient,
+        VECTOR=vector if aligned else 1,
+        TILES=8 // (vector if aligned else 1),
+        THREADS=32 * warps,
+    )
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    options: Any,
+    gradient: Tensor | None,
+) -> Tensor:
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32.
+
+    Logits whose innermost dimension is not the vocabulary are copied first. ``gradient`` has to be
+    dense in it, and may be ``student`` where that is.
+    """
+    student = student if student.stride(1) == 1 else student.contiguous()
+    teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
+    n_rows = student.shape[0]
+    losses = torch.empty(4, n_rows, dtype=torch.float32, device=student.device)
+    if n_rows == 0:
+        return losses
+    written = student if gradient is None else gradient
+    itemsizes = [student.element_size(), teacher.element_size()]
+    chosen = variant(
+        options,
+        labels is not None,
+        mask is not None,
+        gradient is not None,
+        itemsizes,
+        rows.is_aligned([student, teacher, written], 16 // min(itemsizes)),
+    )
+    temperature = options.temperature if chosen.KD else 1.0
+    distillation_kernel[(n_rows,)](
+        student,
+        teacher,
+        written,
+        None if labels is None else labels.contiguous(),
+        None if mask is None else mask.contiguous(),
+        kd_scale,
+        ce_scale,
+        losses,
+        student.stride(0),
+        teacher.stride(0),
+        written.stride(0),
+        kd_scale.stride(0) if kd_scale.ndim else 0,
+        ce_scale.stride(0) if ce_scale.ndim else 0,
+        n_rows,
+        options.vocab_size,
+        student.shape[1],
+        options.ignore_index,
+        int(temperature) if temperature in (1, 2, 3, 4) else 0,
+        temperature,
+        options.kd_weight,
+        options.ce_weight,
+        options.cos_weight,
+        options.mse_weight,
+        options.jsd_beta,
+        **chosen._asdict(),
+        num_warps=chosen.num_warps,
+    )
+    return losses

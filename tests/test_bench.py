@@ -1,0 +1,173 @@
+"""The benches measure what they say: run as programs, since nothing may import them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+BENCH = ROOT / "bench"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop(
+    "TRITON_INTERPRET", None
+)  # interpreted kernels are not timed, here they are skipped
+CASE = "--device cpu --rows 8 --vocab 64".split()
+N, V = 8, 64
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=BENCH
+    )
+
+
+def result_of(code: str) -> Any:
+    """What a script in bench/ puts into ``result``."""
+    done = python(
+        "-c", f"import json, sys\nsys.path.insert(0, '.')\n{code}\nprint(json.dumps(result))"
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small run of the bench: its JSON and its CSV."""
+    path = tmp_path_factory.mktemp("bench") / "losses.csv"
+    loss = "--loss kl_ce hidden_cosine --labels some".split()
+    only = "--only distilfast eager Liger Cut".split()
+    done = python("losses.py", *CASE, *loss, *only, "--csv", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        return {**json.loads(done.stdout), "csv": list(csv.DictReader(file)), "path": path}
+
+
+def by_name(rows: list[dict[str, Any]], loss: str = "kl_ce") -> dict[str, dict[str, Any]]:
+    return {row["contestant"]: row for row in rows if row["loss"] == loss}
+
+
+def test_losses_measures_time_memory_and_bandwidth(measured: dict[str, Any]) -> None:
+    rows = by_name(measured["rows"])
+    eager, ours = rows["PyTorch eager, fp32"], rows["distilfast torch"]
+    for row in (eager, ours, rows["distilfast torch, in place"]):
+        assert row["status"] == "ok"
+        assert row["agreement"] == "ok"
+        assert 0 < row["time_ms_p20"] <= row["time_ms"] <= row["time_ms_p80"]
+        assert row["rounds"] >= 5
+        # Two reads and one write of N x V in bf16.
+        assert row["expected_mib"] == pytest.approx(3 * N * V * 2 / 2**20)
+        rate = row["expected_mib"] * 2**20 / row["time_ms"] / 1e6
+        assert row["gb_per_s"] == pytest.approx(rate)
+        assert row["copy_fraction"] == pytest.approx(rate / row["copy_gb_per_s"])
+    assert eager["speedup"] == 1
+    assert ours["speedup"] == pytest.approx(eager["time_ms"] / ours["time_ms"])
+    hidden = by_name(measured["rows"], "hidden_cosine")["distilfast torch"]
+    assert hidden["expected_mib"] == pytest.approx(3 * 6 * N * V * 2 / 2**20)
+    assert hidden["agreement"] == "ok"
+
+
+def test_losses_writes_the_rows_with_their_environment(measured: dict[str, Any]) -> None:
+    assert {"date", "commit", "tree", "device", "torch", "triton"} <= measured["environment"].keys()
+    assert len(measured["csv"]) == len(measured["rows"])
+    for written, row in zip(measured["csv"], measured["rows"], strict=True):
+        assert written.keys() == {**measured["environment"], **row}.keys()
+        assert written["date"] == measured["environment"]["date"]
+        assert written["contestant"] == row["contestant"]
+
+
+def test_who_cannot_take_part_is_a_row_with_a_reason(measured: dict[str, Any]) -> None:
+    rows = by_name(measured["rows"])
+    assert rows["Liger, fp32"]["status"] == "skipped: its kernels need a CUDA device"
+    assert "temperature" in rows["Liger, fp32"]["lacks"]
+    linear = rows["Cut Cross Entropy"]
+    assert linear["status"] == "skipped: takes hidden states and a weight, not logits"
+    assert linear["time_ms"] is None
+    assert rows["distilfast triton"]["status"].startswith("skipped: ")
+
+
+def test_contestants_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
+    result = result_of(
+        f"""
+import torch, losses, peers
+from peers import Case, Contestant
+def changed(change):
+    return lambda case: lambda *inputs: change(peers.formula(case)(*inputs))
+def crash(loss):
+    raise RuntimeError("no such luck")
+def out_of_memory(loss):
+    raise torch.OutOfMemoryError("tried to allocate")
+class HalfGradient(torch.autograd.Function):
+    forward = staticmethod(lambda context, loss: loss.clone())
+    backward = staticmethod(lambda context, grad: grad / 2)
+peers.contestants = lambda: [Contestant(name, ("kl",), changed(change)) for name, change in {{
+    "right": lambda loss: loss,
+    "no T^2": lambda loss: loss / 4,
+    "half the gradient": HalfGradient.apply,
+    "NaN": lambda loss: loss * torch.nan,
+    "crash": crash,
+    "out of memory": out_of_memory,
+}}.items()] + [Contestant("absent", ("kl",), peers.formula, package="no-such-distribution")]
+losses.main({[*CASE, "--loss", "kl", "--csv", str(tmp_path / "a"), "--json", str(tmp_path / "b")]})
+result = json.load(open({str(tmp_path / "b")!r}))["rows"]
+"""
+    )
+    rows = by_name(result, "kl")
+    agreement = {name: row["agreement"] for name, row in rows.items()}
+    assert agreement["right"] == "ok"
+    assert agreement["no T^2"] == "loss off by 7.5e-01, gradient off by 7.5e-01"
+    assert agreement["half the gradient"] == "gradient off by 5.0e-01"
+    assert agreement["NaN"] == "loss off by nan, gradient off by inf"
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status["crash"] == "failed: RuntimeError: no such luck"
+    assert status["out of memory"] == "failed: out of memory"
+    assert status["absent"] == "skipped: no-such-distribution is not installed"
+    assert rows["right"]["time_ms"] > 0
+
+
+def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:
+    result = result_of(
+        f"""
+import pathlib, torch, losses, measure
+cpu, log = torch.device("cpu"), []
+def failing(turn):
+    if len(log) > 5:
+        raise MemoryError
+calls = {{name: lambda turn, name=name: log.append((name, turn)) for name in "abc"}}
+samples, failures = measure.interleave({{**calls, "d": failing}}, measure.Stopwatch(cpu), 0.0)
+path = pathlib.Path({str(tmp_path / "x.csv")!r})
+for value in (1, 2):
+    measure.append_csv(path, [{{"a": value, "b": "x, y"}}])
+refused = []
+for columns in ({{"b": 3, "a": 3}}, {{"a": 3}}):
+    try:
+        measure.append_csv(path, [columns])
+    except ValueError as error:
+        refused.append(str(error))
+try:
+    losses.main({[*CASE, "--csv", str(tmp_path / "x.csv")]})
+except SystemExit as error:
+    refused.append(str(error))
+peak = measure.peak_mib(lambda: torch.ones(1 << 24).add(1), cpu)
+result = [log, {{k: len(v) for k, v in samples.items()}}, failures, path.read_text(), refused, peak]
+"""
+    )
+    log, counts, failures, text, refused, peak = result
+    rounds = [log[i : i + 3] for i in range(0, len(log), 3)]
+    assert all({name for name, _ in part} == set("abc") for part in rounds)
+    assert len({part[0][0] for part in rounds}) > 1  # not always the same one first
+    turns = [turn for _, turn in log]
+    assert turns == sorted(set(turns))
+    assert counts == {"a": 5, "b": 5, "c": 5, "d": 2}
+    assert failures == {"d": "out of memory"}
+    assert text == 'a,b\n1,"x, y"\n2,"x, y"\n'
+    assert len(refused) == 3
+    assert all("expected the columns" in message for message in refused)
+    if Path("/proc/self/clear_refs").exists():
+        assert 128 <= peak < 136  # two tensors of 64 MiB
