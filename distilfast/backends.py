@@ -100,7 +100,9 @@ def _triton(file: str, function: str) -> Callable[..., Any]:
 
     def launch(*arguments: Any) -> Any:
         module = importlib.import_module(f"distilfast_kernels.{file}")
-        return getattr(module, function)(*arguments)
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        with torch.cuda.device_of(first):  # triton launches on the current device
+            return getattr(module, function)(*arguments)
 
     return launch
 

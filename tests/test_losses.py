@@ -925,6 +925,8 @@ def test_module_keeps_its_reduction(backend, device, reduction):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_training_with_the_module_brings_the_student_to_the_teacher(backend, device, divergence):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter takes minutes for 10,000 programs")
     torch.manual_seed(0)
     x = torch.randn(64, 8, device=device)
     teacher = torch.nn.Linear(8, 5).to(device)

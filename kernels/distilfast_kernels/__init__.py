@@ -15,19 +15,19 @@ this package.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import os
 
 import torch
 
+# Looked up once, without importing it: that takes a second, and not every run needs it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Cached: asked at every call of a loss. Constant to torch.compile, which cannot look into triton.
-@torch.compiler.assume_constant_result
-@functools.cache
+
 def unavailable(backend: str) -> str | None:
     """Why the kernels of ``backend``, "triton" or "cpp", cannot be used; None where they can."""
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "triton is not installed"
         if not (torch.cuda.is_available() or interpreted()):
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
@@ -35,10 +35,7 @@ def unavailable(backend: str) -> str | None:
     return f"this release of distilfast has no {backend} kernels yet"
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def interpreted() -> bool:
-    """Whether triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    """Whether triton runs its kernels in Python, on CPU tensors: TRITON_INTERPRET=1, set before
+    triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distilfast_kernels import rows
-from distilfast_kernels.rows import FLOOR, INF, LN_2, LOG2_E, NAN, TINY, log2
+from distilfast_kernels.rows import FLOOR, INF, LN_2, LOG2_E, TINY, log2
 
 FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
@@ -363,7 +363,7 @@ def distillation_kernel(
             mean = d / l_s
             kd = mean - tl.log2(l_s) + tl.log2(l_t)
             by_s = by_kd * LN_2 / l_s
-            spoilt = tl.where(kd == INF, NAN, 0.0)
+            spoilt = tl.where(kd < INF, 0.0, float("nan"))
         if KD == JSD:
             share_s, share_t = 1 - beta, beta * (l_s / l_t)
             a, b = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.float32)
@@ -379,15 +379,15 @@ def distillation_kernel(
                 a, b = _add_jsd(edge_s, edge_t, a, b, scale, top_s, top_t, share_s, share_t)
             mean = tl.sum(b, 0) / l_s
             kd = beta * (tl.sum(a, 0) / l_t + tl.log2(l_s / l_t)) + (1 - beta) * mean
-            by_s = by_kd * LN_2 * (1 - beta) / l_s
+            by_s = tl.where(kd == kd, by_kd * LN_2 * (1 - beta) / l_s, float("nan"))
         kd = tl.where(soft, kd * (LN_2 * temperature * temperature) * weight, 0.0)
     if CE:
         at_label = tl.load(s_row + label).to(tl.float32) * scale - top_s
         ce = LN_2 * (tl.log2(l_1) - temperature * at_label)
         # A label outside the vocabulary makes its own row NaN: asking about it would be a wait.
-        ce = tl.where(labelled, tl.where(known, ce, NAN), 0.0)
+        ce = tl.where(labelled, tl.where(known, ce, float("nan")), 0.0)
         by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)
-        by_label = tl.where(known, by_label, NAN)
+        by_label = tl.where(known, by_label, float("nan"))
         by_1 = by_label / l_1
     if COS:
         # A zero vector has no direction: distance 1, gradient 0.
@@ -400,7 +400,7 @@ def distillation_kernel(
         ratio = tl.where(zero, 0.0, tl.div_rn(st, ss))
     if MSE:
         mse = tl.where(soft, sq * weight, 0.0)
-        by_gap = tl.where(sq == INF, NAN, by_row * mse_weight * 2)
+        by_gap = tl.where(sq < INF, by_row * mse_weight * 2, float("nan"))
     tl.store(rows_ptr + row, kd)
     tl.store(rows_ptr + n_rows + row, ce)
     tl.store(rows_ptr + 2 * n_rows + row, cos)

@@ -13,7 +13,6 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 # An m below all logits, and finite, so that differences of it are too.
 FLOOR = tl.constexpr(-1.0e30)
 # About the smallest number that the hardware does not flush to 0.

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that a GPU can tell, in under ten minutes:
+#
+#     bash bench/gpu.sh FOLDER
+#
+# Parity of the compiled kernels on full shapes, compute-sanitizer on small ones, the tuning of tiles
+# and warps, the losses against the peers that are installed, a kernel profile. Every step writes a
+# log and its tables to FOLDER; a step that fails does not stop the next, and is named at the end.
+# It needs torch with CUDA, triton, pytest, hypothesis and matplotlib; nothing has to be installed of
+# the project itself. PYTHON says which python.
+set -uo pipefail
+folder=$(mkdir -p "${1:?usage: bash bench/gpu.sh FOLDER}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+failed=()
+
+step() { # name, seconds, command ...
+    local name=$1 seconds=$2 began=$SECONDS
+    shift 2
+    echo "== $name: $*"
+    if timeout --kill-after=10 "$seconds" "$@" >"$folder/$name.log" 2>&1; then
+        echo "   ok, $((SECONDS - began)) s"
+    else
+        echo "   FAILED with status $?, $((SECONDS - began)) s; the end of $name.log:"
+        tail -n 15 "$folder/$name.log" | sed 's/^/   | /'
+        failed+=("$name")
+    fi
+}
+
+tests="tests/test_losses.py tests/test_losses_edges.py tests/test_hidden_cosine.py
+    tests/test_combine_teachers.py tests/test_operators.py tests/test_triton.py"
+step machine 60 "$python" bench/measure.py --device cuda
+# shellcheck disable=SC2086
+step parity 170 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests
+if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1) &&
+    [ -n "$sanitizer" ]; then
+    step sanitizer 70 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x \
+        -p no:cacheprovider tests/test_triton.py -k "poisoned or label or boundary"
+else
+    echo "== sanitizer: skipped, compute-sanitizer is not installed"
+fi
+step tune 110 "$python" bench/tune.py --seconds 80 --csv "$folder/tune.csv"
+step losses 150 "$python" bench/losses.py --device cuda --seconds 110 --csv "$folder/losses.csv" \
+    --json "$folder/losses.json" --plot "$folder/losses.png" --profile "$folder/trace.json"
+
+echo "results in $folder after $SECONDS s"
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" && exit 1; }
