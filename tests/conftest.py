@@ -22,7 +22,7 @@ from distilfast import backends
 
 
 def interpret_triton() -> None:
-    """Without a GPU the Triton kernels run in triton's interpreter, mended in two places: it patches
+    """Without a GPU the kernels run in triton's interpreter, mended in two places: it patches
     its language anew in every helper that a kernel calls, which takes more than half of its time,
     and it truncates to bf16 where a GPU rounds."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
