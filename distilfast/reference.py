@@ -112,12 +112,12 @@ def cosine_distance(s: Tensor, t: Tensor, gradient: bool) -> Term:
 
 
 def squared_error(s: Tensor, t: Tensor, gradient: bool) -> Term:
-    """Sum over the vocabulary of (s - t)^2. Where it is infinite, the row's gradient is NaN."""
+    """Sum over the vocabulary of (s - t)^2. Where it is not finite, the row's gradient is NaN."""
     difference = (s - t).masked_fill((s == -math.inf) & (t == -math.inf), 0)
     loss = (difference * difference).sum(-1)
     if not gradient:
         return Term(loss, None)
-    return Term(loss, (2 * difference).masked_fill(loss.isinf()[:, None], math.nan))
+    return Term(loss, (2 * difference).masked_fill(~loss.isfinite()[:, None], math.nan))
 
 
 def distillation(

@@ -928,3 +928,27 @@ def test_module_runs_under_autocast(backend, device):
     with torch.autocast(device, dtype=BF16):
         ours, got = value_and_grad(DistillationLoss(backend=backend), student, teacher)
     assert_same([*ours, got], [*wanted, gradient])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("grad_output", [1.0, 0.5])
+def test_backward_allocates_nothing_as_large_as_the_logits(backend, device, grad_output, dtype):
+    # the gradient is made in the forward: the backward scales it where it is, and autograd must not
+    # fill zeros for the operator's other outputs
+    student, teacher = logits_pair((8, 4096), dtypes=(dtype, dtype), device=device)
+    output = distillation_loss(student.requires_grad_(), teacher, backend=backend)
+    upstream = torch.tensor(grad_output, device=device)
+    torch.autograd.grad(output.loss, student, upstream, retain_graph=True)  # warms up
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        (gradient,) = torch.autograd.grad(output.loss, student, upstream)
+    assert gradient.shape == student.shape
+    key = "self_device_memory_usage" if device == "cuda" else "self_cpu_memory_usage"
+    allocated = max((getattr(event, key) for event in profile.events()), default=0)
+    # plain PyTorch upcasts a block of rows to scale it
+    allowed = 0 if grad_output == 1.0 or backend == "triton" else 4 * student.numel()
+    assert allocated <= max(allowed, 4096)

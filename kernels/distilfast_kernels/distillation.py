@@ -452,10 +452,11 @@ def variant(
     """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes."""
     kd = DIVERGENCES[options.divergence] if options.kd_weight else 0
     cos, mse = bool(options.cos_weight), bool(options.mse_weight)
-    warps = rows.warps_for(options.vocab_size * sum(itemsizes), most=32)
+    # Without a gradient there is nothing to find again, and 32 warps would be left 32 registers.
+    warps = rows.warps_for(options.vocab_size * sum(itemsizes), most=32 if gradient else 16)
     if kd and (cos or mse):
         warps = min(warps, 16)  # their sums take some 100 registers, 32 warps have 64
-    elif kd == DIVERGENCES["jsd"] and warps == 16:
+    elif gradient and kd == DIVERGENCES["jsd"] and warps == 16:
         warps = 32  # 16 would be given 64 registers and a spill, one program of 32 is not
     vector = 16 // min(itemsizes)
     return Variant(
