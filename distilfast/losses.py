@@ -78,10 +78,11 @@ def check_options(
     normalizers: dict[str, Any],
 ) -> None:
     """The scalars of every loss over the vocabulary."""
-    if not _is_number(temperature) or not math.isfinite(temperature) or temperature <= 0:
+    # Comparisons, that NaN fails: torch.compile may hand in symbols for the numbers.
+    if not _is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     for name, weight in weights.items():
-        if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
+        if not _is_number(weight) or not 0 <= weight < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {weight!r}")
     if not any(weights.values()):
         names = ", ".join(weights)
@@ -112,7 +113,7 @@ def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
             if value.device.type != "cpu" or torch.compiler.is_compiling():
                 continue  # its value is on the device, and reading it would wait for the device
             value = value.item()
-        if not _is_number(value) or not math.isfinite(value) or value < 0:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
@@ -216,19 +217,24 @@ def flatten_rows(
     one = torch.ones((), dtype=compute, device=device)
     if reduction != "mean":
         return Rows(labels, mask, one, one)
-    if kd_normalizer is None:
-        kd_total = one * n_rows if mask is None else mask.sum()
-    else:
+    kd_scale, ce_scale = one, one
+    if kd_normalizer is not None:
         kd_total = _as_scalar(kd_normalizer, one)
         # A normaliser of 0 means that nothing counts; a row left in would give inf or NaN.
         mask = (one.expand(n_rows) if mask is None else mask) * (kd_total > 0)
-    if ce_normalizer is None:
-        ce_total = one if labels is None else (labels != ignore_index).sum().to(compute)
+        kd_scale = _reciprocal(kd_total)
+    elif mask is not None:
+        kd_scale = _reciprocal(mask.sum())
     else:
+        kd_scale = one / max(n_rows, 1)
+    if ce_normalizer is not None:
         ce_total = _as_scalar(ce_normalizer, one)
         if labels is not None:
             labels = torch.where(ce_total > 0, labels, ignore_index)
-    return Rows(labels, mask, _reciprocal(kd_total), _reciprocal(ce_total))
+        ce_scale = _reciprocal(ce_total)
+    elif labels is not None:
+        ce_scale = _reciprocal((labels != ignore_index).sum().to(compute))
+    return Rows(labels, mask, kd_scale, ce_scale)
 
 
 def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
@@ -239,7 +245,7 @@ def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
 
 def _reciprocal(total: Tensor) -> Tensor:
     """1 / total, and 0 for 0: nothing counted gives a loss of 0."""
-    return torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
+    return total.reciprocal().masked_fill_(~(total > 0), 0)
 
 
 def reduce_parts(
@@ -250,8 +256,11 @@ def reduce_parts(
     if reduction != "none":
         parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale])
     # Weights stay on the host: a tensor of them would have to wait for the device. A part of weight
-    # 0 is 0, and so is its product.
-    loss = sum((w * part for w, part in zip(options[1:5], parts, strict=True)), parts.new_zeros(()))
+    # 0 is 0, and left out.
+    used = [(w, part) for w, part in zip(options[1:5], parts, strict=True) if w]
+    loss = used[0][0] * used[0][1]
+    for weight, part in used[1:]:
+        loss = loss.add_(part, alpha=weight)
     return loss, parts
 
 
@@ -638,10 +647,11 @@ def distillation_loss(
         ignore_index,
     )
     # Compiled code keeps its own account of what may be overwritten; in place is for eager mode.
+    flat = student_logits.reshape(-1, student_logits.shape[-1])
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    inplace = inplace and student_logits.is_contiguous()
+    inplace = inplace and _is_overwritable(flat, student_logits)
     loss, parts, _ = distillation_op(
-        student_logits.reshape(-1, student_logits.shape[-1]),
+        flat,
         teacher_logits.reshape(-1, teacher_logits.shape[-1]),
         *rows,
         *as_arguments(options),
@@ -652,6 +662,12 @@ def distillation_loss(
         student_logits.requires_grad and torch.is_grad_enabled(),
     )
     return as_output(loss, parts, leading, reduction)
+
+
+def _is_overwritable(flat: Tensor, logits: Tensor) -> bool:
+    """Whether ``flat``, (N, V), is the logits' own memory, row for row; padding between is fine."""
+    own = flat.data_ptr() == logits.data_ptr() and flat.stride(1) == 1
+    return own and (flat.shape[0] < 2 or flat.stride(0) >= flat.shape[1])
 
 
 def as_output(
@@ -813,7 +829,7 @@ def normalize_weights(name: str, weights: Sequence[float] | None, count: int) ->
     if len(weights) != count:
         raise ValueError(f"{name}: expected {count} numbers, one a teacher, got {len(weights)}")
     for weight in weights:
-        if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
+        if not _is_number(weight) or not 0 <= weight < math.inf:
             raise ValueError(f"{name}: expected finite numbers >= 0, got {weight!r}")
     if sum(weights) == 0:
         raise ValueError(f"{name}: expected at least one weight > 0, got all 0")

@@ -68,7 +68,13 @@ def distil(columns, stride=None, **keywords):
 CASES = {
     "temperatures and weights": lambda: [
         distil(30522, temperature=t, kd_weight=w, ce_weight=w / 2, labels=labels)
-        for t, w in ((2.0, 1.0), (3.0, 0.5), (7.3, 5.0), (1.0, 2.0))
+        for t, w in ((2.0, 1.0), (3.0, 0.5), (4.0, 5.0), (1.0, 2.0))
+    ],
+    "other temperatures": lambda: [
+        distil(30522, temperature=t, ce_weight=1.0, labels=labels) for t in (0.5, 2.5, 7.3)
+    ],
+    "temperatures without labels": lambda: [
+        distil(30522, temperature=t, kd_weight=t) for t in (0.5, 2.0, 7.3)
     ],
     "sizes of one kind": lambda: [distil(v, s) for v, s in ((30522, None), (30528, None),
                                                           (30522, 30528), (29999, None))],

@@ -1020,3 +1020,23 @@ def test_compiled_call_without_gradient_equals_eager(backend, device):
         torch.testing.assert_close(
             tuple(compiled(loss)(student, teacher)), tuple(loss(student, teacher))
         )
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_call_follows_temperature_and_weights(backend, device, dynamic):
+    # numbers that change are symbols to torch.compile, and may not be looked at
+    student, teacher = logits_pair((4, 9), device=device)
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda s, t, temperature, weight: (
+            distillation_loss(s, t, temperature=temperature, kd_weight=weight, backend=backend).loss
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
+    for temperature, weight in ((2.0, 1.0), (3.0, 1.0), (7.3, 0.25)):
+        wanted = distillation_loss(
+            student, teacher, temperature=temperature, kd_weight=weight, backend=backend
+        ).loss
+        torch.testing.assert_close(call(student, teacher, temperature, weight), wanted)

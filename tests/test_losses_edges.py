@@ -930,6 +930,44 @@ def test_module_runs_under_autocast(backend, device):
     assert_same([*ours, got], [*wanted, gradient])
 
 
+@pytest.mark.parametrize("temperature", [50.0, 110.0, 127.0, 150.0, 1000.0])
+def test_ce_beside_kd_holds_at_any_temperature(backend, device, temperature):
+    # 2^(T x) of logits a hair above a whole number of bits: T = 1 needs a maximum of its own
+    student, teacher = logits_pair((4, 37), scale=0.1, offset=0.05, device=device)
+    labels = make_labels((4,), 37, "some", device)
+    keywords = {"ce_weight": 1.0, "reduction": "none", "backend": backend}
+    output, gradient = run(student, teacher, labels, temperature=temperature, **keywords)
+    alone, _ = run(student, teacher, labels, kd_weight=0.0, **keywords)
+    torch.testing.assert_close(output.ce, alone.ce, rtol=1e-6, atol=1e-6)
+    assert gradient.isfinite().all()
+    check_against_oracle(student, teacher, labels, temperature=temperature, **keywords)
+
+
+def test_labelled_row_outside_the_mask_keeps_its_ce_beside_a_cosine(backend, device):
+    # the sums of a masking value overflow; outside the mask they must not reach the gradient
+    student, teacher = logits_pair((2, 9), device=device)
+    student[:, 3] = torch.finfo(torch.float32).min
+    labels = torch.tensor([1, 2], device=device)
+    mask = torch.tensor([False, True], device=device)
+    keywords = {"kd_weight": 0.0, "ce_weight": 1.0, "reduction": "none", "backend": backend}
+    _, gradient = run(student, teacher, labels, mask=mask, cos_weight=1.0, **keywords)
+    _, alone = run(student, teacher, labels, **keywords)
+    torch.testing.assert_close(gradient[0], alone[0])
+
+
+def test_inplace_backward_takes_padded_rows(backend, device):
+    padded = torch.full((6, 32), 7.0, device=device)
+    student, teacher = logits_pair((6, 30), device=device)
+    _, wanted = run(student, teacher, backend=backend)
+    padded[:, :30] = student
+    logits = padded[:, :30].requires_grad_()
+    loss = distillation_loss(logits, teacher, inplace_backward=True, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.data_ptr() == padded.data_ptr()
+    torch.testing.assert_close(gradient, wanted)
+    assert (padded[:, 30:] == 7).all()
+
+
 # Memory
 
 

@@ -29,6 +29,8 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton":
         if not _HAS_TRITON:
             return "triton is not installed"
+        if torch.version.hip is not None:
+            return "these kernels are for NVIDIA's GPUs"
         if not (torch.cuda.is_available() or interpreted()):
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
         return None

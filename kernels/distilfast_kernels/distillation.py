@@ -12,7 +12,8 @@ where m is any number near the row's maximum: it drops out of everything below. 
     reverse KL   the same with s and t swapped;       T ln2 p_s (x_s - x_t - d / l_s)
     JSD          each side's KL from M = beta p_t + (1 - beta) p_s, which needs l_s and l_t and so
                  one sweep more;                      (1 - beta) T p_s (log(p_s / M) - KL_s)
-    CE at T = 1  log l_1 - log e_1[label], e_1 = 2^(T x_s): for T = 1, 2, 3, 4 a power of e_s
+    CE at T = 1  log l_1 - log e_1[label], e_1 = 2^(T x_s) as a power of e_s for T = 1, 2, 3, 4;
+                 at another T an exponential against an m of its own
     cosine       1 - s.t / (|s| |t|);                 (r s - t) / (|s| |t|), r = s.t / |s|^2
     MSE          the sum of (s - t)^2;                2 (s - t)
 
@@ -78,14 +79,15 @@ def _load_some(s_ptr, t_ptr, where, exists, soft, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _at_one(e, x, temperature, power):
-    """2^(T x) from e = 2^x: a power where T is a small whole number, else an exponential."""
-    if power == 0:
-        result = tl.exp2(x * temperature)
-    else:
-        result = e
-        for _ in range(1, power):
-            result = result * e
+def _power(e, power):
+    """e^power for 1, 2, 3, 4."""
+    result = e
+    if power > 1:
+        result = result * e
+    if power > 2:
+        result = result * e
+    if power > 3:
+        result = result * e
     return result
 
 
@@ -113,7 +115,7 @@ def _excluded(s, t):
 def _no_sums(THREADS: tl.constexpr):
     zero = tl.zeros([THREADS], tl.float32)
     floor = zero + FLOOR
-    return floor, zero, floor, zero, zero, zero, zero, zero, zero, zero
+    return floor, zero, floor, zero, zero, floor, zero, zero, zero, zero, zero
 
 
 @triton.jit
@@ -124,12 +126,13 @@ def _add_sums(
     how,
     KD: tl.constexpr,
     CE: tl.constexpr,
+    WHOLE: tl.constexpr,
     COS: tl.constexpr,
     MSE: tl.constexpr,
 ):
     """First sweep: the sums of each thread, with a tile more."""
-    m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq = sums
-    scale, temperature, power, labelled, _label = how
+    m_s, l_s, m_t, l_t, d, m_1, l_1, ss, tt, st, sq = sums
+    scale, power, labelled, _label = how
     if KD != 0 or CE:
         m_s, fall_s, x_s = rows.exponents(s, scale, m_s)
         e_s, a_s = tl.exp2(x_s), rows.exp2_whole(fall_s)
@@ -144,8 +147,11 @@ def _add_sums(
             l_s = l_s * a_s + rows.thread_sum(e_s)
         if CE:
             if labelled:
-                e_1 = _at_one(e_s, x_s, temperature, power)
-                l_1 = l_1 * _at_one(a_s, fall_s, temperature, power) + rows.thread_sum(e_1)
+                if not WHOLE:
+                    m_1, fall_1, x_1 = rows.exponents(s, LOG2_E, m_1)
+                    l_1 = l_1 * rows.exp2_whole(fall_1) + rows.thread_sum(tl.exp2(x_1))
+                else:
+                    l_1 = l_1 * _power(a_s, power) + rows.thread_sum(_power(e_s, power))
     if COS or MSE:
         out = _excluded(s, t)
         if COS:
@@ -158,25 +164,43 @@ def _add_sums(
         if MSE:
             gap = tl.where(out, 0.0, s - t)
             sq += rows.thread_sum(gap * gap)
-    return m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq
+    return m_s, l_s, m_t, l_t, d, m_1, l_1, ss, tt, st, sq
 
 
 @triton.jit
-def _merge(sums, temperature, KD: tl.constexpr, CE: tl.constexpr):
-    """The threads' sums, brought to a common m a side and added."""
-    m_s, l_s, m_t, l_t, d, l_1, ss, tt, st, sq = sums
-    top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
-    fall_s, fall_t = m_s - top_s, m_t - top_t
-    a_s, a_t = rows.exp2_whole(fall_s), rows.exp2_whole(fall_t)
-    if KD == FORWARD_KL:
-        d = a_t * (d + l_t * (fall_t - fall_s))
-    if KD == REVERSE_KL:
-        d = a_s * (d + l_s * (fall_s - fall_t))
-    if CE:
-        l_1 = l_1 * tl.exp2(fall_s * temperature)
-    l_s, l_t, d, l_1 = tl.sum(l_s * a_s, 0), tl.sum(l_t * a_t, 0), tl.sum(d, 0), tl.sum(l_1, 0)
-    ss, tt, st, sq = tl.sum(ss, 0), tl.sum(tt, 0), tl.sum(st, 0), tl.sum(sq, 0)
-    return top_s, top_t, l_s, l_t, d, l_1, ss, tt, st, sq
+def _merge(
+    sums,
+    power,
+    KD: tl.constexpr,
+    CE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COS: tl.constexpr,
+    MSE: tl.constexpr,
+):
+    """The threads' sums, brought to a common m a side and added: a few barriers, once a row."""
+    m_s, l_s, m_t, l_t, d, m_1, l_1, ss, tt, st, sq = sums
+    top_s, top_t, top_1 = 0.0, 0.0, 0.0
+    if KD != 0 or CE:
+        top_s, top_t = tl.reduce((m_s, m_t), 0, rows.max_of_two)
+        a_s, a_t = rows.exp2_whole(m_s - top_s), rows.exp2_whole(m_t - top_t)
+        if KD == FORWARD_KL:
+            d = a_t * (d + l_t * ((m_t - top_t) - (m_s - top_s)))
+        if KD == REVERSE_KL:
+            d = a_s * (d + l_s * ((m_s - top_s) - (m_t - top_t)))
+        if CE:
+            if not WHOLE:
+                top_1 = tl.max(m_1, 0)
+                l_1 = l_1 * rows.exp2_whole(m_1 - top_1)
+            else:
+                l_1 = l_1 * _power(a_s, power)
+        l_s, l_t, d, l_1 = tl.reduce((l_s * a_s, l_t * a_t, d, l_1), 0, rows.sum_of_four)
+    else:
+        l_s, l_t, d, l_1 = 0.0, 0.0, 0.0, 0.0
+    if COS or MSE:
+        ss, tt, st, sq = tl.reduce((ss, tt, st, sq), 0, rows.sum_of_four)
+    else:
+        ss, tt, st, sq = 0.0, 0.0, 0.0, 0.0
+    return top_s, top_t, l_s, l_t, d, top_1, l_1, ss, tt, st, sq
 
 
 @triton.jit
@@ -199,6 +223,7 @@ def _gradient(
     how,
     KD: tl.constexpr,
     CE: tl.constexpr,
+    WHOLE: tl.constexpr,
     COS: tl.constexpr,
     MSE: tl.constexpr,
 ):
@@ -212,13 +237,14 @@ def _gradient(
         spoilt,
         share_s,
         share_t,
+        top_1,
         by_1,
         by_label,
         by_cos,
         ratio,
         by_gap,
     ) = row
-    scale, temperature, power, labelled, label = how
+    scale, power, labelled, label = how
     g = tl.zeros_like(s)
     if KD != 0 or CE:
         x_s, x_t = s * scale - top_s, t * scale - top_t
@@ -232,7 +258,10 @@ def _gradient(
             g = by_s * (e_s * (_gap(x_s, mixture) - mean))
         if CE:
             if labelled:
-                g += by_1 * _at_one(e_s, x_s, temperature, power)
+                if not WHOLE:
+                    g += by_1 * tl.exp2(s * LOG2_E - top_1)
+                else:
+                    g += by_1 * _power(e_s, power)
                 g -= tl.where(cols == label, by_label, 0.0)
     if COS or MSE:
         out = _excluded(s, t)
@@ -277,6 +306,7 @@ def distillation_kernel(
     beta,
     KD: tl.constexpr,
     CE: tl.constexpr,
+    WHOLE: tl.constexpr,
     COS: tl.constexpr,
     MSE: tl.constexpr,
     MASK: tl.constexpr,
@@ -313,13 +343,16 @@ def distillation_kernel(
         labelled = wanted != ignore_index
         known = (wanted >= 0) & (wanted < n_cols)
         label = tl.where(known, wanted, 0).to(tl.int32)
+        # Before any thread can have written over it; the barriers of the sums keep it so.
+        at_label = tl.load(s_ptr + offset_s + label).to(tl.float32)
     if GRADIENT:
         for start in range(n_cols, n_padded, BLOCK_V):
             padding = start + tl.arange(0, BLOCK_V)
             tl.store(g_row + padding, 0.0, mask=padding < n_padded)
     if (MASK or not SOFT) and not (soft | labelled):
-        for part in tl.static_range(4):
-            tl.store(rows_ptr + part * n_rows + row, 0.0)
+        for _ in tl.static_range(4):
+            tl.store(rows_ptr + row, 0.0)
+            rows_ptr += n_rows
         if GRADIENT:
             nothing = tl.zeros([TILES, THREADS, VECTOR], dtype)
             for i in range(0, n_full):
@@ -330,20 +363,21 @@ def distillation_kernel(
 
     # First sweep: the sums.
     scale = LOG2_E / temperature
-    how = scale, temperature, power, labelled, label
+    how = scale, power, labelled, label
     ONLY: tl.constexpr = not GRADIENT and KD != JSD
     sums = _no_sums(THREADS)
     if VECTOR > 1:
         edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
-        sums = _add_sums(edge_s, edge_t, sums, how, KD, CE, COS, MSE)
+        sums = _add_sums(edge_s, edge_t, sums, how, KD, CE, WHOLE, COS, MSE)
     for i in range(0, n_full):
         at = i * BLOCK_V
         s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, ONLY)
-        sums = _add_sums(s, t, sums, how, KD, CE, COS, MSE)
+        sums = _add_sums(s, t, sums, how, KD, CE, WHOLE, COS, MSE)
     if n_full * BLOCK_V < body:
         s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
-        sums = _add_sums(s, t, sums, how, KD, CE, COS, MSE)
-    top_s, top_t, l_s, l_t, d, l_1, ss, tt, st, sq = _merge(sums, temperature, KD, CE)
+        sums = _add_sums(s, t, sums, how, KD, CE, WHOLE, COS, MSE)
+    merged = _merge(sums, power, KD, CE, WHOLE, COS, MSE)
+    top_s, top_t, l_s, l_t, d, top_1, l_1, ss, tt, st, sq = merged
 
     # The row's losses, and the factors of its gradient. The scales are applied in fp32, before
     # anything is rounded.
@@ -382,8 +416,11 @@ def distillation_kernel(
             by_s = tl.where(kd == kd, by_kd * LN_2 * (1 - beta) / l_s, float("nan"))
         kd = tl.where(soft, kd * (LN_2 * temperature * temperature) * weight, 0.0)
     if CE:
-        at_label = tl.load(s_row + label).to(tl.float32) * scale - top_s
-        ce = LN_2 * (tl.log2(l_1) - temperature * at_label)
+        if not WHOLE:
+            x_label = at_label * LOG2_E - top_1
+        else:
+            x_label = temperature * (at_label * scale - top_s)
+        ce = LN_2 * (tl.log2(l_1) - x_label)
         # A label outside the vocabulary makes its own row NaN: asking about it would be a wait.
         ce = tl.where(labelled, tl.where(known, ce, float("nan")), 0.0)
         by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)
@@ -392,36 +429,37 @@ def distillation_kernel(
     if COS:
         # A zero vector has no direction: distance 1, gradient 0.
         zero = ((ss == 0) | (tt == 0)) & (ss + tt == ss + tt)
-        length_s = tl.where(zero, 0.0, tl.rsqrt(ss))
-        length_t = tl.where(zero, 0.0, tl.rsqrt(tt))
-        cosine = st * length_s * length_t
+        by_length = tl.where(zero, 0.0, rows.reciprocal_root(ss) * rows.reciprocal_root(tt))
+        cosine = st * by_length
         cos = tl.where(soft, (1 - cosine) * weight, 0.0)
-        by_cos = by_row * cos_weight * (length_s * length_t)
-        ratio = tl.where(zero, 0.0, tl.div_rn(st, ss))
+        by_cos = by_row * cos_weight * by_length
+        # Outside the mask sums of what the row holds may be infinite, and must not spoil its CE.
+        ratio = tl.where(soft & (zero == 0), tl.div_rn(st, ss), 0.0)
     if MSE:
         mse = tl.where(soft, sq * weight, 0.0)
         by_gap = tl.where(sq < INF, by_row * mse_weight * 2, float("nan"))
-    tl.store(rows_ptr + row, kd)
-    tl.store(rows_ptr + n_rows + row, ce)
-    tl.store(rows_ptr + 2 * n_rows + row, cos)
-    tl.store(rows_ptr + 3 * n_rows + row, mse)
+    out = rows_ptr + row
+    tl.store(out, kd)
+    tl.store(out + n_rows, ce)
+    tl.store(out + n_rows + n_rows, cos)
+    tl.store((out + n_rows) + n_rows + n_rows, mse)
 
     # Last sweep: the gradient, from the newest tile back to the oldest.
     if GRADIENT:
         scalars = (top_s, top_t, by_s, by_t, mean, spoilt, share_s, share_t)
-        scalars += (by_1, by_label, by_cos, ratio, by_gap)
+        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap)
         if n_full * BLOCK_V < body:
             s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
-            g = _gradient(s, t, head + rest, scalars, how, KD, CE, COS, MSE)
+            g = _gradient(s, t, head + rest, scalars, how, KD, CE, WHOLE, COS, MSE)
             tl.store(g_body + rest, g.to(dtype), mask=rest < body)
         for i in range(0, n_full):
             at = (n_full - 1 - i) * BLOCK_V
             s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, True)
-            g = _gradient(s, t, head + at + tile, scalars, how, KD, CE, COS, MSE)
+            g = _gradient(s, t, head + at + tile, scalars, how, KD, CE, WHOLE, COS, MSE)
             tl.store(g_body + at + tile, g.to(dtype), eviction_policy="evict_first")
         if VECTOR > 1:
             edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
-            edge_g = _gradient(edge_s, edge_t, edge, scalars, how, KD, CE, COS, MSE)
+            edge_g = _gradient(edge_s, edge_t, edge, scalars, how, KD, CE, WHOLE, COS, MSE)
             tl.store(g_row + edge, edge_g.to(dtype), mask=is_edge)
 
 
@@ -433,6 +471,7 @@ class Variant(NamedTuple):
 
     KD: int
     CE: bool
+    WHOLE: bool  # beside a CE: T is 1, 2, 3 or 4
     COS: bool
     MSE: bool
     MASK: bool
@@ -451,17 +490,21 @@ def variant(
 ) -> Variant:
     """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes."""
     kd = DIVERGENCES[options.divergence] if options.kd_weight else 0
+    ce = labels and bool(options.ce_weight)
+    whole = ce and _power_of(kd, options.temperature) > 0
     cos, mse = bool(options.cos_weight), bool(options.mse_weight)
     # Without a gradient there is nothing to find again, and 32 warps would be left 32 registers.
     warps = rows.warps_for(options.vocab_size * sum(itemsizes), most=32 if gradient else 16)
     if kd and (cos or mse):
-        warps = min(warps, 16)  # their sums take some 100 registers, 32 warps have 64
-    elif gradient and kd == DIVERGENCES["jsd"] and warps == 16:
+        # Their sums take some 100 registers, 32 warps have 64.
+        warps = min(warps, 16 if gradient else 8)
+    elif gradient and warps == 16 and (kd == DIVERGENCES["jsd"] or (ce and not whole)):
         warps = 32  # 16 would be given 64 registers and a spill, one program of 32 is not
     vector = 16 // min(itemsizes)
     return Variant(
         KD=kd,
-        CE=labels and bool(options.ce_weight),
+        CE=ce,
+        WHOLE=whole,
         COS=cos,
         MSE=mse,
         MASK=mask,
@@ -522,7 +565,7 @@ def distillation(
         options.vocab_size,
         student.shape[1],
         options.ignore_index,
-        int(temperature) if temperature in (1, 2, 3, 4) else 0,
+        _power_of(chosen.KD, temperature),
         temperature,
         options.kd_weight,
         options.ce_weight,
@@ -533,3 +576,10 @@ def distillation(
         num_warps=chosen.num_warps,
     )
     return losses
+
+
+def _power_of(kd: int, temperature: float) -> int:
+    """T where e_1 is a small power of e_s, else 0. Without a KD everything is at T = 1."""
+    if not kd:
+        return 1
+    return int(temperature) if temperature in (1, 2, 3, 4) else 0

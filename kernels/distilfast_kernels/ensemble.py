@@ -32,15 +32,28 @@ def _add(t, m, total, scale):
 
 
 @triton.jit
-def _combine(t_ptrs, offsets, at, exists, weights, shifts, scale, by, K: tl.constexpr, MEAN):
-    """z of a tile. offsets: where each teacher's begins; shifts: log2 w_k less its log2 sum."""
+def _combine(
+    t_ptrs,
+    offsets,
+    at,
+    exists,
+    weights,
+    tops,
+    shifts,
+    scale,
+    by,
+    K: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """z of a tile. offsets: where each teacher's begins. y is (t scale - top) + shift, in this
+    order, so that no offset of the logits costs a digit."""
     t = tl.load(t_ptrs[0] + offsets[0] + at, mask=exists).to(tl.float32)
     if MEAN:
-        top = t * scale + shifts[0]
+        top = (t * scale - tops[0]) + shifts[0]
         total = tl.full(t.shape, 1.0, tl.float32)
         for k in tl.static_range(1, K):
             t = tl.load(t_ptrs[k] + offsets[k] + at, mask=exists).to(tl.float32)
-            y = t * scale + shifts[k]
+            y = (t * scale - tops[k]) + shifts[k]
             # Equal ones differ by 0, minus infinity included.
             e = tl.exp2(tl.where(y == top, 0.0, -tl.abs(y - top)))
             total = tl.where(y > top, total * e + 1.0, total + e)
@@ -54,7 +67,7 @@ def _combine(t_ptrs, offsets, at, exists, weights, shifts, scale, by, K: tl.cons
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_z", "n_cols"])
 def combine_kernel(
     t_ptrs,
     z_ptr,
@@ -79,7 +92,7 @@ def combine_kernel(
     rest = n_full * BLOCK_V + tile
     edge, is_edge = rows.edges(head, body, n_cols, THREADS, VECTOR)
     scale = LOG2_E / temperature
-    starts, bodies, shifts = (), (), ()
+    starts, bodies, tops, shifts = (), (), (), ()
     for k in tl.static_range(K):
         row_k = row * strides[k]
         body_k = rows.aligned(row_k, head, VECTOR)
@@ -98,19 +111,20 @@ def combine_kernel(
                 u = tl.load(t_ptrs[k] + body_k + rest, mask=rest < body, other=-INF)
                 m, total = _add(u, m, total, scale)
             top = tl.max(m, 0)
-            shift = log2_weights[k] - top - tl.log2(tl.sum(total * rows.exp2_whole(m - top), 0))
-            shifts += (shift,)
+            total = tl.sum(total * rows.exp2_whole(m - top), 0)
+            tops += (top,)
+            shifts += (log2_weights[k] - tl.log2(total),)
     by = temperature * LN_2
     z_body = z_ptr + rows.aligned(row * stride_z, head, VECTOR)
     if n_full * BLOCK_V < body:
-        z = _combine(t_ptrs, bodies, rest, rest < body, weights, shifts, scale, by, K, MEAN)
+        z = _combine(t_ptrs, bodies, rest, rest < body, weights, tops, shifts, scale, by, K, MEAN)
         tl.store(z_body + rest, z, mask=rest < body)
     for i in range(0, n_full):
         at = (n_full - 1 - i) * BLOCK_V + tile
-        z = _combine(t_ptrs, bodies, at, None, weights, shifts, scale, by, K, MEAN)
+        z = _combine(t_ptrs, bodies, at, None, weights, tops, shifts, scale, by, K, MEAN)
         tl.store(z_body + at, z)
     if VECTOR > 1:
-        z_edge = _combine(t_ptrs, starts, edge, is_edge, weights, shifts, scale, by, K, MEAN)
+        z_edge = _combine(t_ptrs, starts, edge, is_edge, weights, tops, shifts, scale, by, K, MEAN)
         tl.store(z_ptr + row * stride_z + edge, z_edge, mask=is_edge)
 
 

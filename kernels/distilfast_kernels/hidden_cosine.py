@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INF = tl.constexpr(float("inf"))
+from distilfast_kernels.rows import INF, reciprocal_root
 
 # --- Kernel ---------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def _load(s_ptr, t_ptr, at, exists):
     return tl.where(out, 0.0, s), tl.where(out, 0.0, t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "stride_scale"])
 def hidden_cosine_kernel(
     s_ptrs,
     t_ptrs,
@@ -78,12 +78,10 @@ def hidden_cosine_kernel(
                 s, t = _load(s_ptr, t_ptr, first + i, used[:, None] & (i + cols < n_cols)[None, :])
                 ss, tt, st = ss + tl.sum(s * s, 1), tt + tl.sum(t * t, 1), st + tl.sum(s * t, 1)
         zero = ((ss == 0) | (tt == 0)) & (ss + tt == ss + tt)
-        length_s = tl.where(zero, 0.0, tl.rsqrt(ss))
-        length_t = tl.where(zero, 0.0, tl.rsqrt(tt))
-        cosine = st * length_s * length_t
-        total += (1 - cosine) * share
+        by_length = tl.where(zero, 0.0, reciprocal_root(ss) * reciprocal_root(tt))
+        total += (1 - st * by_length) * share
         if GRADIENT:
-            by = (scale * (length_s * length_t))[:, None]
+            by = (scale * by_length)[:, None]
             ratio = tl.where(zero, 0.0, tl.div_rn(st, ss))[:, None]
             if ONCE:
                 g = tl.where(used[:, None], by * (s * ratio - t), 0.0).to(g_ptr.dtype.element_ty)
@@ -123,7 +121,7 @@ def hidden_cosine(
     """`distilfast.reference.hidden_cosine` for bf16, fp16, fp32; ``gradients`` are contiguous."""
     n_rows = student[0].shape[0]
     launches = _launches([x.shape[1] for x in student])
-    rows = torch.zeros(len(launches), n_rows, dtype=torch.float32, device=student[0].device)
+    rows = torch.empty(len(launches), n_rows, dtype=torch.float32, device=student[0].device)
     if n_rows == 0:
         return rows[0]
     for launch, layers in enumerate(launches):

@@ -13,7 +13,8 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# An m below all logits, and finite, so that differences of it are too.
+# The m of a thread that has seen nothing: finite, so that differences of it are too. A row whose
+# every logit is lower comes out as NaN.
 FLOOR = tl.constexpr(-1.0e30)
 # About the smallest number that the hardware does not flush to 0.
 TINY = tl.constexpr(1.2e-38)
@@ -76,8 +77,25 @@ def exp2_whole(x):
 
 
 @triton.jit
+def max_of_two(a, b, c, d):
+    """Of pairs (a, b) and (c, d), for a reduction of both with the barriers of one."""
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def sum_of_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def reciprocal_root(x):
+    """1 / sqrt(x) of subnormal numbers, too: the hardware's own takes them for 0."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def log2(x):
-    """Of positive numbers, to within 2^-22."""
+    """Of positive numbers; errs by 2^-22, of 1 near 1 and of its value elsewhere."""
     if INTERPRETED:
         result = tl.log2(x)
     else:  # tl.log2 is some twenty instructions, this is one
