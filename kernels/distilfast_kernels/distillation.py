@@ -181,7 +181,7 @@ def _merge(
     m_s, l_s, m_t, l_t, d, m_1, l_1, ss, tt, st, sq = sums
     top_s, top_t, top_1 = 0.0, 0.0, 0.0
     if KD != 0 or CE:
-        top_s, top_t = tl.reduce((m_s, m_t), 0, rows.max_of_two)
+        top_s, top_t = rows.max_two(m_s, m_t)
         a_s, a_t = rows.exp2_whole(m_s - top_s), rows.exp2_whole(m_t - top_t)
         if KD == FORWARD_KL:
             d = a_t * (d + l_t * ((m_t - top_t) - (m_s - top_s)))
@@ -193,11 +193,11 @@ def _merge(
                 l_1 = l_1 * rows.exp2_whole(m_1 - top_1)
             else:
                 l_1 = l_1 * _power(a_s, power)
-        l_s, l_t, d, l_1 = tl.reduce((l_s * a_s, l_t * a_t, d, l_1), 0, rows.sum_of_four)
+        l_s, l_t, d, l_1 = rows.sum_four(l_s * a_s, l_t * a_t, d, l_1)
     else:
         l_s, l_t, d, l_1 = 0.0, 0.0, 0.0, 0.0
     if COS or MSE:
-        ss, tt, st, sq = tl.reduce((ss, tt, st, sq), 0, rows.sum_of_four)
+        ss, tt, st, sq = rows.sum_four(ss, tt, st, sq)
     else:
         ss, tt, st, sq = 0.0, 0.0, 0.0, 0.0
     return top_s, top_t, l_s, l_t, d, top_1, l_1, ss, tt, st, sq

@@ -77,14 +77,34 @@ def exp2_whole(x):
 
 
 @triton.jit
-def max_of_two(a, b, c, d):
-    """Of pairs (a, b) and (c, d), for a reduction of both with the barriers of one."""
+def _max_of_two(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def sum_of_four(a, b, c, d, e, f, g, h):
+def _sum_of_four(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def max_two(a, b):
+    """The maxima of two (THREADS,), with the barriers of one. The interpreter takes them singly: of
+    several it goes from element to element, which is slow, and rounds more than a tree would."""
+    if INTERPRETED:
+        result = tl.max(a, 0), tl.max(b, 0)
+    else:
+        result = tl.reduce((a, b), 0, _max_of_two)
+    return result
+
+
+@triton.jit
+def sum_four(a, b, c, d):
+    """The sums of four (THREADS,), likewise."""
+    if INTERPRETED:
+        result = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
+    else:
+        result = tl.reduce((a, b, c, d), 0, _sum_of_four)
+    return result
 
 
 @triton.jit
