@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
 	@echo "make test          linters, types and tests"
-	@echo "make bench         what the driver costs over a plain PyTorch loop"
+	@echo "make bench         the losses next to PyTorch, the driver next to a plain loop"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 $(VENV)/demo: $(SOURCES)
@@ -46,6 +46,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/demo
+	$(BIN)/python bench/losses.py
 	$(BIN)/python bench/overhead.py
 
 clean:

@@ -386,7 +386,8 @@ distillation_op.register_autograd(_distillation_backward, setup_context=_distill
 
 
 def scale_gradient(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
-    """gradient * grad_loss, in the gradient's own memory where nobody can want it again."""
+    """gradient * grad_loss, in the gradient's own memory where nobody can want it again: the graph
+    is not kept. (Hooks on saved tensors that hand out what they were given see it change.)"""
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if traced or kept:
@@ -582,7 +583,8 @@ def distillation_loss(
         kd_normalizer, ce_normalizer: a number or 0-d tensor that replaces those divisors: the
             global count of a batch that is spread over micro-batches and ranks.
         inplace_backward: the backward overwrites ``student_logits`` with its gradient, which saves
-            a tensor of its size. Nothing else may read the logits after that.
+            a tensor of its size and costs a second reading of both logits. Nothing else may read
+            the student's after that. For rows that are dense or padded; others are left alone.
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
