@@ -1,0 +1,882 @@
+"""What is Triton's own: tiles, alignment, memory, launches. The mathematics is tested for every
+backend in test_losses.py and its neighbours.
+
+The launchers are called as `losses.py` calls them, with outputs that hold NaN and lie inside more
+NaN: an element that is not written stays NaN, one that is written too much is missed outside. On a
+CPU this runs in Triton's interpreter; what only a GPU can tell is skipped there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import itertools
+
+import pytest
+import test_losses_edges as edges
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import (
+    DIVERGENCES,
+    IGNORE,
+    INF,
+    NAN,
+    PARTS,
+    assert_same,
+    assert_within,
+    expect,
+    logits_pair,
+    value_and_grad,
+)
+from test_combine_teachers import by_hand
+
+from distilfast import backends, distillation_loss, hidden_cosine_loss, losses
+from distilfast.reference import Options
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
+MARGIN = 64  # elements around a matrix; a multiple of 16 bytes
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_dtype = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can tell")
+
+
+@pytest.fixture
+def backend() -> str:
+    reason = backends.unavailable("triton")
+    if reason is not None:
+        pytest.skip(reason)
+    return "triton"
+
+
+# Calling the launchers
+
+
+def kernels(file):
+    """A file of kernels, as `backends.py` finds it."""
+    return importlib.import_module(f"distilfast_kernels.{file}")
+
+
+def options(vocab_size, **keywords):
+    weights = {f"{part}_weight": 0.0 for part in PARTS} | {"kd_weight": 1.0}
+    fixed = {"temperature": 2.0, "jsd_beta": 0.5, "divergence": "forward_kl"}
+    rest = {"ignore_index": IGNORE, "vocab_size": vocab_size}
+    return Options(**{**fixed, **weights, **rest, **keywords})
+
+
+def launch(student, teacher, labels=None, mask=None, *, gradient, scale=1.0, **keywords):
+    """(4, N) parts by row; the gradient goes where it is told to."""
+    by = torch.full((), scale, device=student.device)
+    chosen = options(**{"vocab_size": student.shape[1], **keywords})
+    triton = backends.BACKENDS["triton"]
+    return triton.distillation(student, teacher, labels, mask, by, by, chosen, gradient)
+
+
+def check_launch(student, teacher, labels=None, mask=None, *, gradient, scale=1.0, **keywords):
+    """Launch, and hold every row's parts and gradient against the oracle."""
+    wanted = expect(
+        student,
+        teacher,
+        labels,
+        mask=mask,
+        reduction="none",
+        grad_output=scale,
+        dtype=gradient.dtype,
+        **keywords,
+    )
+    rows = launch(student, teacher, labels, mask, gradient=gradient, scale=scale, **keywords)
+    for part, row in zip(PARTS, rows, strict=True):
+        assert_within(part, row, wanted.value[part], wanted.slack[part])
+    assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
+    assert (gradient[:, keywords.get("vocab_size", gradient.shape[1]) :] == 0).all()
+    return rows
+
+
+def hole(n_rows, columns, dtype, device, *, stride=None, shift=0):
+    """(N, columns) of NaN inside more NaN; ``shift`` elements behind a 16-byte boundary."""
+    stride = columns if stride is None else stride
+    around = torch.full((2 * MARGIN + shift + n_rows * stride,), NAN, dtype=dtype, device=device)
+    return around.as_strided((n_rows, columns), (stride, 1), MARGIN + shift)
+
+
+def placed(values, **layout):
+    """The same values in another memory layout."""
+    return hole(*values.shape, values.dtype, values.device, **layout).copy_(values)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def assert_nothing_else_was_written(window):
+    """Around it there is the NaN of `hole`, to the bit."""
+    size = window.untyped_storage().nbytes() // window.element_size()
+    around = window.as_strided((size,), (1,), 0)
+    left = around.clone()
+    left.as_strided(window.size(), window.stride(), window.storage_offset()).fill_(NAN)
+    wrong = (bits(left) != bits(torch.full_like(left, NAN))).nonzero()
+    assert not wrong.numel(), f"written outside: {(wrong[:, 0] - window.storage_offset()).tolist()}"
+
+
+def some_labels(n_rows, vocab, device):
+    """First, last and some other columns, every fifth row without one."""
+    columns = [0, vocab - 1, vocab // 2, 1 % vocab, IGNORE]
+    return torch.tensor([columns[i % 5] for i in range(n_rows)], device=device)
+
+
+def tile_boundary(warps, itemsize):
+    """A vocabulary of whole tiles, two at least, for which the launcher takes so many warps."""
+    distillation = kernels("distillation")
+    for tiles in itertools.count(2):
+        vocab = tiles * 256 * warps
+        chosen = [
+            distillation.variant(options(v), True, True, True, [itemsize] * 2, True)
+            for v in (vocab - 16, vocab + 16)
+        ]
+        if all(x.num_warps == warps for x in chosen):
+            assert {x.TILES * x.THREADS * x.VECTOR for x in chosen} == {256 * warps}
+            return vocab
+
+
+# Tiles and alignment
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@every_divergence
+def test_poisoned_gradient_is_written_whole_around_each_boundary(
+    backend, device, divergence, dtype, warps
+):
+    # the last tile is full, or misses or exceeds it by an element or 16 bytes; odd lengths make
+    # each row begin at another offset from a 16-byte boundary
+    vector = 16 // dtype.itemsize
+    boundary = tile_boundary(warps, dtype.itemsize)
+    for extra in (-1, 0, 1, vector, vector + 1):
+        n_rows, vocab = vector if extra % 2 else 2, boundary + extra
+        student, teacher = logits_pair((n_rows, vocab), dtypes=(dtype, dtype), device=device)
+        gradient = hole(n_rows, vocab, dtype, device)
+        assert kernels("rows").is_aligned([student, teacher, gradient], vector)
+        labels = some_labels(n_rows, vocab, device)
+        keywords = {"gradient": gradient, "divergence": divergence, "jsd_beta": 0.3}
+        check_launch(student, teacher, labels, **keywords, **ALL_PARTS)
+        assert_nothing_else_was_written(gradient)
+        gradient.fill_(NAN)  # beside the others the cosine's gradient is too small to be seen
+        check_launch(student, teacher, gradient=gradient, kd_weight=0.0, cos_weight=1.0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_poisoned_rows_that_nothing_needs_become_zero_around_each_boundary(
+    backend, device, aligned, dtype
+):
+    # the early exit: no row is read, each is overwritten, at every offset from a boundary
+    vector = 16 // dtype.itemsize
+    for vocab in (1, vector, 255, 256, 257, 511, 512, 513 + vector):
+        rows = [hole(2 * vector, vocab, dtype, device, shift=0 if aligned else 1) for _ in range(3)]
+        student, teacher, gradient = rows
+        assert kernels("rows").is_aligned(rows, vector) == aligned
+        ignored = torch.full((2 * vector,), IGNORE, device=device)
+        for labels in (None, ignored):
+            gradient.fill_(NAN)
+            parts = launch(
+                student,
+                teacher,
+                labels,
+                torch.zeros(2 * vector, device=device),
+                gradient=gradient,
+                **{**ALL_PARTS, "ce_weight": 0.0 if labels is None else 1.0},
+            )
+            assert (parts == 0).all()
+            assert (gradient == 0).all()
+            assert_nothing_else_was_written(gradient)
+    # without soft targets a label alone decides
+    parts = launch(
+        student, teacher, ignored, gradient=gradient.fill_(NAN), kd_weight=0.0, ce_weight=1.0
+    )
+    assert (parts == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "gradient"])
+@pytest.mark.parametrize("layout", ["one_element_later", "another_stride"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_unaligned_rows_take_the_narrow_path_and_agree(backend, device, dtype, layout, who):
+    # VECTOR = 1, with two full tiles and a rest; 16-byte loads would be an error on a GPU and the
+    # wrong elements in the interpreter
+    n_rows, vocab = 3, 2 * 256 + 5
+    student, teacher = logits_pair((n_rows, vocab), dtypes=(dtype, dtype), device=device)
+    where = {"shift": 1} if layout == "one_element_later" else {"stride": vocab + 2}
+    layouts = {name: where if name == who else {} for name in ("student", "teacher", "gradient")}
+    student = placed(student, **layouts["student"])
+    teacher = placed(teacher, **layouts["teacher"])
+    gradient = hole(n_rows, vocab, dtype, device, **layouts["gradient"])
+    assert not kernels("rows").is_aligned([student, teacher, gradient], 16 // dtype.itemsize)
+    labels, mask = some_labels(n_rows, vocab, device), torch.tensor([1.0, 0.0, 0.5], device=device)
+    for divergence in DIVERGENCES:
+        check_launch(
+            student,
+            teacher,
+            labels,
+            mask,
+            gradient=gradient.fill_(NAN),
+            divergence=divergence,
+            **ALL_PARTS,
+        )
+        assert_nothing_else_was_written(gradient)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "stride"),
+    [
+        (500, 500, 512),  # rows padded to a multiple of 128 bytes
+        (509, 509, 521),  # strides that are odd but agree: boundaries at the same columns
+        (250, 256, 256),  # a padded head: 6 columns of zeros, and the last tile is not full
+        (257, 600, 601),  # more padding than a tile
+        (3, 9, 11),  # shorter than 16 bytes
+    ],
+)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_poisoned_gradient_of_padded_rows_is_written_whole(
+    backend, device, dtype, vocab, width, stride
+):
+    n_rows = 5
+    student, teacher = (
+        placed(x, stride=stride)
+        for x in logits_pair((n_rows, width), dtypes=(dtype, dtype), device=device)
+    )
+    student[:, vocab:], teacher[:, vocab:] = NAN, NAN
+    gradient = hole(n_rows, width, dtype, device, stride=stride)
+    assert kernels("rows").is_aligned([student, teacher, gradient], 16 // dtype.itemsize)
+    for mask in (None, torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], device=device)):
+        check_launch(
+            student,
+            teacher,
+            some_labels(n_rows, vocab, device),
+            mask,
+            gradient=gradient.fill_(NAN),
+            vocab_size=vocab,
+            **ALL_PARTS,
+        )
+        assert_nothing_else_was_written(gradient)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP16, BF16)], ids=str)
+def test_mixed_dtypes_share_their_boundaries(backend, device, dtypes):
+    # 16 bytes of bf16 are 32 of fp32: both sides step by the same columns
+    student, teacher = logits_pair((9, 517), dtypes=dtypes, device=device)
+    gradient = hole(9, 517, dtypes[0], device)
+    labels = some_labels(9, 517, device)
+    check_launch(student, teacher, labels, gradient=gradient, **ALL_PARTS)
+    assert_nothing_else_was_written(gradient)
+
+
+def test_gradient_has_the_rows_of_padded_logits(backend, device):
+    # so that all three reach their 16-byte boundaries at the same column
+    student, teacher = (
+        placed(x, stride=520) for x in logits_pair((4, 517), dtypes=(BF16, BF16), device=device)
+    )
+    one = torch.ones((), device=device)
+    arguments = losses.as_arguments(options(517))
+    _, _, gradient = losses.distillation_op(
+        student, teacher, None, None, one, one, *arguments, "none", False, False, backend, True
+    )
+    assert gradient.stride() == student.stride() == (520, 1)
+    assert kernels("rows").is_aligned([student, teacher, gradient], 8)
+    # a window into something much wider is not padding
+    assert losses.rows_like(placed(student, stride=2000), 517, BF16).stride() == (517, 1)
+
+
+@every_divergence
+@pytest.mark.parametrize("vocab", [517, 2600])
+def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(backend, device, vocab, divergence):
+    # two warps and more than one tile: what a sweep still needs must not be overwritten by another
+    student, teacher = logits_pair((4, vocab), dtypes=(BF16, BF16), device=device)
+    labels = some_labels(4, vocab, device)
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0], device=device)
+    keywords = {"divergence": divergence, "scale": -0.5, **ALL_PARTS}
+    beside = hole(4, vocab, BF16, device)
+    wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
+    inside = placed(student)
+    parts = launch(inside, teacher, labels, mask, gradient=inside, **keywords)
+    assert_same([parts, inside], [wanted, beside])
+    assert_nothing_else_was_written(inside)
+
+
+@every_divergence
+def test_launch_without_a_gradient_loses_nothing_and_writes_nothing(backend, device, divergence):
+    # evaluation: several tiles, edges, padding, rows that nothing needs
+    student, teacher = (
+        placed(x) for x in logits_pair((5, 700), dtypes=(BF16, BF16), device=device)
+    )
+    labels = torch.tensor([0, IGNORE, 668, IGNORE, 5], device=device)
+    mask = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0], device=device)
+    keywords = {"vocab_size": 669, "divergence": divergence, **ALL_PARTS}
+    before = [x.clone() for x in (student, teacher, labels, mask)]
+    wanted = launch(student, teacher, labels, mask, gradient=torch.empty_like(student), **keywords)
+    parts = launch(student, teacher, labels, mask, gradient=None, **keywords)
+    assert_same([parts, student, teacher, labels, mask], [wanted, *before])
+    assert_nothing_else_was_written(student)
+    assert_nothing_else_was_written(teacher)
+
+
+def test_labels_mask_and_scales_may_have_any_stride(backend, device):
+    # every other element, and one for all: neither is dense
+    student, teacher = logits_pair((5, 40), device=device)
+    labels = some_labels(5, 40, device).repeat_interleave(2)[::2]
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0], device=device).repeat_interleave(2)[::2]
+    assert labels.stride() == mask.stride() == (2,)
+    gradient = hole(5, 40, FP32, device)
+    check_launch(student, teacher, labels, mask, gradient=gradient, **ALL_PARTS)
+    by = torch.tensor([1.0, -2.0, 0.0, 0.25, 3.0], device=device)
+    triton = backends.BACKENDS["triton"]
+    for scale in (by, by.repeat_interleave(3)[::3], by[1].expand(5)):
+        arguments = (student, teacher, labels, mask, scale, scale, options(40, **ALL_PARTS))
+        triton.distillation(*arguments, gradient.fill_(NAN))
+        keywords = {"mask": mask, "reduction": "none", "grad_output": scale}
+        wanted = expect(student, teacher, labels, **keywords, **ALL_PARTS)
+        assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_parity_of_drawn_launches(backend, device, data):
+    draw = data.draw
+    n_rows = draw(st.integers(1, 4), label="rows")
+    # around one and several tiles of 1 and 2 warps
+    near_a_tile = st.tuples(st.sampled_from([256, 512, 1024, 2560]), st.integers(-9, 9)).map(sum)
+    vocab = draw(st.one_of(st.integers(1, 40), near_a_tile), label="vocab")
+    dtypes = draw(st.tuples(*[st.sampled_from([FP32, FP16, BF16])] * 2), label="dtypes")
+    near = draw(st.booleans(), label="near")
+    width = vocab + draw(st.sampled_from([0, 0, 1, 8, 300]), label="padding")
+    layout = st.tuples(st.sampled_from([0, 0, 1, 3, 8]), st.sampled_from([0, 0, 0, 1, 4]))
+    layouts = [draw(layout, label=name) for name in ("student", "teacher", "gradient")]
+    if draw(st.booleans(), label="alike"):
+        layouts = layouts[:1] * 3
+    student, teacher = logits_pair(
+        (n_rows, width),
+        seed=draw(st.integers(0, 10_000), label="seed"),
+        scale=draw(st.sampled_from([0.5, 3.0, 8.0]), label="size"),
+        near=near,
+        dtypes=dtypes,
+        device=device,
+    )
+    student[:, vocab:], teacher[:, vocab:] = NAN, INF
+    (student, teacher), gradient = (
+        [
+            placed(x, stride=width + more, shift=shift)
+            for x, (more, shift) in zip((student, teacher), layouts, strict=False)
+        ],
+        hole(n_rows, width, dtypes[0], device, stride=width + layouts[2][0], shift=layouts[2][1]),
+    )
+    weights = {
+        f"{part}_weight": draw(st.sampled_from([0.0, 0.3, 1.0, 5.0]), label=part) for part in PARTS
+    }
+    column = st.one_of(st.just(IGNORE), st.integers(0, vocab - 1))
+    labels = draw(st.lists(column, min_size=n_rows, max_size=n_rows), label="labels")
+    weight = st.sampled_from([0.0, 0.5, 1.0, 3.0])
+    mask = draw(st.none() | st.lists(weight, min_size=n_rows, max_size=n_rows), label="mask")
+    check_launch(
+        student,
+        teacher,
+        torch.tensor(labels, device=device),
+        None if mask is None else torch.tensor(mask, device=device),
+        gradient=gradient,
+        vocab_size=vocab,
+        temperature=draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 3.9, 4.0, 7.3, 20.0])),
+        divergence=draw(st.sampled_from(DIVERGENCES), label="divergence"),
+        jsd_beta=draw(st.floats(0.05, 0.95), label="beta"),
+        scale=draw(st.sampled_from([1.0, -0.5, 128.0]), label="scale"),
+        **weights,
+    )
+    assert_nothing_else_was_written(gradient)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("label", [-1, 300, 303, 2**31, 2**40 + 3, -(2**40), -(2**63)])
+def test_wrong_label_makes_its_own_row_nan_and_no_other(backend, device, label):
+    # nobody looks at labels before a GPU does; 300 and 303 are in the padding of a wider head
+    student, teacher = logits_pair((5, 304), dtypes=(BF16, BF16), device=device)
+    labels = torch.tensor([7, 8, IGNORE, 299, 0], device=device)
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], device=device)
+    for row, weights in ((1, ALL_PARTS), (2, ALL_PARTS), (2, {"kd_weight": 0.0, "ce_weight": 1.0})):
+        clean, wrong = (hole(5, 304, BF16, device) for _ in range(2))
+        keywords = {"vocab_size": 300, **weights}
+        wanted = launch(student, teacher, labels, mask, gradient=clean, **keywords)
+        spoilt = labels.clone()
+        spoilt[row] = label
+        parts = launch(student, teacher, spoilt, mask, gradient=wrong, **keywords)
+        assert parts[1].isnan().tolist() == [i == row for i in range(5)]
+        assert wrong[row, :300].isnan().all()
+        assert (wrong[:, 300:] == 0).all()
+        others = [i for i in range(5) if i != row]
+        assert_same([parts[:, others], wrong[others]], [wanted[:, others], clean[others]])
+        assert_same([parts[[0, 2, 3]]], [wanted[[0, 2, 3]]])  # its other parts are what they were
+        assert_nothing_else_was_written(wrong)
+
+
+@pytest.mark.parametrize("low", [-INF, -3e38, -1e20, NAN], ids=str)
+@every_divergence
+def test_row_outside_the_mask_is_scored_by_its_label_whatever_its_logits(
+    backend, device, divergence, low
+):
+    # banned tokens: -inf or the dtype's lowest number, whose square is infinite, in a full tile
+    # and in the last. The soft parts of such a row weigh 0, and 0 times what they would be is not 0
+    student, teacher = logits_pair((3, 300), device=device)
+    student[:, 4:7], student[:, -3:-1] = low, low
+    labels, mask = torch.tensor([0, IGNORE, 299], device=device), torch.zeros(3, device=device)
+    wanted, gradient = (hole(3, 300, FP32, device) for _ in range(2))
+    hard = launch(student, teacher, labels, gradient=wanted, kd_weight=0.0, ce_weight=2.0)
+    for weights in (ALL_PARTS, {"cos_weight": 1.0}, {"mse_weight": 1.0}, {"kd_weight": 1.0}):
+        keywords = {"kd_weight": 0.0, **weights, "ce_weight": 2.0, "divergence": divergence}
+        parts = launch(student, teacher, labels, mask, gradient=gradient, **keywords)
+        assert (parts[[0, 2, 3]] == 0).all()
+        close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+        torch.testing.assert_close(parts[1], hard[1], **close)
+        torch.testing.assert_close(gradient, wanted, **close)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_in_a_row_is_not_taken_for_a_zero_vector(backend, device, side):
+    # one side has no direction, the other is not a number
+    student, teacher = logits_pair((2, 20), device=device)
+    (student if side == "teacher" else teacher)[0] = 0
+    (student if side == "student" else teacher)[0, 3] = NAN
+    gradient = hole(2, 20, FP32, device)
+    parts = launch(student, teacher, gradient=gradient, kd_weight=0.0, cos_weight=1.0)
+    assert parts[2].isnan().tolist() == [True, False]
+    assert gradient.isnan().all(-1).tolist() == [True, False]
+    hidden = hole(2, 20, FP32, device)
+    one = torch.ones((), device=device)
+    rows = backends.BACKENDS["triton"].hidden_cosine([student], [teacher], None, one, [hidden])
+    assert rows.isnan().tolist() == [True, False]
+    assert hidden.isnan().all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_column_that_one_side_alone_excludes_is_not_left_out(backend, device, side):
+    # an infinite vector has no direction, and its distance from a finite one is infinite; row 1
+    # has columns that both exclude
+    student, teacher = logits_pair((2, 20), device=device)
+    (student if side == "student" else teacher)[0, 3] = -INF
+    student[1, 5:7], teacher[1, 5:7] = -INF, -INF
+    gradient = hole(2, 20, FP32, device)
+    check_launch(student, teacher, gradient=gradient, kd_weight=0.0, cos_weight=1.0)
+    check_launch(student, teacher, gradient=gradient, kd_weight=0.0, mse_weight=1.0)
+    check_hidden([student], [teacher], None, [gradient])
+    assert gradient.isnan().all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@edges.alone
+def test_nan_row_is_nan_where_a_maximum_drops_it(backend, device, keywords, side, monkeypatch):
+    # max(x, NaN) is x on the hardware and NaN in the interpreter
+    if not torch.cuda.is_available():
+        import numpy as np
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def fmax(self, left, right):
+            return self.binary_op(left, right, np.fmax)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", fmax)
+    for columns in (slice(None), 3):
+        edges.test_nan_row_gives_a_nan_row_and_leaves_the_others_alone(
+            backend, device, keywords, side, columns
+        )
+
+
+@pytest.mark.parametrize(("gap", "temperature"), [(40.0, 1.0), (150.0, 1.0), (40.0, 7.3)])
+def test_maxima_that_move_apart_keep_the_divergence(backend, device, gap, temperature):
+    # each thread's maxima grow from tile to tile, one side's before the other's; their sums are
+    # shifted against one another, by less and by more than fp32's range of exponents; at T = 7.3
+    # the cross entropy keeps a maximum of its own
+    vocab = 4 * 256
+    student, teacher = logits_pair((3, vocab), device=device)
+    steps = torch.arange(4, device=device).repeat_interleave(256)
+    early, late = gap * (steps >= 1), gap * (steps == 3)
+    student += torch.stack([late, early, gap * steps])
+    teacher += torch.stack([early, late, -gap * steps])
+    for divergence in DIVERGENCES:
+        gradient = hole(3, vocab, FP32, device)
+        keywords = {"divergence": divergence, "temperature": temperature, "ce_weight": 1.0}
+        check_launch(student, teacher, some_labels(3, vocab, device), gradient=gradient, **keywords)
+
+
+# Temperature and weights are arguments
+
+
+def test_variant_depends_on_neither_temperature_nor_the_size_of_weights():
+    # but for one thing: beside a cross entropy, whether T is one of 1, 2, 3, 4
+    pytest.importorskip("triton")
+    distillation = kernels("distillation")
+
+    def variants(*terms, temperatures=(0.5, 2.0, 3.0, 7.3), **keywords):
+        return {
+            distillation.variant(
+                options(
+                    30_522,
+                    **{"kd_weight": 0.0, **{f"{part}_weight": weight for part in terms}},
+                    temperature=temperature,
+                    jsd_beta=weight / 10,
+                    ignore_index=int(weight),
+                    **keywords,
+                ),
+                *(True, True, True, [2, 2], True),
+            )
+            for temperature in temperatures
+            for weight in (0.5, 1.0, 5.0)
+        }
+
+    for terms in (("kd",), ("ce",), ("cos", "ce"), ("kd", "cos", "mse")):
+        assert len(variants(*terms)) == 1
+    for terms in (("kd", "ce"), ("kd", "ce", "cos", "mse")):
+        for temperatures in ((1.0, 2.0, 3.0, 4.0), (0.5, 2.5, 5.0, 7.3, 20.0)):
+            assert len(variants(*terms, temperatures=temperatures)) == 1
+    assert variants("kd") != variants("kd", "ce")
+    assert variants("kd") != variants("kd", divergence="jsd")
+    kernel = inspect.signature(distillation.distillation_kernel.fn).parameters
+    constants = {name for name, known in kernel.items() if "constexpr" in str(known.annotation)}
+    assert constants == set(distillation.Variant._fields)
+
+
+# scale
+
+
+@every_dtype
+def test_scaling_by_one_changes_no_bit(backend, device, dtype):
+    # NaN with any payload and -0 included: the row is not even written
+    integers = torch.randint(-(2**15), 2**15, (6, 700), device=device)
+    gradient = (integers << 16 if dtype == FP32 else integers).to(
+        torch.int32 if dtype == FP32 else torch.int16
+    )
+    before = gradient.clone()
+    for one in (torch.ones((), device=device), torch.ones(6, device=device)):
+        backends.BACKENDS["triton"].scale(gradient.view(dtype), one)
+        assert torch.equal(gradient, before)
+
+
+@every_dtype
+@pytest.mark.parametrize("shift", [0, 1])
+def test_scale_multiplies_in_fp32_and_rounds_once(backend, device, shift, dtype):
+    # around a tile of 512 elements at every alignment; shift: the narrow path
+    scale = backends.BACKENDS["triton"].scale
+    vector = 16 // dtype.itemsize
+    for columns, stride in ((511, 511), (512, 512), (513, 513), (1030, 1040), (1, 1), (3, 17)):
+        values, _ = logits_pair((vector, columns), dtypes=(dtype, dtype), device=device)
+        rows = torch.linspace(-3, 3, vector, device=device)
+        rows[1] = 1.0
+        for by in (torch.tensor(1 / 3, device=device), rows, rows.repeat_interleave(2)[::2]):
+            gradient = placed(values, stride=stride, shift=shift)
+            scale(gradient, by)
+            exact = values.float() * (by[:, None] if by.ndim else by)
+            assert_same([gradient], [exact.to(dtype)])
+            assert_nothing_else_was_written(gradient)
+
+
+def test_scale_takes_everything_that_a_backward_brings(backend, device):
+    scale = backends.BACKENDS["triton"].scale
+    gradient = torch.ones(2, 40, device=device)
+    for by in (INF, -0.0, NAN):
+        scaled = gradient.clone()
+        scale(scaled, torch.tensor(by, device=device))
+        assert_same([scaled], [gradient * by])
+    for empty in (torch.ones(0, 5, device=device), torch.ones(3, 0, device=device)):
+        scale(empty, torch.tensor(2.0, device=device))
+    single = torch.ones(1, 40, device=device)
+    scale(single, torch.tensor([2.0], device=device))
+    assert (single == 2).all()
+    half = gradient.to(FP16)
+    scale(half, torch.tensor(2.0**20, device=device, dtype=FP32))
+    assert half.isinf().all()
+
+
+# combine_teachers
+
+
+def check_combination(teachers, weights, temperature, mode, z, vocab, size=1.0):
+    backends.BACKENDS["triton"].combine_teachers(teachers, weights, temperature, mode, vocab, z)
+    wanted = by_hand([t[:, :vocab] for t in teachers], weights, temperature, mode)
+    # size: of the logits; beyond 100 their own rounding counts
+    assert_within("z", z, wanted.cpu(), 1e-5 * max(1.0, temperature, size / 100))
+    assert_nothing_else_was_written(z)
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_combination_of_teachers_equals_the_definition(backend, device, count, mode):
+    # around one and two tiles; each row at another alignment; a weight of 0 is not read
+    weights = {1: [1.0], 2: [0.25, 0.75], 3: [0.2, 0.0, 0.8], 4: [0.1, 0.2, 0.3, 0.4]}[count]
+    for vocab, temperature in ((2, 1.0), (256, 0.5), (255, 2.0), (517, 7.3), (519, 20.0)):
+        teachers = [
+            logits_pair((5, vocab), seed=i, dtypes=(BF16, BF16), device=device)[0]
+            for i in range(count)
+        ]
+        for k in range(count):
+            teachers[k][1, :: 2 + k] = -INF  # columns that some, and some that all exclude
+        for teacher, weight in zip(teachers, weights, strict=True):
+            if not weight:
+                teacher.fill_(NAN)
+        z = hole(5, vocab, FP32, device)
+        check_combination(teachers, weights, temperature, mode, z, vocab)
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("n_rows", [0, 1, 3])
+def test_combination_of_any_rows_equals_the_definition(backend, device, n_rows, mode):
+    # one teacher twice, so that two are exactly equal; far below 0; one whose columns are not
+    # dense; the last row ends at a 16-byte boundary inside a tile
+    vocab = 264
+    first, other = logits_pair((n_rows, vocab), offset=-700.0, device=device)
+    teachers = [first, first.clone(), other.T.contiguous().T]
+    z = hole(n_rows, vocab, FP32, device)
+    check_combination(teachers, [0.25, 0.25, 0.5], 0.5, mode, z, vocab, size=700)
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize(
+    ("strides", "dtypes", "stride_z"),
+    [
+        ((520, 520), (BF16, BF16), 520),  # padded rows, aligned
+        ((517, 525), (FP32, BF16), 533),  # strides that agree modulo 8: boundaries do too
+        ((517, 518), (FP16, BF16), 517),  # strides that do not: the narrow path
+        ((520, 520), (BF16, FP32), 517),  # nor does the result's
+    ],
+)
+def test_combination_of_padded_rows_equals_the_definition(
+    backend, device, strides, dtypes, stride_z, mode
+):
+    teachers = [
+        placed(logits_pair((5, 517), seed=i, dtypes=(d, d), device=device)[0], stride=stride)
+        for i, (stride, d) in enumerate(zip(strides, dtypes, strict=True))
+    ]
+    vocab = 513  # and a padded vocabulary
+    for teacher in teachers:
+        teacher[:, vocab:] = NAN
+    z = hole(5, vocab, FP32, device, stride=stride_z)
+    check_combination(teachers, [0.3, 0.7], 2.0, mode, z, vocab)
+
+
+def test_combination_whose_maximum_grows_from_tile_to_tile(backend, device):
+    # each thread's sum is rescaled, and merged with those of threads that stand elsewhere
+    teachers = list(logits_pair((2, 4 * 256), device=device))
+    steps = torch.arange(4, device=device).repeat_interleave(256)
+    teachers[0] += 30.0 * steps
+    teachers[1] -= 30.0 * steps
+    z = hole(2, 4 * 256, FP32, device)
+    check_combination(teachers, [0.5, 0.5], 8.0, "probability", z, 4 * 256)
+
+
+# hidden_cosine
+
+
+def check_hidden(students, teachers, mask, gradients, scale=1.0):
+    """Rows and gradients of a launch against the oracle's, layer by layer."""
+    by = torch.full((), scale, device=students[0].device)
+    rows = backends.BACKENDS["triton"].hidden_cosine(students, teachers, mask, by, gradients)
+    layers = [
+        expect(
+            *pair,
+            mask=mask,
+            kd_weight=0.0,
+            cos_weight=1.0,
+            reduction="none",
+            grad_output=scale / len(students),
+            dtype=g.dtype,
+        )
+        for *pair, g in zip(students, teachers, gradients, strict=True)
+    ]
+    value = sum(layer.value["cos"] for layer in layers) / len(layers)
+    slack = sum(layer.slack["cos"] for layer in layers) / len(layers)
+    assert_within("rows", rows, value, slack)
+    for gradient, layer in zip(gradients, layers, strict=True):
+        assert_within("gradient", gradient, layer.grad, layer.grad_slack)
+        assert_nothing_else_was_written(gradient)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        [12] * 10,  # more layers than one launch takes
+        [8, 12, 12, 5, 8],  # several launches, some of one layer
+        [5] * 9 + [6],  # both
+        [8, 12, 8, 12],  # neighbours differ, the next but one are alike
+    ],
+    ids=str,
+)
+def test_hidden_layers_of_any_number_and_width_are_averaged(backend, device, widths):
+    pairs = [
+        logits_pair((7, width), seed=i, dtypes=(BF16, FP32), device=device)
+        for i, width in enumerate(widths)
+    ]
+    gradients = [hole(7, width, BF16, device) for width in widths]
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 1.0], device=device)
+    for s, t in pairs:
+        s[1], t[1] = NAN, INF
+    check_hidden([s for s, _ in pairs], [t for _, t in pairs], mask, gradients, scale=-2.0)
+
+
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 1024, 2049])
+def test_poisoned_gradient_of_hidden_rows_is_written_whole_around_each_boundary(
+    backend, device, width
+):
+    # a program takes several short rows, the last one fewer; widths around powers of two
+    block_rows, _, _ = kernels("hidden_cosine").tile(width)
+    n_rows = min(block_rows, 40) + 3
+    student, teacher = logits_pair((n_rows, width), dtypes=(BF16, BF16), device=device)
+    gradient = hole(n_rows, width, BF16, device)
+    check_hidden([student], [teacher], None, [gradient])
+    mask = (torch.arange(n_rows, device=device) % 3).float()
+    check_hidden([student], [teacher], mask, [gradient.fill_(NAN)])
+
+
+def test_hidden_rows_longer_than_a_tile_are_read_again(backend, device):
+    # 8,200: a full tile of the widest kind and 8 elements
+    assert kernels("hidden_cosine").MAX_BLOCK_D < 8200
+    student, teacher = logits_pair((3, 8200), dtypes=(BF16, FP32), device=device)
+    student[1], teacher[1] = NAN, NAN
+    gradient = hole(3, 8200, BF16, device)
+    check_hidden([student], [teacher], torch.tensor([1.0, 0.0, 3.0], device=device), [gradient])
+
+
+def test_hidden_rows_of_any_layout_are_taken(backend, device):
+    # copied first where they are not dense; one scale a row, as reduction none brings
+    student, teacher = logits_pair((4, 10), device=device)
+    gradient = hole(4, 10, FP32, device)
+    check_hidden([placed(student, stride=13)], [teacher.T.contiguous().T], None, [gradient])
+    by = torch.tensor([1.0, -2.0, 0.0, 0.5], device=device)
+    for scale in (by, by.repeat_interleave(2)[::2]):
+        backends.BACKENDS["triton"].hidden_cosine(
+            [student], [teacher], None, scale, [gradient.fill_(NAN)]
+        )
+        keywords = {"kd_weight": 0.0, "cos_weight": 1.0, "reduction": "none"}
+        wanted = expect(student, teacher, grad_output=scale, **keywords)
+        assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, -3.0])
+def test_gradient_reaches_the_logits_in_the_memory_it_was_written_to(
+    backend, device, upstream, inplace, dtype, monkeypatch
+):
+    # one buffer from the kernel to .grad, none in place: no copy in between, scaled or not
+    triton, written = backends.BACKENDS["triton"], []
+
+    def spy(*arguments):
+        written.append(arguments[-1])
+        return triton.distillation(*arguments)
+
+    entry = dataclasses.replace(triton, distillation=spy)
+    monkeypatch.setitem(backends.BACKENDS, "triton", entry)
+    student, teacher = logits_pair((3, 40), dtypes=(dtype, dtype), device=device)
+    leaf, seen = student.requires_grad_(), []
+    logits = leaf * 1
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    output = distillation_loss(logits, teacher, inplace_backward=inplace, backend=backend)
+    (upstream * output.loss).backward()
+    (buffer,) = (x for x in written if x is not None)
+    assert seen == [buffer.data_ptr()]
+    assert (buffer.data_ptr() == logits.data_ptr()) == inplace
+
+
+@on_a_gpu
+@pytest.mark.parametrize("inplace", [False, True])
+def test_peak_memory_above_the_inputs_is_one_gradient(backend, device, inplace):
+    student, teacher = logits_pair((1024, 30_522), dtypes=(BF16, BF16), device=device)
+    labels = some_labels(1024, 30_522, device)
+    leaf = student.requires_grad_()
+    size = student.numel() * student.element_size()
+
+    def peak():
+        logits = leaf * 1
+        leaf.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = distillation_loss(
+            logits, teacher, labels, ce_weight=1.0, inplace_backward=inplace, backend=backend
+        )
+        torch.autograd.grad(output.loss, logits)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # compiles
+    assert peak() <= (0 if inplace else size) + 2**20
+
+
+# Streams and graphs
+
+
+@on_a_gpu
+def test_no_launcher_waits_for_the_gpu(backend, device):
+    student, teacher = logits_pair((8, 129), dtypes=(BF16, BF16), device=device)
+    mask = torch.ones(8, device=device)
+    upstream = torch.tensor(3.0, device=device)
+
+    def step():
+        leaf = student.detach().requires_grad_()
+        z = losses.combine_teachers([teacher, student.detach()], temperature=2.0)
+        for loss in (
+            hidden_cosine_loss([leaf, leaf], [teacher, teacher], mask, backend=backend),
+            distillation_loss(leaf, z, mask=mask, backend=backend).loss,
+            distillation_loss(leaf * 1, z, inplace_backward=True, backend=backend).loss,
+        ):
+            loss.backward(upstream)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@every_divergence
+def test_captured_graph_replays_on_new_logits(backend, device, divergence):
+    student, teacher = logits_pair((8, 1030), dtypes=(BF16, BF16), device=device)
+    labels = some_labels(8, 1030, device)
+    leaf = student.clone().requires_grad_()
+    keywords = {"divergence": divergence, "backend": backend, **ALL_PARTS}
+
+    def step():
+        return value_and_grad(distillation_loss, leaf, teacher, labels, **keywords)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, gradient = step()
+    for seed in (1, 2):
+        fresh = logits_pair((8, 1030), seed=seed, dtypes=(BF16, BF16), device=device)
+        with torch.no_grad():
+            leaf.copy_(fresh[0])
+            teacher.copy_(fresh[1])
+        graph.replay()
+        wanted = step()
+        assert_same([*output, gradient], [*wanted[0], wanted[1]])
+
+
+# The choice
+
+
+def test_auto_takes_triton_for_cuda_tensors(monkeypatch):
+    cuda, half = torch.device("cuda"), (BF16, FP32)
+    monkeypatch.setattr(backends.distilfast_kernels, "unavailable", lambda name: None)
+    assert backends.choose("auto", cuda, half) == "triton"
+    assert backends.choose("auto", cuda, (BF16, torch.float64)) == "torch"
+    monkeypatch.setattr(backends.distilfast_kernels, "unavailable", lambda name: "no driver")
+    assert backends.choose("auto", cuda, half) == "torch"
