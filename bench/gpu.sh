@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device")' || exit 2
 
 step() { # name, seconds, command ...
     local name=$1 seconds=$2 began=$SECONDS
@@ -29,7 +30,7 @@ step() { # name, seconds, command ...
 }
 
 tests="tests/test_losses.py tests/test_losses_edges.py tests/test_hidden_cosine.py
-    tests/test_combine_teachers.py tests/test_operators.py tests/test_triton.py"
+    tests/test_combine_teachers.py tests/test_linear.py tests/test_operators.py tests/test_triton.py"
 step machine 60 "$python" bench/measure.py --device cuda
 # shellcheck disable=SC2086
 step parity 170 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests

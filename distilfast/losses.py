@@ -245,7 +245,7 @@ def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
 
 def _reciprocal(total: Tensor) -> Tensor:
     """1 / total, and 0 for 0: nothing counted gives a loss of 0."""
-    return total.reciprocal().masked_fill_(~(total > 0), 0)
+    return total.reciprocal().masked_fill_(total <= 0, 0)
 
 
 def reduce_parts(
