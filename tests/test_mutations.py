@@ -102,6 +102,10 @@ UNALIGNED = call(
     layout="one_element_later",
     who="teacher",
 )
+OTHER_STRIDES = call(
+    launches.test_poisoned_gradient_beside_other_strides_and_dtypes_is_written_whole,
+    dtypes=(BF16, BF16),
+)
 MOVING_MAXIMA = call(
     launches.test_maxima_that_move_apart_keep_the_divergence, gap=40.0, temperature=1.0
 )
@@ -466,6 +470,27 @@ MUTATIONS = [
         "row * stride_s, row * stride_t, row * stride_s",
         NARROW["gradient"],
     ),
+    Mutation(
+        "the student's edges are where the teacher's are",
+        K,
+        "s_row, s_body = s_ptr + offset_s,",
+        "s_row, s_body = s_ptr + offset_t,",
+        OTHER_STRIDES,
+    ),
+    Mutation(
+        "the teacher's edges are where the gradient's are",
+        K,
+        "t_row, t_body = t_ptr + offset_t,",
+        "t_row, t_body = t_ptr + offset_g,",
+        OTHER_STRIDES,
+    ),
+    Mutation(
+        "the gradient's edges are where the student's are",
+        K,
+        "g_row, g_body = g_ptr + offset_g,",
+        "g_row, g_body = g_ptr + offset_s,",
+        OTHER_STRIDES,
+    ),
     # Sums in bits
     Mutation(
         "the student's sum is not rescaled",
@@ -716,6 +741,13 @@ MUTATIONS = [
         "return (s == -INF) & (t == -INF)",
         "return (s == -INF) & (t == INF)",
         BANNED["cos"],
+    ),
+    Mutation(
+        "a column that the teacher alone excludes is left out",
+        K,
+        "return (s == -INF) & (t == -INF)",
+        "return t == -INF",
+        call(launches.test_column_that_one_side_alone_excludes_is_not_left_out, side="teacher"),
     ),
     Mutation("half of MSE's gradient", K, "by_row * mse_weight * 2", "by_row * mse_weight", PARTS),
     Mutation(

@@ -263,14 +263,21 @@ def test_poisoned_gradient_of_padded_rows_is_written_whole(
         assert_nothing_else_was_written(gradient)
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP16, BF16)], ids=str)
-def test_mixed_dtypes_share_their_boundaries(backend, device, dtypes):
-    # 16 bytes of bf16 are 32 of fp32: both sides step by the same columns
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (BF16, BF16)], ids=str)
+def test_poisoned_gradient_beside_other_strides_and_dtypes_is_written_whole(
+    backend, device, dtypes
+):
+    # three strides that agree modulo 16 bytes, of which bf16 takes 8 columns and fp32 then as many
     student, teacher = logits_pair((9, 517), dtypes=dtypes, device=device)
+    student, teacher = placed(student, stride=525), placed(teacher, stride=533)
     gradient = hole(9, 517, dtypes[0], device)
+    assert kernels("rows").is_aligned([student, teacher, gradient], 8)
     labels = some_labels(9, 517, device)
-    check_launch(student, teacher, labels, gradient=gradient, **ALL_PARTS)
-    assert_nothing_else_was_written(gradient)
+    mask = torch.arange(9, device=device).remainder(3).float()
+    for divergence in DIVERGENCES:
+        keywords = {"divergence": divergence, **ALL_PARTS}
+        check_launch(student, teacher, labels, mask, gradient=gradient.fill_(NAN), **keywords)
+        assert_nothing_else_was_written(gradient)
 
 
 def test_gradient_has_the_rows_of_padded_logits(backend, device):
