@@ -27,7 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import triton
+try:
+    import triton
+except ModuleNotFoundError:
+    sys.exit("triton is not installed; `make test` installs it")
 from distilfast_kernels import distillation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -344,7 +344,7 @@ def distillation_kernel(
         known = (wanted >= 0) & (wanted < n_cols)
         label = tl.where(known, wanted, 0).to(tl.int32)
         # Before any thread can have written over it; the barriers of the sums keep it so.
-        at_label = tl.load(s_ptr + offset_s + label).to(tl.float32)
+        at_label = tl.load(s_ptr + offset_s + label, mask=labelled, other=0.0).to(tl.float32)
     if GRADIENT:
         for start in range(n_cols, n_padded, BLOCK_V):
             padding = start + tl.arange(0, BLOCK_V)
