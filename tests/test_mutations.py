@@ -285,8 +285,8 @@ MUTATIONS = [
     Mutation(
         "CE is that of the column before",
         K,
-        "tl.load(s_ptr + offset_s + label)",
-        "tl.load(s_ptr + offset_s + tl.maximum(label - 1, 0))",
+        "tl.load(s_ptr + offset_s + label,",
+        "tl.load(s_ptr + offset_s + tl.maximum(label - 1, 0),",
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
