@@ -1,10 +1,68 @@
-"""Two packages from two folders; everything else about the project stands in pyproject.toml.
+"""Two packages from two folders, and the C++ kernels; everything else stands in pyproject.toml.
 
 `kernels/` is a container without `__init__.py`: Hugging Face publishes a package named `kernels`,
 which a package of that name at the root of the repository would shadow.
+
+The C++ kernels are a plain shared library, without Python's or PyTorch's headers: built in seconds,
+for every version of both. Each source is compiled for its own instruction set. Without a compiler
+the packages are installed without it, and `backend="cpp"` says so.
 """
 
-from setuptools import setup
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels", "csrc")
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+LEVELS = {"plain": [], "dispatch": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    sets = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
+    # GCC 12 takes the undefined operand of its own AVX-512 headers for an uninitialised one.
+    LEVELS["avx512"] = [*(f"-m{x}" for x in sets), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+class BuildKernels(build_ext):
+    """One object a level, one library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            objects = []
+            for level, flags in LEVELS.items():
+                objects += self.compiler.compile(
+                    [str(SOURCES / f"{level}.cpp")],
+                    output_dir=self.build_temp,
+                    extra_postargs=[*FLAGS, *flags],
+                    depends=ext.depends,
+                )
+            self.compiler.link_shared_object(
+                objects, str(target), target_lang="c++", extra_postargs=["-fopenmp"]
+            )
+        except Exception as error:  # no compiler, or one that cannot: each kind has its own
+            target.unlink(missing_ok=True)
+            self.warn(f"distilfast: the C++ kernels are left out, they could not be built: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        """Into an editable install what was built, which may be nothing."""
+        if Path(self.build_lib, self.get_ext_filename(KERNELS.name)).exists():
+            super().copy_extensions_to_source()
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+KERNELS = Extension(
+    "distilfast_kernels._cpp",
+    sources=[str(SOURCES / f"{level}.cpp") for level in LEVELS],
+    depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+    language="c++",
+)
 
 setup(
     packages=["distilfast", "distilfast.recipes", "distilfast_kernels"],
@@ -18,4 +76,6 @@ setup(
         "distilfast.recipes": ["*.yaml"],
         "distilfast_kernels": ["py.typed"],
     },
+    ext_modules=[KERNELS],
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -95,8 +95,8 @@ def _torch_scale(gradient: Tensor, by: Tensor) -> None:
         part.copy_(part.to(compute) * factor.to(compute))
 
 
-def _triton(file: str, function: str) -> Callable[..., Any]:
-    """A launcher, imported when it is first called: triton may be absent."""
+def _kernels(file: str, function: str) -> Callable[..., Any]:
+    """A launcher, imported when it is first called: triton or the library may be absent."""
 
     def launch(*arguments: Any) -> Any:
         module = importlib.import_module(f"distilfast_kernels.{file}")
@@ -107,9 +107,13 @@ def _triton(file: str, function: str) -> Callable[..., Any]:
     return launch
 
 
+# What the fused kernels take; fp64 is for the reference.
+_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def _triton_accepts(device: str, dtype: torch.dtype) -> bool:
     on_device = device == "cuda" or (device == "cpu" and distilfast_kernels.interpreted())
-    return on_device and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return on_device and dtype in _FUSED_DTYPES
 
 
 BACKENDS: dict[str, Backend] = {
@@ -117,10 +121,19 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         unavailable=lambda: distilfast_kernels.unavailable("triton"),
         accepts=_triton_accepts,
-        distillation=_triton("distillation", "distillation"),
-        hidden_cosine=_triton("hidden_cosine", "hidden_cosine"),
-        combine_teachers=_triton("ensemble", "combine_teachers"),
-        scale=_triton("scale", "scale"),
+        distillation=_kernels("distillation", "distillation"),
+        hidden_cosine=_kernels("hidden_cosine", "hidden_cosine"),
+        combine_teachers=_kernels("ensemble", "combine_teachers"),
+        scale=_kernels("scale", "scale"),
+    ),
+    "cpp": Backend(
+        name="cpp",
+        unavailable=lambda: distilfast_kernels.unavailable("cpp"),
+        accepts=lambda device, dtype: device == "cpu" and dtype in _FUSED_DTYPES,
+        distillation=_kernels("cpp", "distillation"),
+        hidden_cosine=_kernels("cpp", "hidden_cosine"),
+        combine_teachers=_kernels("cpp", "combine_teachers"),
+        scale=_torch_scale,
     ),
     "torch": Backend(
         name="torch",

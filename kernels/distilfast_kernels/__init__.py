@@ -7,6 +7,7 @@ One file a family, each from top to bottom: mathematics, kernel, launcher.
     ensemble        several teachers as one
     scale           a finished gradient times what the backward brings
     rows            what those have in common
+    cpp             the same four on a CPU, in C++ (kernels/csrc)
 
 Operators, fakes and autograd are the same for every backend and live in `distilfast.losses`. The
 files import torch and triton only, on first use, so that a machine without triton can still import
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
 # Looked up once, without importing it: that takes a second, and not every run needs it.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_CPP = Path(__file__).with_name("_cpp.so").exists()
 
 
 def unavailable(backend: str) -> str | None:
@@ -34,7 +37,9 @@ def unavailable(backend: str) -> str | None:
         if not (torch.cuda.is_available() or interpreted()):
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
         return None
-    return f"this release of distilfast has no {backend} kernels yet"
+    if not _HAS_CPP:
+        return "its library was not built: there was no C++ compiler when distilfast was installed"
+    return None
 
 
 def interpreted() -> bool:

@@ -1,0 +1,52 @@
+// Which instruction set this machine has, and the way to its functions. Nothing here is compiled for
+// more than the baseline, so that an older machine can ask.
+#include "distilfast.h"
+
+#include <errno.h>
+
+#define DECLARE(level)                                                     \
+    int distillation_##level(const distilfast_distillation_args*, int);    \
+    int hidden_cosine_##level(const distilfast_cosine_args*, int);         \
+    int combine_teachers_##level(const distilfast_ensemble_args*, int);
+
+DECLARE(plain)
+#if defined(__x86_64__)
+DECLARE(avx2)
+DECLARE(avx512)
+#define CHOOSE(function)                                                   \
+    if (level < 0 || level > distilfast_best_level()) return ENOTSUP;      \
+    return level == DISTILFAST_AVX512 ? function##_avx512(args, threads)   \
+           : level == DISTILFAST_AVX2 ? function##_avx2(args, threads)     \
+                                      : function##_plain(args, threads);
+#else
+#define CHOOSE(function)                 \
+    if (level != 0) return ENOTSUP;      \
+    return function##_plain(args, threads);
+#endif
+
+extern "C" {
+
+int distilfast_best_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bf16"))
+        return DISTILFAST_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        return DISTILFAST_AVX2;
+#endif
+    return DISTILFAST_PLAIN;
+}
+
+int distilfast_distillation(const distilfast_distillation_args* args, int level, int threads) {
+    CHOOSE(distillation)
+}
+int distilfast_hidden_cosine(const distilfast_cosine_args* args, int level, int threads) {
+    CHOOSE(hidden_cosine)
+}
+int distilfast_combine_teachers(const distilfast_ensemble_args* args, int level, int threads) {
+    CHOOSE(combine_teachers)
+}
+}

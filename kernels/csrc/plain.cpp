@@ -1,0 +1,4 @@
+// Plain C++, for any machine.
+#include "kernels.h"
+#define LEVEL plain
+#include "level.h"

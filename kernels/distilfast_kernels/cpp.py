@@ -1,0 +1,215 @@
+"""The C++ kernels: a shared library with a plain C interface, called through ctypes.
+
+The kernels are in kernels/csrc; setup.py builds the library beside this file. OpenMP uses the
+process's own runtime, and as many threads as torch does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_cpp.so")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
+# The instruction sets, worst first. DISTILFAST_CPU_LEVEL asks for one by name.
+LEVELS = ("plain", "avx2", "avx512")
+
+
+# --- The declarations of kernels/csrc/distilfast.h --------------------------------------------------
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("dtype", c_int64))
+
+
+class _DistillationArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("student", "teacher", "gradient")),
+        *((name, c_void_p) for name in ("labels", "mask", "kd_scale", "ce_scale")),
+        *((name, c_int64) for name in ("kd_scale_stride", "ce_scale_stride")),
+        ("rows", c_void_p),
+        *((name, c_int64) for name in ("n_rows", "n_cols", "n_padded", "ignore_index", "divergence")),
+        *((name, c_double) for name in ("temperature", "kd_weight", "ce_weight", "cos_weight")),
+        *((name, c_double) for name in ("mse_weight", "beta")),
+    )
+
+
+class _CosineArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("student", "teacher", "gradient")),
+        *((name, c_void_p) for name in ("mask", "scale")),
+        ("scale_stride", c_int64),
+        ("rows", c_void_p),
+        *((name, c_int64) for name in ("n_rows", "n_cols")),
+        ("share", c_double),
+    )
+
+
+class _EnsembleArguments(ctypes.Structure):
+    _fields_ = (
+        ("teachers", ctypes.POINTER(_Matrix)),
+        ("weights", ctypes.POINTER(c_double)),
+        ("n_teachers", c_int64),
+        ("z", c_void_p),
+        *((name, c_int64) for name in ("stride_z", "n_rows", "n_cols", "mean")),
+        ("temperature", c_double),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    for name in ("distillation", "hidden_cosine", "combine_teachers"):
+        getattr(library, f"distilfast_{name}").argtypes = (c_void_p, c_int, c_int)
+    return library
+
+
+@functools.cache
+def best_level() -> str:
+    """The instruction set that this machine's kernels use."""
+    return LEVELS[_library().distilfast_best_level()]
+
+
+def level() -> str:
+    """The instruction set in use: the best, or DISTILFAST_CPU_LEVEL."""
+    wanted = os.environ.get("DISTILFAST_CPU_LEVEL", best_level())
+    if wanted not in LEVELS[: LEVELS.index(best_level()) + 1]:
+        raise ValueError(
+            f"DISTILFAST_CPU_LEVEL: expected one of {', '.join(LEVELS)}, up to {best_level()} on "
+            f"this machine, got {wanted!r}"
+        )
+    return wanted
+
+
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    function = getattr(_library(), f"distilfast_{name}")
+    status = function(ctypes.byref(arguments), LEVELS.index(level()), torch.get_num_threads())
+    if status:
+        raise MemoryError(f"distilfast {name}: {os.strerror(status)}")
+
+
+def _matrix(x: Tensor | None) -> _Matrix:
+    if x is None:
+        return _Matrix(None, 0, 0)
+    return _Matrix(x.data_ptr(), x.stride(0), DTYPES[x.dtype])
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Dense along its rows, by a copy where the innermost dimension is another."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _stride(x: Tensor) -> int:
+    return int(x.stride(0)) if x.ndim else 0
+
+
+# --- Launchers --------------------------------------------------------------------------------------
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    options: Any,
+    gradient: Tensor | None,
+) -> Tensor:
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32."""
+    student, teacher = _dense(student), _dense(teacher)
+    labels, mask = _vector(labels), _vector(mask)
+    losses = torch.empty(4, student.shape[0], dtype=torch.float32)
+    arguments = _DistillationArguments(
+        _matrix(student),
+        _matrix(teacher),
+        _matrix(gradient),
+        _pointer(labels),
+        _pointer(mask),
+        _pointer(kd_scale),
+        _pointer(ce_scale),
+        _stride(kd_scale),
+        _stride(ce_scale),
+        _pointer(losses),
+        student.shape[0],
+        options.vocab_size,
+        student.shape[1],
+        options.ignore_index,
+        DIVERGENCES[options.divergence] if options.kd_weight else 0,
+        options.temperature,
+        options.kd_weight,
+        options.ce_weight,
+        options.cos_weight,
+        options.mse_weight,
+        options.jsd_beta,
+    )
+    _call("distillation", arguments)
+    return losses
+
+
+def hidden_cosine(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """`distilfast.reference.hidden_cosine` for bf16, fp16, fp32."""
+    mask = _vector(mask)
+    losses = torch.zeros(student[0].shape[0], dtype=torch.float32)
+    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        s, t = _dense(s), _dense(t)
+        arguments = _CosineArguments(
+            _matrix(s),
+            _matrix(t),
+            _matrix(gradients[layer] if gradients else None),
+            _pointer(mask),
+            _pointer(scale),
+            _stride(scale),
+            _pointer(losses),
+            *s.shape,
+            1 / len(student),
+        )
+        _call("hidden_cosine", arguments)
+    return losses
+
+
+def combine_teachers(
+    logits: Sequence[Tensor],
+    weights: Sequence[float],
+    temperature: float,
+    mode: str,
+    vocab_size: int,
+    z: Tensor,
+) -> None:
+    """`distilfast.reference.combine_teachers` for bf16, fp16 and fp32, into z, (N, vocab_size)."""
+    used = [(_dense(t), w) for t, w in zip(logits, weights, strict=True) if w]
+    arguments = _EnsembleArguments(
+        (_Matrix * len(used))(*(_matrix(t) for t, _ in used)),
+        (c_double * len(used))(*(w for _, w in used)),
+        len(used),
+        _pointer(z),
+        z.stride(0),
+        z.shape[0],
+        vocab_size,
+        mode == "probability",
+        temperature,
+    )
+    _call("combine_teachers", arguments)
