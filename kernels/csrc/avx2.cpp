@@ -1,4 +1,3 @@
-// AVX2: compiled with -mavx2 -mfma -mf16c.
-#include "kernels.h"
+// AVX2 with FMA and F16C.
 #define LEVEL avx2
 #include "level.h"

@@ -7,7 +7,8 @@
 #define DECLARE(level)                                                     \
     int distillation_##level(const distilfast_distillation_args*, int);    \
     int hidden_cosine_##level(const distilfast_cosine_args*, int);         \
-    int combine_teachers_##level(const distilfast_ensemble_args*, int);
+    int combine_teachers_##level(const distilfast_ensemble_args*, int);    \
+    int scale_##level(const distilfast_scale_args*, int);
 
 DECLARE(plain)
 #if defined(__x86_64__)
@@ -49,4 +50,5 @@ int distilfast_hidden_cosine(const distilfast_cosine_args* args, int level, int 
 int distilfast_combine_teachers(const distilfast_ensemble_args* args, int level, int threads) {
     CHOOSE(combine_teachers)
 }
+int distilfast_scale(const distilfast_scale_args* args, int level, int threads) { CHOOSE(scale) }
 }

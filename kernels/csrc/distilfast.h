@@ -54,12 +54,19 @@ typedef struct {
     double temperature;
 } distilfast_ensemble_args;
 
+typedef struct {
+    distilfast_matrix gradient;
+    const float* by;  // (1,) or (n_rows,), by its stride of 0 or 1
+    int64_t by_stride, n_rows, n_cols;
+} distilfast_scale_args;
+
 // The best level that this machine runs.
 DISTILFAST_API int distilfast_best_level(void);
 // 0, or an errno. level: one that this machine runs; threads: how many to use.
 DISTILFAST_API int distilfast_distillation(const distilfast_distillation_args*, int level, int threads);
 DISTILFAST_API int distilfast_hidden_cosine(const distilfast_cosine_args*, int level, int threads);
 DISTILFAST_API int distilfast_combine_teachers(const distilfast_ensemble_args*, int level, int threads);
+DISTILFAST_API int distilfast_scale(const distilfast_scale_args*, int level, int threads);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,10 @@
-// The functions of a level, under its name: distillation_avx2 and so on.
+// The kernels for one instruction set, under its name: distillation_avx2 and so on. Everything in the
+// headers has internal linkage, so that no function of one level can stand in for another's.
+#include "distillation.h"
+#include "ensemble.h"
+#include "hidden_cosine.h"
+#include "scale.h"
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -11,3 +17,4 @@ int JOIN(hidden_cosine, LEVEL)(const distilfast_cosine_args* a, int threads) {
 int JOIN(combine_teachers, LEVEL)(const distilfast_ensemble_args* a, int threads) {
     return combine_teachers(*a, threads);
 }
+int JOIN(scale, LEVEL)(const distilfast_scale_args* a, int threads) { return scale(*a, threads); }

@@ -34,7 +34,7 @@ inline uint32_t as_bits(float x) {
     return bits;
 }
 
-// One element, for the label's column and for machines without vectors.
+// One element, for the label's column.
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) {
@@ -75,7 +75,7 @@ struct Vec {
 };
 using Mask = __mmask16;
 
-inline Mask first(int n) { return Mask((1u << n) - 1); }
+inline Mask leading(int n) { return Mask((1u << n) - 1); }
 inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
@@ -86,7 +86,6 @@ inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ
 inline Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no.v, yes.v); }
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -96,13 +95,13 @@ inline Vec widen16(__m256i x) {
 inline Vec load(const bf16* p) { return widen16(_mm256_loadu_si256((const __m256i*)p)); }
 inline Vec load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline Vec load(const float* p, int n, float other) {
-    return _mm512_mask_loadu_ps(_mm512_set1_ps(other), first(n), p);
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(other), leading(n), p);
 }
 inline Vec load(const bf16* p, int n, float other) {
-    return select(first(n), widen16(_mm256_maskz_loadu_epi16(first(n), p)), other);
+    return select(leading(n), widen16(_mm256_maskz_loadu_epi16(leading(n), p)), other);
 }
 inline Vec load(const fp16* p, int n, float other) {
-    return select(first(n), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)), other);
+    return select(leading(n), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(leading(n), p)), other);
 }
 inline __m256i to_bf16(Vec x) {
 #if defined(__AVX512BF16__)
@@ -122,18 +121,26 @@ inline __m256i to_fp16(Vec x) {
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 inline void store(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
 inline void store(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, to_fp16(x)); }
-inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
-inline void store(bf16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
-inline void store(fp16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_fp16(x)); }
+// Past the caches, to a multiple of the vector's size; and when it has to have arrived.
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
+inline void stream(bf16* p, Vec x) { _mm256_stream_si256((__m256i*)p, to_bf16(x)); }
+inline void stream(fp16* p, Vec x) { _mm256_stream_si256((__m256i*)p, to_fp16(x)); }
+inline void end_streaming() { _mm_sfence(); }
+inline float first(Vec a) { return _mm512_cvtss_f32(a.v); }
+inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, leading(n), x.v); }
+inline void store(bf16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, leading(n), to_bf16(x)); }
+inline void store(fp16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, leading(n), to_fp16(x)); }
 
-inline Vec nearest(Vec x) {
-    return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// For 2^x: x bounded so that the next two can take it; the whole number below it; x less that; and a
+// times 2 to that, which is 0 or infinity out of fp32's range. Here any x will do.
+inline Vec bounded(Vec x) { return x; }
+inline Vec whole(Vec x) {
+    return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
-// a 2^n for whole n; 0 where that is below the normal numbers, or n is minus infinity
-inline Vec times_exp2(Vec a, Vec n) {
-    const __m512 scaled = _mm512_scalef_ps(a.v, n.v);
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.f), _CMP_NLT_UQ), scaled);
+inline Vec fraction(Vec x) {
+    return _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
+inline Vec times_exp2(Vec a, Vec x) { return _mm512_scalef_ps(a.v, x.v); }
 // The exponent of a positive normal number, of its mantissa in [sqrt(1/2), sqrt(2)).
 inline Vec exponent(Vec x) {
     const __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x3f3504f3));
@@ -167,11 +174,6 @@ inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
 inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, m); }
-inline float sum(Vec a) {
-    alignas(32) float x[WIDTH];
-    _mm256_store_ps(x, a.v);
-    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
-}
 inline float highest(Vec a) {
     alignas(32) float x[WIDTH];
     _mm256_store_ps(x, a.v);
@@ -187,28 +189,34 @@ inline Vec load(const bf16* p) {
 }
 inline Vec load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
-inline void store(bf16* p, Vec x) {
+inline __m128i to_bf16(Vec x) {
     const __m256i bits = _mm256_castps_si256(x.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
     up = _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), nan), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0xd8);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(packed);
 }
-inline void store(fp16* p, Vec x) {
-    const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, mode));
+inline __m128i to_fp16(Vec x) {
+    return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline void store(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, to_bf16(x)); }
+inline void store(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, to_fp16(x)); }
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x.v); }
+inline void stream(bf16* p, Vec x) { _mm_stream_si128((__m128i*)p, to_bf16(x)); }
+inline void stream(fp16* p, Vec x) { _mm_stream_si128((__m128i*)p, to_fp16(x)); }
+inline void end_streaming() { _mm_sfence(); }
+inline float first(Vec a) { return _mm256_cvtss_f32(a.v); }
 
-inline Vec nearest(Vec x) {
-    return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline Vec bounded(Vec x) { return min(128.5f, max(-126.5f, x)); }
+inline Vec whole(Vec x) {
+    return _mm256_round_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
-inline Vec times_exp2(Vec a, Vec n) {
-    const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.f), _CMP_NLT_UQ);
-    const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-    const __m256 scaled = _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
-    return _mm256_and_ps(normal, scaled);
+inline Vec fraction(Vec x) { return x - whole(x); }
+inline Vec times_exp2(Vec a, Vec x) {
+    const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(whole(x).v), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
 }
 inline Vec exponent(Vec x) {
     const __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x3f3504f3));
@@ -221,93 +229,92 @@ inline Vec mantissa(Vec x) {
         _mm256_add_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)), base));
 }
 
-#else  // plain C++, in loops that a compiler can make vectors of
+#else  // for any machine: 16 bytes, which GCC and clang make SSE2 or NEON of
 
-constexpr int WIDTH = 8;
+constexpr int WIDTH = 4;
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
 struct Vec {
-    float v[WIDTH];
+    Floats v;
     Vec() = default;
-    Vec(float x) {
-        for (float& y : v) y = x;
-    }
+    Vec(Floats x) : v(x) {}
+    Vec(float x) : v(Floats{x, x, x, x}) {}
 };
-struct Mask {
-    bool v[WIDTH];
-};
+using Mask = Ints;
 
-template <class F>
-inline Vec each(F f) {
-    Vec r;
-    for (int i = 0; i < WIDTH; i++) r.v[i] = f(i);
-    return r;
-}
-template <class F>
-inline Mask test(F f) {
-    Mask r;
-    for (int i = 0; i < WIDTH; i++) r.v[i] = f(i);
-    return r;
-}
-inline Vec operator+(Vec a, Vec b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
-}
-inline Vec operator-(Vec a, Vec b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
-}
-inline Vec operator*(Vec a, Vec b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
-}
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec max(Vec a, Vec b) {
-    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
-inline Vec min(Vec a, Vec b) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-}
-inline Mask equal(Vec a, Vec b) {
-    return test([&](int i) { return a.v[i] == b.v[i]; });
-}
-inline Mask greater(Vec a, Vec b) {
-    return test([&](int i) { return a.v[i] > b.v[i]; });
-}
-inline Mask both(Mask a, Mask b) {
-    return test([&](int i) { return a.v[i] && b.v[i]; });
-}
-inline Vec select(Mask m, Vec yes, Vec no) {
-    return each([&](int i) { return m.v[i] ? yes.v[i] : no.v[i]; });
-}
-inline float sum(Vec a) {
-    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
-}
+inline Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+inline Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+inline Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
+inline Mask equal(Vec a, Vec b) { return a.v == b.v; }
+inline Mask greater(Vec a, Vec b) { return a.v > b.v; }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes.v : no.v; }
 inline float highest(Vec a) {
-    float most = a.v[0];
-    for (float y : a.v) most = y > most ? y : most;
-    return most;
+    const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+    return x > y ? x : y;
+}
+inline float first(Vec a) { return a.v[0]; }
+
+inline Bits load_halves(const void* p) {
+    Halves x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, Bits);
+}
+inline void store_halves(void* p, Bits bits) {
+    const Halves x = __builtin_convertvector(bits, Halves);
+    memcpy(p, &x, sizeof x);
+}
+inline Vec load(const float* p) {
+    Floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+inline Vec load(const bf16* p) { return (Floats)(load_halves(p) << 16); }
+inline Vec load(const fp16* p) {
+    const Bits x = load_halves(p), magnitude = x & 0x7fff;
+    const Bits finite = (Bits)((Floats)(magnitude << 13) * 0x1p112f);
+    const Bits other = 0x7f800000 | (magnitude << 13);
+    return (Floats)((x & 0x8000) << 16 | (magnitude >= 0x7c00 ? other : finite));
+}
+inline void store(float* p, Vec x) { memcpy(p, &x.v, sizeof x.v); }
+inline void store(bf16* p, Vec x) {
+    const Bits bits = (Bits)x.v;
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    store_halves(p, x.v == x.v ? rounded : nan);
+}
+inline void store(fp16* p, Vec x) {  // the steps of narrow(fp16&, float)
+    const Bits bits = (Bits)x.v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const Bits subnormal = (Bits)((Floats)magnitude + 0.5f) - (Bits)(Floats{} + 0.5f);
+    Bits half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    half = magnitude < 0x38800000 ? subnormal : half;
+    half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;
+    store_halves(p, sign | half);
 }
 template <class E>
-inline Vec load(const E* p) {
-    return each([&](int i) { return widen(p[i]); });
+inline void stream(E* p, Vec x) {
+    store(p, x);
 }
-template <class E>
-inline void store(E* p, Vec x) {
-    for (int i = 0; i < WIDTH; i++) narrow(p[i], x.v[i]);
-}
-inline Vec nearest(Vec x) {  // for |x| < 2^22: the addition rounds to whole numbers
-    return each([&](int i) { return (x.v[i] + 0x1.8p23f) - 0x1.8p23f; });
-}
-inline Vec times_exp2(Vec a, Vec n) {
-    return each([&](int i) {
-        const float bounded = n.v[i] >= -126.f ? n.v[i] : -127.f;  // NaN is in a
-        const float scaled = a.v[i] * as_float(uint32_t(int32_t(bounded) + 127) << 23);
-        return n.v[i] < -126.f ? 0.f : scaled;
-    });
+inline void end_streaming() {}
+
+inline Vec bounded(Vec x) { return min(128.5f, max(-126.5f, x)); }
+// The addition rounds to whole numbers. Where x is one itself either neighbour is as good.
+inline Vec whole(Vec x) { return (x.v - 0.5f + 0x1.8p23f) - 0x1.8p23f; }
+inline Vec fraction(Vec x) { return x - whole(x); }
+inline Vec times_exp2(Vec a, Vec x) {  // the low bits of the sum are the whole number's
+    const Bits power = (Bits)(x.v - 0.5f + 0x1.8p23f) + 127;
+    return a.v * (Floats)(power << 23);
 }
 inline Vec exponent(Vec x) {
-    return each([&](int i) { return float(int32_t(as_bits(x.v[i]) - 0x3f3504f3u) >> 23); });
+    return __builtin_convertvector((Ints)((Bits)x.v - 0x3f3504f3) >> 23, Floats);
 }
 inline Vec mantissa(Vec x) {
-    return each([&](int i) {
-        return as_float(((as_bits(x.v[i]) - 0x3f3504f3u) & 0x7fffff) + 0x3f3504f3u);
-    });
+    return (Floats)((((Bits)x.v - 0x3f3504f3) & 0x7fffff) + 0x3f3504f3);
 }
 
 #endif
@@ -327,20 +334,29 @@ inline void store(E* p, Vec x, int n) {
 }
 #endif
 
-// 2^(a b - c) for whole c, where that is below 128; 0 below 2^-126. x: the exponent, rounded. The
-// fraction is taken from the product itself, so that the size of x costs the result no digits. The
-// polynomial errs by 2e-9 of its value.
-inline Vec exp2_of(Vec a, Vec b, Vec c, Vec& x) {
-    x = fma(a, b, Vec(0.f) - c);
-    const Vec n = nearest(x), f = fma(a, b, Vec(0.f) - (c + n));
-    Vec p = fma(f, 1.53458104e-4f, 1.33999312e-3f);
-    p = fma(p, f, 9.61848896e-3f);
-    p = fma(p, f, 5.55032878e-2f);
-    p = fma(p, f, 2.40226469e-1f);
-    p = fma(p, f, 6.93147206e-1f);
-    return times_exp2(fma(p, f, 1.f), n);
+// 2^x: 0 for minus infinity, infinity from 2^128 on. It errs by 1e-7 of its value, and by what is
+// rounded off x.
+inline Vec exp2(Vec x) {
+    x = bounded(x);
+    const Vec f = fraction(x);
+    Vec p = fma(f, 1.86713008e-3f, 9.01703028e-3f);
+    p = fma(p, f, 5.57999131e-2f);
+    p = fma(p, f, 2.4016445e-1f);
+    p = fma(p, f, 6.93151312e-1f);
+    return times_exp2(fma(p, f, 1.f), x);
 }
-inline Vec exp2(Vec x) { return exp2_of(x, 1.f, 0.f, x); }
+// 2^(a b - c) where x is a b - c, rounded, and c is whole. The fraction is taken from the product
+// itself, so that the size of x costs no digits, and the polynomial errs by 1e-8.
+inline Vec exp2(Vec x, Vec a, Vec b, Vec c) {
+    x = bounded(x);
+    const Vec n = whole(max(-127.f, x)), f = max(-1.f, fma(a, b, Vec(0.f) - (c + n)));
+    Vec p = fma(f, 2.1612915e-4f, 1.24678465e-3f);
+    p = fma(p, f, 9.67545157e-3f);
+    p = fma(p, f, 5.54852806e-2f);
+    p = fma(p, f, 2.40229306e-1f);
+    p = fma(p, f, 6.93147044e-1f);
+    return times_exp2(fma(p, f, 1.f), x);
+}
 
 // log2 of a positive normal number. The polynomial errs by 3e-8 of its value.
 inline Vec log2(Vec x) {

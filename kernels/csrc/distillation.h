@@ -1,0 +1,299 @@
+// The losses over the vocabulary and their gradient, a row a thread.
+//
+// Mathematics: that of kernels/distilfast_kernels/distillation.py. With c = log2(e) / T and x = c s - m
+// in bits, e = 2^x and l = sum e; m is any number that keeps e in fp32's range, and falls out:
+//
+//     KL(t || s) = sum e_t (x_t - x_s) / l_t - log2 l_t + log2 l_s    in bits
+//     d/ds       = (e_s / l_s - e_t / l_t) / T
+//
+// and CE's e at T = 1 is e_s^T where T is 1, 2, 3 or 4.
+//
+// A row pair is read from memory once, and its exponentials are computed once. They stay, in fp32,
+// in a scratch of the thread's own that fits L2:
+//
+//     1. exponentials and sums   reads s, t      writes e_s, e_t
+//        (JSD: the distances from the mixture, over e_t)
+//     2. the gradient            reads e_s, e_t  writes g
+//
+// No sweep looks for the maximum: m comes from the row's first columns, rounded up to whole bits. That
+// is as good unless the true maximum lies far above it, where x and with it e lose digits. The sums say
+// so, as they are not below their largest term; then sweep 1 is done again with the true maximum.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+enum { NO_KD = DISTILFAST_NO_KD, FORWARD_KL, REVERSE_KL, JSD };
+
+// Of the vocabularies in use the first 2,048 columns hold frequent tokens. Up to 2^20 x errs by 2^-20
+// at most, and a row of a million equal columns is no exception.
+constexpr int64_t FIRST_COLUMNS = 2048;
+constexpr double RANGE = 0x1p20;
+
+// A thread's own, of n_cols elements each.
+struct Scratch {
+    float *e_s, *e_t, *extra;
+};
+
+// 2^x with the digits that logits of type E call for, x being logit * scale - top.
+template <class E>
+inline Vec exponential(Vec x, Vec logit, Vec scale, Vec top) {
+    if constexpr (sizeof(E) < sizeof(float)) return exp2(x);
+    return exp2(x, logit, scale, top);
+}
+
+// e^power for 1, 2, 3, 4.
+inline Vec power_of(Vec e, int power) {
+    const Vec square = power > 1 ? e * e : e;
+    return power == 4 ? square * square : power == 3 ? square * e : square;
+}
+
+// What a row comes to.
+struct Row {
+    float scale = 0, temperature = 1, top_s = 0, top_t = 0, top_1 = 0;
+    int power = 1;  // T where e_1 = 2^(T x_s) is a small power of e_s; else 0, and e_1 has top_1
+    double l_s = 0, l_t = 0, d = 0, l_1 = 0;
+    // the gradient's factors
+    float by_s = 0, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
+
+    Vec x_s(Vec s) const { return fma(s, scale, -top_s); }
+    Vec x_t(Vec t) const { return fma(t, scale, -top_t); }
+    template <class S>
+    Vec e_1(Vec e_s, Vec s) const {
+        if (power) return power_of(e_s, power);
+        return exponential<S>(fma(s, float(LOG2_E), -top_1), s, float(LOG2_E), top_1);
+    }
+    bool in_range() const { return l_s <= RANGE && l_t <= RANGE && (power || l_1 <= RANGE); }
+};
+
+template <class S, class T>
+void find_tops(Row& row, const S* s, const T* t, bool kd, int64_t n_cols) {
+    Top top_s, top_t;
+    sweep(n_cols, [&](int64_t i, auto n, auto k) {
+        top_s.add(k, get(s + i, n, -INF));
+        if (kd) top_t.add(k, get(t + i, n, -INF));
+    });
+    row.top_s = ceilf(row.scale * top_s.total());
+    row.top_1 = ceilf(float(LOG2_E) * top_s.total());
+    row.top_t = ceilf(row.scale * top_t.total());
+}
+
+template <int KD, bool CE, class S, class T>
+void add_up(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_cols) {
+    Sum l_s, l_t, d, l_1;
+    const auto at = [&](int64_t i, auto n, auto k) {
+        prefetch(s + i, k);
+        const Vec logit_s = get(s + i, n, -INF), x_s = row.x_s(logit_s);
+        const Vec e_s = exponential<S>(x_s, logit_s, row.scale, row.top_s);
+        store(scratch.e_s + i, e_s);
+        if constexpr (KD != NO_KD) {
+            prefetch(t + i, k);
+            const Vec logit_t = get(t + i, n, -INF), x_t = row.x_t(logit_t);
+            const Vec e_t = exponential<S>(x_t, logit_t, row.scale, row.top_t);
+            store(scratch.e_t + i, e_t);
+            l_s.add(k, e_s);
+            l_t.add(k, e_t);
+            if constexpr (KD == FORWARD_KL) d.add(k, e_t * gap(x_t, x_s));
+            if constexpr (KD == REVERSE_KL) d.add(k, e_s * gap(x_s, x_t));
+        }
+        if constexpr (CE) l_1.add(k, row.template e_1<S>(e_s, logit_s));
+    };
+    sweep(n_cols, at);
+    row.l_s = l_s.total(), row.l_t = l_t.total(), row.d = d.total(), row.l_1 = l_1.total();
+}
+
+// JSD: against M = beta p_t + (1 - beta) p_s, times l_s. Leaves log2(p_s / M) over e_t.
+template <class S, class T>
+double add_jsd(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_cols, double beta) {
+    const float share_s = float(1 - beta), share_t = float(beta * row.l_s / row.l_t);
+    Sum a, b;
+    const auto at = [&](int64_t i, auto n, auto k) {
+        const Vec e_s = load(scratch.e_s + i), e_t = load(scratch.e_t + i);
+        const Vec mixture = log2(max(fma(e_s, share_s, e_t * Vec(share_t)), TINY));
+        const Vec from_m = gap(row.x_s(get(s + i, n, -INF)), mixture);
+        a.add(k, e_t * gap(row.x_t(get(t + i, n, -INF)), mixture));
+        b.add(k, e_s * from_m);
+        store(scratch.e_t + i, from_m);
+    };
+    sweep(n_cols, at);
+    const double kl_s = b.total() / row.l_s;
+    row.mean = float(kl_s);
+    return beta * (a.total() / row.l_t + ::log2(row.l_s / row.l_t)) + (1 - beta) * kl_s;
+}
+
+// Cosine and MSE, whose gradient waits in scratch.extra: their part of the losses and of a.rows.
+template <class S, class T>
+void add_cosine_and_mse(
+    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, const Scratch& scratch,
+    double weight, double scale) {
+    const Products found = add_products<true>(s, t, a.n_cols);
+    float by_cos = 0, ratio = 0, by_gap = 0;
+    if (a.cos_weight != 0) {
+        a.rows[2 * a.n_rows + r] = float(found.distance * weight);
+        by_cos = float(a.cos_weight * scale * found.by);
+        ratio = found.ratio;
+    }
+    if (a.mse_weight != 0) {
+        a.rows[3 * a.n_rows + r] = float(found.squares * weight);
+        by_gap = found.squares < INFINITY ? float(2 * a.mse_weight * scale) : NOT_A_NUMBER;
+    }
+    if (!a.gradient.data) return;
+    const auto at = [&](int64_t i, auto n, auto) {
+        const Vec u = get(s + i, n, 0.f), w = get(t + i, n, 0.f);
+        const Vec x = drop(u, u, w), y = drop(w, u, w);
+        const Vec c = fma(x, ratio, Vec(0.f) - y) * Vec(by_cos);
+        store(scratch.extra + i, a.mse_weight != 0 ? fma(x - y, by_gap, c) : c);
+    };
+    sweep(a.n_cols, at);
+}
+
+template <int KD, bool CE, class S, class T, class N>
+inline Vec gradient_at(
+    const Row& row, const S* s, const T* t, const Scratch& scratch, bool extra, int64_t i, N n) {
+    Vec g(0.f);
+    if constexpr (KD == FORWARD_KL)
+        g = fma(load(scratch.e_t + i), -row.ratio, load(scratch.e_s + i)) * Vec(row.by_s);
+    if constexpr (KD == REVERSE_KL) {
+        const Vec apart = gap(row.x_s(get(s + i, n, -INF)), row.x_t(get(t + i, n, -INF)));
+        g = fma(load(scratch.e_s + i) * (apart - Vec(row.mean)), row.by_s, row.spoilt);
+    }
+    if constexpr (KD == JSD)
+        g = load(scratch.e_s + i) * (load(scratch.e_t + i) - Vec(row.mean)) * Vec(row.by_s);
+    if constexpr (CE)
+        g = fma(row.template e_1<S>(load(scratch.e_s + i), get(s + i, n, -INF)), row.by_1, g);
+    if (extra) g = g + load(scratch.extra + i);
+    return g;
+}
+
+template <int KD, bool CE, class S, class T>
+void write_gradient(
+    const Row& row, const S* s, const T* t, S* g, const Scratch& scratch, bool extra, bool streamed,
+    int64_t n_cols, int64_t label, float by_label) {
+    float at_label = 0;  // before the row is overwritten, if g is s
+    if constexpr (CE)
+        at_label = first(gradient_at<KD, CE>(row, s, t, scratch, extra, label, 1)) - by_label;
+    const auto at = [&](int64_t i, auto n, auto) {
+        const Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
+        if (is_whole<decltype(n)> && streamed)
+            stream(g + i, x);
+        else
+            put(g + i, x, n);
+    };
+    // Vectors at multiples of their size in memory, which streaming needs.
+    const int64_t past = int64_t(uintptr_t(g) / sizeof(S) % WIDTH);
+    sweep(n_cols, at, past && streamed ? WIDTH - past : 0);
+    if (streamed) end_streaming();
+    if constexpr (CE) narrow(g[label], at_label);
+}
+
+// f with the kind of KD and whether there is CE, as constants.
+template <class F>
+void dispatched(int kind, bool labelled, F f) {
+    const auto with = [&](auto kd) {
+        if (labelled)
+            f(kd, std::true_type());
+        else
+            f(kd, std::false_type());
+    };
+    switch (kind) {
+        case FORWARD_KL: with(Constant<FORWARD_KL>()); break;
+        case REVERSE_KL: with(Constant<REVERSE_KL>()); break;
+        case JSD: with(Constant<JSD>()); break;
+        default: with(Constant<NO_KD>());
+    }
+}
+
+template <class S, class T>
+void distil_row(
+    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, S* g,
+    const Scratch& scratch) {
+    const int64_t n_cols = a.n_cols;
+    const double weight = a.mask ? a.mask[r] : 1;
+    const double kd_scale = a.kd_scale[r * a.kd_scale_stride] * weight;
+    const int kind = weight != 0 ? int(a.divergence) : NO_KD;
+    const bool extra = weight != 0 && (a.cos_weight != 0 || a.mse_weight != 0);
+    const bool labelled = a.ce_weight != 0 && a.labels && a.labels[r] != a.ignore_index;
+    for (int part = 0; part < 4; part++) a.rows[part * a.n_rows + r] = 0;
+    if (g)
+        for (int64_t i = n_cols; i < a.n_padded; i++) narrow(g[i], 0.f);
+
+    Row row;
+    if (kind != NO_KD) {
+        row.temperature = float(a.temperature);
+        row.power = 0;
+        for (int whole = 1; whole <= 4; whole++)
+            if (a.temperature == whole) row.power = whole;
+    }
+    row.scale = float(LOG2_E / row.temperature);
+    if (kind != NO_KD || labelled) {
+        const auto sums = [&](int64_t n_seen) {
+            find_tops(row, s, t, kind != NO_KD, n_seen);
+            dispatched(kind, labelled, [&](auto kd, auto ce) {
+                add_up<kd, ce>(row, s, t, scratch, n_cols);
+            });
+        };
+        sums(n_cols < FIRST_COLUMNS ? n_cols : FIRST_COLUMNS);
+        if (n_cols > FIRST_COLUMNS && !row.in_range()) sums(n_cols);
+    }
+    if (kind != NO_KD) {
+        // Where neither row holds a NaN only tiny * inf can have made d one, and tiny is not 0.
+        if (row.d != row.d && row.l_s == row.l_s && row.l_t == row.l_t) row.d = INFINITY;
+        const double by_kd = a.kd_weight * kd_scale * a.temperature;
+        double bits = 0;
+        if (kind == FORWARD_KL) {
+            bits = row.d / row.l_t - ::log2(row.l_t) + ::log2(row.l_s);
+            row.by_s = float(by_kd / row.l_s), row.ratio = float(row.l_s / row.l_t);
+        } else if (kind == REVERSE_KL) {
+            bits = row.d / row.l_s - ::log2(row.l_s) + ::log2(row.l_t);
+            row.mean = float(row.d / row.l_s);
+            row.by_s = float(by_kd * LN_2 / row.l_s);
+            row.spoilt = bits < INFINITY ? 0.f : NOT_A_NUMBER;
+        } else {
+            bits = add_jsd(row, s, t, scratch, n_cols, a.beta);
+            row.by_s = bits == bits ? float(by_kd * LN_2 * (1 - a.beta) / row.l_s) : NOT_A_NUMBER;
+        }
+        a.rows[r] = float(bits * LN_2 * a.temperature * a.temperature * weight);
+    }
+    float by_label = 0;
+    int64_t label = 0;
+    if (labelled) {
+        label = a.labels[r];
+        const bool known = label >= 0 && label < n_cols;
+        if (!known) label = 0;
+        const float at_label = widen(s[label]);
+        const double x = row.power ? row.temperature * fmaf(at_label, row.scale, -row.top_s)
+                                   : fmaf(at_label, float(LOG2_E), -row.top_1);
+        a.rows[a.n_rows + r] = known ? float(LN_2 * (::log2(row.l_1) - x)) : NOT_A_NUMBER;
+        const double by = known ? a.ce_weight * a.ce_scale[r * a.ce_scale_stride] : NOT_A_NUMBER;
+        by_label = float(by);
+        row.by_1 = float(by / row.l_1);
+    }
+    if (extra) add_cosine_and_mse(a, r, s, t, scratch, weight, kd_scale);
+    if (!g) return;
+    if (kind == NO_KD && !labelled && !extra) {
+        memset((void*)g, 0, n_cols * sizeof(S));
+        return;
+    }
+    const bool streamed = a.n_rows * n_cols * int64_t(sizeof(S)) >= STREAMED_BYTES;
+    dispatched(kind, labelled, [&](auto kd, auto ce) {
+        write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_label);
+    });
+}
+
+int distillation(const distilfast_distillation_args& a, int threads) {
+    const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
+    const bool soft = extra || a.divergence != NO_KD;
+    const bool mixed = a.student.dtype != a.teacher.dtype;
+    return for_rows(a.n_rows, a.n_cols, 2 + extra + mixed, threads, [&](int64_t r, auto buffer) {
+        const bool needed = soft && (!a.mask || a.mask[r] != 0);
+        float* const wide = mixed ? buffer(2 + extra) : nullptr;
+        typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](auto* s, auto* t) {
+            using S = std::remove_pointer_t<decltype(s)>;
+            S* const g = a.gradient.data ? (S*)a.gradient.data + r * a.gradient.stride : nullptr;
+            distil_row(a, r, s, t, g, {buffer(0), buffer(1), extra ? buffer(2) : nullptr});
+        });
+    });
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+// What the kernels share: sweeps over a row, sums, the scratch of a thread, rows to threads and
+// elements to types.
+#pragma once
+
+#include "distilfast.h"
+#include "vec.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include <type_traits>
+
+namespace {
+
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+constexpr float TINY = 1.2e-38f;  // about the smallest normal number
+constexpr float NOT_A_NUMBER = NAN;
+// A row is asked for this many bytes before it is read, the next one too: a row is too short for
+// the hardware to notice, and without it a thread waits for memory half of its time.
+constexpr int AHEAD = 2048;
+// Gradients from here on are written past the caches. They are too large to be found there by
+// whoever comes next, and a line that is written whole need not be read first.
+constexpr int64_t STREAMED_BYTES = int64_t(8) << 20;
+
+template <int K>
+using Constant = std::integral_constant<int, K>;
+template <class N>
+constexpr bool is_whole = !std::is_same_v<N, int>;
+
+// f(i, n, k) for the n <= WIDTH elements from i on, with k counting 0 to 3 and again. Whole vectors
+// know n when compiled, and all know k. The first vector has `head` elements, if not 0.
+template <class F>
+inline void sweep(int64_t n_cols, F f, int64_t head = 0) {
+    int64_t i = head < n_cols ? head : n_cols;
+    if (i) f(int64_t(0), int(i), Constant<0>());
+    for (; i + 4 * WIDTH <= n_cols; i += 4 * WIDTH) {
+        f(i, Constant<WIDTH>(), Constant<0>());
+        f(i + WIDTH, Constant<WIDTH>(), Constant<1>());
+        f(i + 2 * WIDTH, Constant<WIDTH>(), Constant<2>());
+        f(i + 3 * WIDTH, Constant<WIDTH>(), Constant<3>());
+    }
+    for (; i + WIDTH <= n_cols; i += WIDTH) f(i, Constant<WIDTH>(), Constant<1>());
+    if (i < n_cols) f(i, int(n_cols - i), Constant<2>());
+}
+template <class E, class N>
+inline Vec get(const E* p, N n, float other) {
+    if constexpr (is_whole<N>)
+        return load(p);
+    else
+        return load(p, n, other);
+}
+template <class E, class N>
+inline void put(E* p, Vec x, N n) {
+    if constexpr (is_whole<N>)
+        store(p, x);
+    else
+        store(p, x, n);
+}
+
+// Asks for what lies AHEAD of a sweep's k-th vector, once a line of 64 bytes.
+template <class E>
+inline void prefetch(const E* p, int k) {
+    if (k * WIDTH * sizeof(E) % 64 == 0) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+}
+
+// A sum over a row, in parts so that additions need not wait for one another.
+struct Sum {
+    Vec part[4] = {0.f, 0.f, 0.f, 0.f};
+    void add(int k, Vec x) { part[k] = part[k] + x; }
+    double total() const {
+        float lanes[4 * WIDTH];
+        for (int k = 0; k < 4; k++) store(lanes + k * WIDTH, part[k]);
+        double sums[4] = {0, 0, 0, 0};
+        for (int i = 0; i < 4 * WIDTH; i++) sums[i % 4] += lanes[i];
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+};
+
+// The largest element of a row, NaN aside.
+struct Top {
+    Vec part[4] = {-INF, -INF, -INF, -INF};
+    void add(int k, Vec x) { part[k] = max(x, part[k]); }
+    float total() const { return highest(max(max(part[0], part[1]), max(part[2], part[3]))); }
+};
+
+// x - y, finite where x is minus infinity: 0 log 0 = 0, as 2^x is 0 there. Where 2^x is not 0 the
+// difference is above -127, so the bound changes nothing. The maximum of NaN and a number is that.
+inline Vec gap(Vec x, Vec y) { return max(x - y, -1024.f); }
+
+// Columns that both sides rule out have no part in cosine and MSE.
+inline Vec drop(Vec x, Vec s, Vec t) { return select(both(equal(s, -INF), equal(t, -INF)), 0.f, x); }
+
+// Sums of s s, t t, s t and, where asked for, (s - t)^2; and what cosine makes of them.
+struct Products {
+    double distance, squares;
+    float ratio, by;  // the gradient of the distance: by (ratio s - t)
+};
+
+template <bool SQUARES, class S, class T>
+Products add_products(const S* s, const T* t, int64_t n_cols) {
+    Sum ss, tt, st, sq;
+    sweep(n_cols, [&](int64_t i, auto n, auto k) {
+        prefetch(s + i, k), prefetch(t + i, k);
+        const Vec x = get(s + i, n, 0.f), y = get(t + i, n, 0.f);
+        const Vec a = drop(x, x, y), b = drop(y, x, y);
+        ss.add(k, a * a);
+        tt.add(k, b * b);
+        st.add(k, a * b);
+        if constexpr (SQUARES) sq.add(k, (a - b) * (a - b));
+    });
+    const double s2 = ss.total(), t2 = tt.total(), dot = st.total(), squares = sq.total();
+    // A zero vector has no direction: distance 1, gradient 0. A NaN is no zero.
+    if ((s2 == 0 || t2 == 0) && s2 + t2 == s2 + t2) return {1, squares, 0, 0};
+    const double lengths = ::sqrt(s2) * ::sqrt(t2);
+    return {1 - dot / lengths, squares, float(dot / s2), float(1 / lengths)};
+}
+
+// --- Rows to threads, elements to types ------------------------------------------------------------
+
+// f(p) with a pointer of the row's type.
+template <class F>
+void typed(const distilfast_matrix& m, int64_t r, F f) {
+    const int64_t at = r * m.stride;
+    switch (m.dtype) {
+        case DISTILFAST_BF16: f((bf16*)m.data + at); break;
+        case DISTILFAST_FP16: f((fp16*)m.data + at); break;
+        default: f((float*)m.data + at);
+    }
+}
+
+// f(s, t) with pointers of the rows' types. Where these differ the teacher is fp32, widened first
+// if it has to be: there are as many kernels to compile as types, and two more.
+template <class F>
+void typed_pair(
+    const distilfast_matrix& student, const distilfast_matrix& teacher, int64_t r, int64_t n_cols,
+    bool needed, float* wide, F f) {
+    typed(student, r, [&](auto* s) {
+        using S = std::remove_pointer_t<decltype(s)>;
+        if (student.dtype == teacher.dtype) {
+            f(s, (const S*)teacher.data + r * teacher.stride);
+            return;
+        }
+        if (teacher.dtype == DISTILFAST_FP32) {
+            f(s, (const float*)teacher.data + r * teacher.stride);
+            return;
+        }
+        if (needed)
+            typed(teacher, r, [&](auto* t) {
+                sweep(n_cols, [&](int64_t i, auto n, auto k) {
+                    prefetch(t + i, k);
+                    store(wide + i, get(t + i, n, -INF));
+                });
+            });
+        f(s, (const float*)wide);
+    });
+}
+
+// f(r, buffers) for every row, the buffers being a thread's own: `n_buffers` of n_cols elements and
+// a vector more, each at a line of its own.
+template <class F>
+int for_rows(int64_t n_rows, int64_t n_cols, int n_buffers, int threads, F f) {
+    const int64_t room = (n_cols + 2 * WIDTH + 15) / 16 * 16;
+    bool failed = false;
+#pragma omp parallel num_threads(threads) reduction(|| : failed)
+    {
+        float* buffers = nullptr;
+        if (n_buffers) {
+            buffers = (float*)aligned_alloc(64, size_t(room) * n_buffers * sizeof(float));
+            failed = !buffers;
+        }
+        // Neighbouring rows, so that what is asked for ahead is the thread's own next row.
+        const int64_t chunk = n_rows / (8 * threads) + 1;
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t r = 0; r < n_rows; r++)
+            if (!failed) f(r, [=](int number) { return buffers + room * number; });
+        free(buffers);
+    }
+    return failed ? ENOMEM : 0;
+}
+
+}  // namespace
