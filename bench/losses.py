@@ -74,7 +74,9 @@ def plan(options: argparse.Namespace, kind: str) -> list[Case]:
     dense = options.loss or ["kl_ce"]
     found: list[Case] = []
 
-    def add(loss: str, n_rows: int, columns: int, label: str = "none") -> None:
+    def add(
+        loss: str, n_rows: int, columns: int, label: str = "none", dtype: str = options.dtype
+    ) -> None:
         """A case once, under its own name: KL + CE without labels is KL, and CE is nothing."""
         tensors = {"hidden_cosine": LAYERS, "combine": TEACHERS}.get(loss, 1)
         if loss not in ("kl_ce", "ce"):
@@ -83,8 +85,9 @@ def plan(options: argparse.Namespace, kind: str) -> list[Case]:
             if loss == "ce":
                 return
             loss = "kl"
-        dtype = DTYPES[options.dtype]
-        case = Case(loss, n_rows, columns, label, dtype, options.temperature, tensors)
+        case = Case(
+            loss, n_rows, columns, label, DTYPES[dtype], options.temperature, tensors
+        )
         if case not in found:
             found.append(case)
 
@@ -100,6 +103,9 @@ def plan(options: argparse.Namespace, kind: str) -> list[Case]:
                 add("hidden_cosine", n_rows, WIDTH)
             for loss in () if quick else ("ce", "reverse_kl", "jsd", "combine"):
                 add(loss, every_rows[0], columns, "some")
+            if kind == "cpu" and not quick:  # small students are trained in fp32 there
+                add("kl_ce", every_rows[0], columns, "some", "fp32")
+                add("hidden_cosine", every_rows[0], WIDTH, dtype="fp32")
     return found
 
 
@@ -166,8 +172,15 @@ class Problem:
         return self.copies[turn % len(self.copies)]
 
     def restore(self, turn: int) -> Tensor:
-        """What a call has overwritten; also a copy of the logits, whose rate is the machine's."""
+        """What a call has overwritten."""
         return self.at(turn).block.copy_(self.pristine)
+
+    def copy(self, turn: int) -> Tensor:
+        """A copy of the logits, whose rate is the machine's: of one copy over the next, which holds
+        the same. The pristine block would be in a CPU's cache after the first turn."""
+        if len(self.copies) == 1:
+            return self.restore(turn)
+        return self.at(turn + 1).block.detach().copy_(self.at(turn).block.detach())
 
 
 def run(loss: peers.Loss, inputs: Copy) -> tuple[Tensor, list[Tensor]]:
@@ -344,7 +357,7 @@ def fill_in(
         name: lambda turn, loss=loss: run(loss, problem.at(turn)) for name, loss in losses.items()
     }
     samples, failures = measure.interleave(
-        {"copy": problem.restore, **calls},
+        {"copy": problem.copy, **calls},
         measure.Stopwatch(device),
         ROUNDS_SECONDS[device.type],
         restore,

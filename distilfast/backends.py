@@ -85,8 +85,6 @@ def _torch_combine_teachers(*arguments: Any) -> None:
 
 
 def _torch_scale(gradient: Tensor, by: Tensor) -> None:
-    if by.ndim == 0 and by.device.type == "cpu" and by == 1:
-        return
     compute = reference.accumulation_dtype(gradient)
     block = max(1, BLOCK_ELEMENTS.get(gradient.device.type, 1 << 26) // max(1, gradient.shape[1]))
     for start in range(0, gradient.shape[0], block):
@@ -101,6 +99,8 @@ def _kernels(file: str, function: str) -> Callable[..., Any]:
     def launch(*arguments: Any) -> Any:
         module = importlib.import_module(f"distilfast_kernels.{file}")
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        if not first.is_cuda:
+            return getattr(module, function)(*arguments)
         with torch.cuda.device_of(first):  # triton launches on the current device
             return getattr(module, function)(*arguments)
 
@@ -133,7 +133,7 @@ BACKENDS: dict[str, Backend] = {
         distillation=_kernels("cpp", "distillation"),
         hidden_cosine=_kernels("cpp", "hidden_cosine"),
         combine_teachers=_kernels("cpp", "combine_teachers"),
-        scale=_torch_scale,
+        scale=_kernels("cpp", "scale"),
     ),
     "torch": Backend(
         name="torch",

@@ -161,9 +161,11 @@ def check_mask(mask: Tensor | None, rows: torch.Size, device: torch.device) -> N
 def check_values(labels: Tensor | None, mask: Tensor | None, options: Options) -> None:
     """Labels and mask by value. On a GPU this would wait for the device, so there a wrong label
     makes its own row NaN instead."""
-    if labels is not None and labels.device.type == "cpu":
-        wrong = (labels != options.ignore_index) & ((labels < 0) | (labels >= options.vocab_size))
-        if wrong.any():
+    if labels is not None and labels.device.type == "cpu" and labels.numel():
+        ignored = labels == options.ignore_index
+        low, high = labels.masked_fill(ignored, 0).aminmax()
+        if low < 0 or high >= options.vocab_size:
+            wrong = ~ignored & ((labels < 0) | (labels >= options.vocab_size))
             row = int(wrong.nonzero()[0])
             raise ValueError(
                 f"labels: expected {options.ignore_index} (ignore_index) or 0 to "
@@ -392,6 +394,8 @@ def scale_gradient(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: s
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if traced or kept:
         return scale_gradient_op(gradient, grad_loss, loss, backend)
+    if grad_loss.ndim == 0 and grad_loss.device.type == "cpu" and grad_loss == 1:
+        return gradient  # what a plain loss.backward() brings; a GPU's kernel finds it out itself
     scale_gradient_inplace_op(gradient, grad_loss, backend)
     return gradient
 

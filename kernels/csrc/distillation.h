@@ -275,7 +275,7 @@ void distil_row(
         memset((void*)g, 0, n_cols * sizeof(S));
         return;
     }
-    const bool streamed = a.n_rows * n_cols * int64_t(sizeof(S)) >= STREAMED_BYTES;
+    const bool streamed = a.n_rows * a.gradient.stride * int64_t(sizeof(S)) >= STREAMED_BYTES;
     dispatched(kind, labelled, [&](auto kd, auto ce) {
         write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_label);
     });
@@ -285,6 +285,9 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
     const bool soft = extra || a.divergence != NO_KD;
     const bool mixed = a.student.dtype != a.teacher.dtype;
+    const int64_t bytes = a.student.dtype == DISTILFAST_FP32 ? 4 : 2;
+    if (a.gradient.data != a.student.data)
+        prefer_large_pages(a.gradient.data, a.n_rows * a.gradient.stride * bytes);
     return for_rows(a.n_rows, a.n_cols, 2 + extra + mixed, threads, [&](int64_t r, auto buffer) {
         const bool needed = soft && (!a.mask || a.mask[r] != 0);
         float* const wide = mixed ? buffer(2 + extra) : nullptr;

@@ -6,7 +6,6 @@
 namespace {
 
 int scale(const distilfast_scale_args& a, int threads) {
-    if (!a.by_stride && *a.by == 1) return 0;
     return for_rows(a.n_rows, a.n_cols, 0, threads, [&](int64_t r, auto) {
         const Vec by(a.by[r * a.by_stride]);
         typed(a.gradient, r, [&](auto* g) {

@@ -65,10 +65,18 @@ class _EnsembleArguments(ctypes.Structure):
     )
 
 
+class _ScaleArguments(ctypes.Structure):
+    _fields_ = (
+        ("gradient", _Matrix),
+        ("by", c_void_p),
+        *((name, c_int64) for name in ("by_stride", "n_rows", "n_cols")),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    for name in ("distillation", "hidden_cosine", "combine_teachers"):
+    for name in ("distillation", "hidden_cosine", "combine_teachers", "scale"):
         getattr(library, f"distilfast_{name}").argtypes = (c_void_p, c_int, c_int)
     return library
 
@@ -213,3 +221,10 @@ def combine_teachers(
         temperature,
     )
     _call("combine_teachers", arguments)
+
+
+def scale(gradient: Tensor, by: Tensor) -> None:
+    """gradient, (N, M), times by, () or (N,), in place, computed in fp32."""
+    by = by.to(torch.float32).contiguous()
+    arguments = _ScaleArguments(_matrix(gradient), _pointer(by), _stride(by), *gradient.shape)
+    _call("scale", arguments)
