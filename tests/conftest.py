@@ -75,7 +75,7 @@ WORDS = (
 def pytest_report_header() -> str:
     """Says what the parity suite can tell on this machine."""
     how = "compiled" if torch.cuda.is_available() else "interpreted, on small shapes"
-    names = (f"{name} ({how})" if name == "triton" else name for name in backends.usable())
+    names = [f"{name} ({how})" if name == "triton" else name for name in backends_and_levels()]
     return f"distilfast backends: {', '.join(names)}"
 
 
@@ -89,10 +89,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(skip)
 
 
-@pytest.fixture(params=backends.usable())
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can be used on this machine, by name."""
-    return str(request.param)
+def cpu_levels() -> list[str]:
+    """The instruction sets that the C++ kernels can be run with here, the best one first."""
+    if "cpp" not in backends.usable():
+        return []
+    from distilfast_kernels import cpp
+
+    return list(reversed(cpp.LEVELS[: cpp.LEVELS.index(cpp.best_level()) + 1]))
+
+
+def backends_and_levels() -> list[str]:
+    """Backends by name, the C++ kernels once for each of their instruction sets: cpp-avx2."""
+    names = [name for name in backends.usable() if name != "cpp"]
+    return [*(f"cpp-{level}" for level in cpu_levels()), *names]
+
+
+@pytest.fixture(params=backends_and_levels())
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend that can be used on this machine, by name, with each of its instruction sets."""
+    name, _, level = str(request.param).partition("-")
+    if level:
+        monkeypatch.setenv("DISTILFAST_CPU_LEVEL", level)
+    return name
 
 
 @pytest.fixture
