@@ -10,7 +10,7 @@ TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || \
 	{ curl -fsI -m 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX); })
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt $(TORCH_INDEX)
-SOURCES := setup.py pyproject.toml constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
 	@echo "make test          linters, types and tests"
-	@echo "make bench         the losses next to PyTorch, the driver next to a plain loop"
+	@echo "make bench         the losses next to PyTorch, alone and in a step; the driver next to a plain loop"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 $(VENV)/demo: $(SOURCES)
@@ -47,6 +47,7 @@ test: lint
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/losses.py
+	$(BIN)/python bench/step.py
 	$(BIN)/python bench/overhead.py
 
 clean:

@@ -12,6 +12,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels", "csrc")
@@ -57,6 +58,13 @@ class BuildKernels(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+class PlatformWheel(bdist_wheel):
+    """The library knows nothing of Python: one wheel a platform serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 KERNELS = Extension(
     "distilfast_kernels._cpp",
     sources=[str(SOURCES / f"{level}.cpp") for level in LEVELS],
@@ -77,5 +85,5 @@ setup(
         "distilfast_kernels": ["py.typed"],
     },
     ext_modules=[KERNELS],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

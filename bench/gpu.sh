@@ -4,10 +4,10 @@
 #     bash bench/gpu.sh FOLDER
 #
 # Parity of the compiled kernels on full shapes, compute-sanitizer on small ones, the tuning of tiles
-# and warps, the losses against the peers that are installed, a kernel profile. Every step writes a
-# log and its tables to FOLDER; a step that fails does not stop the next, and is named at the end.
-# It needs torch with CUDA, triton, pytest, hypothesis and matplotlib; nothing has to be installed of
-# the project itself. PYTHON says which python.
+# and warps, a whole training step, the losses against the peers that are installed, a kernel
+# profile. Every step writes a log and its tables to FOLDER; a step that fails does not stop the next,
+# and is named at the end. It needs torch with CUDA, triton, transformers, pytest, hypothesis and
+# matplotlib; nothing has to be installed of the project itself. PYTHON says which python.
 set -uo pipefail
 folder=$(mkdir -p "${1:?usage: bash bench/gpu.sh FOLDER}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ tests="tests/test_losses.py tests/test_losses_edges.py tests/test_hidden_cosine.
     tests/test_combine_teachers.py tests/test_linear.py tests/test_operators.py tests/test_triton.py"
 step machine 60 "$python" bench/measure.py --device cuda
 # shellcheck disable=SC2086
-step parity 170 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests
+step parity 150 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1) &&
     [ -n "$sanitizer" ]; then
     step sanitizer 70 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x \
@@ -41,8 +41,9 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-s
 else
     echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi
-step tune 110 "$python" bench/tune.py --seconds 80 --csv "$folder/tune.csv"
-step losses 150 "$python" bench/losses.py --device cuda --seconds 110 --csv "$folder/losses.csv" \
+step tune 100 "$python" bench/tune.py --seconds 70 --csv "$folder/tune.csv"
+step step 60 "$python" bench/step.py --device cuda --seconds 12 --csv "$folder/step.csv"
+step losses 130 "$python" bench/losses.py --device cuda --seconds 95 --csv "$folder/losses.csv" \
     --json "$folder/losses.json" --plot "$folder/losses.png" --profile "$folder/trace.json"
 
 echo "results in $folder after $SECONDS s"

@@ -85,9 +85,7 @@ def plan(options: argparse.Namespace, kind: str) -> list[Case]:
             if loss == "ce":
                 return
             loss = "kl"
-        case = Case(
-            loss, n_rows, columns, label, DTYPES[dtype], options.temperature, tensors
-        )
+        case = Case(loss, n_rows, columns, label, DTYPES[dtype], options.temperature, tensors)
         if case not in found:
             found.append(case)
 

@@ -131,6 +131,23 @@ result = json.load(open({str(tmp_path / "b")!r}))["rows"]
     assert rows["right"]["time_ms"] > 0
 
 
+def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
+    path = tmp_path / "step.csv"
+    small = "--shape minilm --sequences 1 --length 8 --seconds 0 --dtype fp32".split()
+    only = ["--only", "distilfast torch", "same dtype"]
+    done = python("step.py", *small, "--device", "cpu", *only, "--csv", str(path))
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = {row["contestant"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["no loss", "distilfast torch", "PyTorch eager, same dtype"]
+    assert rows["no loss"]["loss_inside_ms"] == ""
+    for name in ("distilfast torch", "PyTorch eager, same dtype"):
+        row = rows[name]
+        assert 0 < float(row["loss_inside_ms"]) < float(row["step_ms"])
+        assert float(row["loss_alone_ms"]) > 0
+        assert f"| {name}" in done.stdout
+
+
 def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:
     result = result_of(
         f"""

@@ -26,6 +26,9 @@ constexpr int AHEAD = 2048;
 // whoever comes next, and a line that is written whole need not be read first.
 constexpr int64_t STREAMED_BYTES = int64_t(16) << 20;
 
+// Elements below which a second thread costs more than it brings (PyTorch's own figure).
+constexpr int64_t WORTH_A_THREAD = 32768;
+
 template <int K>
 using Constant = std::integral_constant<int, K>;
 template <class N>
@@ -174,11 +177,12 @@ void typed_pair(
     });
 }
 
-// f(r, buffers) for every row, the buffers being a thread's own: `n_buffers` of n_cols elements and
-// a vector more, each at a line of its own.
+// f(r, buffer) for every row, buffer(0) and so on being a thread's own: of n_cols elements and two
+// vectors more, each beginning a line. A row's result does not depend on how many threads there are.
 template <class F>
 int for_rows(int64_t n_rows, int64_t n_cols, int n_buffers, int threads, F f) {
     const int64_t room = (n_cols + 2 * WIDTH + 15) / 16 * 16;
+    if (n_rows * n_cols < WORTH_A_THREAD) threads = 1;
     bool failed = false;
 #pragma omp parallel num_threads(threads) reduction(|| : failed)
     {

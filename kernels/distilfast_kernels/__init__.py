@@ -38,7 +38,10 @@ def unavailable(backend: str) -> str | None:
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
         return None
     if not _HAS_CPP:
-        return "its library was not built: there was no C++ compiler when distilfast was installed"
+        return (
+            "its library was not built when distilfast was installed: that takes a C++ compiler, "
+            "and pip install -v says what went wrong"
+        )
     return None
 
 
