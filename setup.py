@@ -42,9 +42,8 @@ class BuildKernels(build_ext):
                     extra_postargs=[*FLAGS, *flags],
                     depends=ext.depends,
                 )
-            self.compiler.link_shared_object(
-                objects, str(target), target_lang="c++", extra_postargs=["-fopenmp"]
-            )
+            # Without an OpenMP runtime: cpp.py hands in PyTorch's.
+            self.compiler.link_shared_object(objects, str(target), target_lang="c++")
         except Exception as error:  # no compiler, or one that cannot: each kind has its own
             target.unlink(missing_ok=True)
             self.warn(f"distilfast: the C++ kernels are left out, they could not be built: {error}")

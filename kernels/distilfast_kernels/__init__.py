@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
 
-# Looked up once, without importing it: that takes a second, and not every run needs it.
+from distilfast_kernels import cpp
+
+# Looked up once; triton without importing it, which takes a second, and not every run needs it.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_HAS_CPP = Path(__file__).with_name("_cpp.so").exists()
+_CPP_ERROR = cpp.load_error()
 
 
 def unavailable(backend: str) -> str | None:
@@ -37,12 +38,7 @@ def unavailable(backend: str) -> str | None:
         if not (torch.cuda.is_available() or interpreted()):
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
         return None
-    if not _HAS_CPP:
-        return (
-            "its library was not built when distilfast was installed: that takes a C++ compiler, "
-            "and pip install -v says what went wrong"
-        )
-    return None
+    return _CPP_ERROR
 
 
 def interpreted() -> bool:

@@ -1,7 +1,7 @@
 """The C++ kernels: a shared library with a plain C interface, called through ctypes.
 
-The kernels are in kernels/csrc; setup.py builds the library beside this file. OpenMP uses the
-process's own runtime, and as many threads as torch does.
+The kernels are in kernels/csrc; setup.py builds the library beside this file. They use the OpenMP
+runtime that PyTorch has loaded, and as many threads as it does: one pool, not two that fight.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -24,7 +25,7 @@ DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 LEVELS = ("plain", "avx2", "avx512")
 
 
-# --- The declarations of kernels/csrc/distilfast.h --------------------------------------------------
+# --- The declarations of kernels/csrc/distilfast.h -----------------------------------------------
 
 
 class _Matrix(ctypes.Structure):
@@ -37,7 +38,10 @@ class _DistillationArguments(ctypes.Structure):
         *((name, c_void_p) for name in ("labels", "mask", "kd_scale", "ce_scale")),
         *((name, c_int64) for name in ("kd_scale_stride", "ce_scale_stride")),
         ("rows", c_void_p),
-        *((name, c_int64) for name in ("n_rows", "n_cols", "n_padded", "ignore_index", "divergence")),
+        *(
+            (name, c_int64)
+            for name in ("n_rows", "n_cols", "n_padded", "ignore_index", "divergence")
+        ),
         *((name, c_double) for name in ("temperature", "kd_weight", "ce_weight", "cos_weight")),
         *((name, c_double) for name in ("mse_weight", "beta")),
     )
@@ -73,12 +77,35 @@ class _ScaleArguments(ctypes.Structure):
     )
 
 
+def _share_openmp() -> None:
+    """Make PyTorch's OpenMP runtime visible to the kernels, which are linked with none. Each build of
+    PyTorch brings its own, under names like libgomp-a34b3233.so.1 that no linker could know."""
+    loaded = Path("/proc/self/maps").read_text().split()
+    runtimes = [path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[-.][^/]*$", path)]
+    ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
+    _share_openmp()
     library = ctypes.CDLL(str(LIBRARY))
     for name in ("distillation", "hidden_cosine", "combine_teachers", "scale"):
         getattr(library, f"distilfast_{name}").argtypes = (c_void_p, c_int, c_int)
     return library
+
+
+def load_error() -> str | None:
+    """Why the library cannot be used here; None where it can."""
+    if not LIBRARY.exists():
+        return (
+            "its library was not built when distilfast was installed: that takes a C++ compiler, "
+            "and pip install -v says what went wrong"
+        )
+    try:
+        _library()
+    except OSError as error:
+        return f"its library cannot be loaded: {error}"
+    return None
 
 
 @functools.cache
@@ -128,7 +155,7 @@ def _stride(x: Tensor) -> int:
     return int(x.stride(0)) if x.ndim else 0
 
 
-# --- Launchers --------------------------------------------------------------------------------------
+# --- Launchers -----------------------------------------------------------------------------------
 
 
 def distillation(
