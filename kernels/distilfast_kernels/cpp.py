@@ -78,8 +78,8 @@ class _ScaleArguments(ctypes.Structure):
 
 
 def _share_openmp() -> None:
-    """Make PyTorch's OpenMP runtime visible to the kernels, which are linked with none. Each build of
-    PyTorch brings its own, under names like libgomp-a34b3233.so.1 that no linker could know."""
+    """Make PyTorch's OpenMP runtime visible to the kernels, which are linked with none. Each build
+    of PyTorch brings its own, under names like libgomp-a34b3233.so.1 that no linker could know."""
     loaded = Path("/proc/self/maps").read_text().split()
     runtimes = [path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[-.][^/]*$", path)]
     ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
