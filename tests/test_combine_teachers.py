@@ -138,11 +138,13 @@ def test_column_minus_inf_in_all_teachers_stays_minus_inf(device, mode):
     torch.testing.assert_close(z[:, left], narrow)
 
 
-def test_column_minus_inf_in_one_teacher_keeps_the_others_share(device):
+@pytest.mark.parametrize("place", [0, 1])
+def test_column_minus_inf_in_one_teacher_keeps_the_others_share(device, place):
     teachers = [logits_pair((3, 9), seed=i, device=device)[0] for i in range(2)]
-    teachers[0][:, 5] = -INF
+    teachers[place][:, 5] = -INF
     z = combine_teachers(teachers, [1, 3], temperature=2.0)
-    share = math.log(3 / 4) + torch.log_softmax(teachers[1].double() / 2, -1)[:, 5]
+    other = teachers[1 - place].double()
+    share = math.log((3 / 4, 1 / 4)[place]) + torch.log_softmax(other / 2, -1)[:, 5]
     torch.testing.assert_close(z[:, 5].double(), 2 * share, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         z.double(), by_hand(teachers, [1, 3], 2.0, "probability"), rtol=1e-5, atol=1e-5

@@ -426,6 +426,15 @@ def test_parity_with_a_peak_anywhere(backend, device, vocab, where):
         )
 
 
+@pytest.mark.parametrize("low", [-95.0, -math.inf], ids=str)
+def test_parity_of_labels_alone_with_a_late_maximum(backend, device, low):
+    # nothing of the first columns tells how high the row goes
+    student, teacher = logits_pair((3, 2051), scale=0.5, device=device)
+    student[:, :2048] = low
+    labels = torch.tensor([2048, 2049, 2050], device=device)
+    parity(student, teacher, labels, backend=backend, kd_weight=0.0, ce_weight=1.0)
+
+
 @pytest.mark.parametrize("offset", [100.0, -100.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_parity_of_logits_that_are_not_centred(backend, device, divergence, offset):

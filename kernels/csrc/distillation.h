@@ -64,7 +64,8 @@ struct Row {
         if (power) return power_of(e_s, power);
         return exponential<S>(fma(s, float(LOG2_E), -top_1), s, float(LOG2_E), top_1);
     }
-    bool in_range() const { return l_s <= RANGE && l_t <= RANGE && (power || l_1 <= RANGE); }
+    // l_1 of a higher power says the same as l_s, in a range of its own.
+    bool in_range() const { return l_s <= RANGE && l_t <= RANGE && (power > 1 || l_1 <= RANGE); }
 };
 
 template <class S, class T>

@@ -45,7 +45,7 @@ void join(const distilfast_ensemble_args& a, int64_t k, const T* t, float* z, fl
         const Vec e = exp2(select(same, 0.f, select(more, so_far - y, y - so_far)));
         store(total + i, select(more, fma(sum, e, 1.f), sum + e));
         // A NaN is not more: it has to reach z by itself.
-        put(z + i, select(more, y, select(same, so_far, so_far + (y - y))), n);
+        put(z + i, select(more, y, select(equal(y, y), so_far, y)), n);
     });
 }
 
