@@ -16,7 +16,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels", "csrc")
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# No contraction: a compiler that fuses a product and a sum in one copy of a loop and not in another
+# would let the bits of a result depend on where a row lies.
+FLAGS = [
+    *("-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-Wall", "-Wextra"),
+]
 LEVELS = {"plain": [], "dispatch": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -52,6 +57,8 @@ class BuildKernels(build_ext):
         """Into an editable install what was built, which may be nothing."""
         if Path(self.build_lib, self.get_ext_filename(KERNELS.name)).exists():
             super().copy_extensions_to_source()
+        else:  # a library of older sources would be used
+            Path("kernels", self.get_ext_filename(KERNELS.name)).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

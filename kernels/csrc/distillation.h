@@ -57,12 +57,12 @@ struct Row {
     // the gradient's factors
     float by_s = 0, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
 
-    Vec x_s(Vec s) const { return fma(s, scale, -top_s); }
-    Vec x_t(Vec t) const { return fma(t, scale, -top_t); }
+    Vec x_s(Vec s) const { return exact_fma(s, scale, -top_s); }
+    Vec x_t(Vec t) const { return exact_fma(t, scale, -top_t); }
     template <class S>
     Vec e_1(Vec e_s, Vec s) const {
         if (power) return power_of(e_s, power);
-        return exponential<S>(fma(s, float(LOG2_E), -top_1), s, float(LOG2_E), top_1);
+        return exponential<S>(exact_fma(s, float(LOG2_E), -top_1), s, float(LOG2_E), top_1);
     }
     // l_1 of a higher power says the same as l_s, in a range of its own.
     bool in_range() const { return l_s <= RANGE && l_t <= RANGE && (power > 1 || l_1 <= RANGE); }
@@ -95,12 +95,12 @@ void add_up(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_
             store(scratch.e_t + i, e_t);
             l_s.add(k, e_s);
             l_t.add(k, e_t);
-            if constexpr (KD == FORWARD_KL) d.add(k, e_t * gap(x_t, x_s));
-            if constexpr (KD == REVERSE_KL) d.add(k, e_s * gap(x_s, x_t));
+            if constexpr (KD == FORWARD_KL) d.add(k, e_t, gap(x_t, x_s));
+            if constexpr (KD == REVERSE_KL) d.add(k, e_s, gap(x_s, x_t));
         }
         if constexpr (CE) l_1.add(k, row.template e_1<S>(e_s, logit_s));
     };
-    sweep(n_cols, at);
+    sum_up(n_cols, at, l_s, l_t, d, l_1);
     row.l_s = l_s.total(), row.l_t = l_t.total(), row.d = d.total(), row.l_1 = l_1.total();
 }
 
@@ -113,11 +113,11 @@ double add_jsd(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t
         const Vec e_s = load(scratch.e_s + i), e_t = load(scratch.e_t + i);
         const Vec mixture = log2(max(fma(e_s, share_s, e_t * Vec(share_t)), TINY));
         const Vec from_m = gap(row.x_s(get(s + i, n, -INF)), mixture);
-        a.add(k, e_t * gap(row.x_t(get(t + i, n, -INF)), mixture));
-        b.add(k, e_s * from_m);
+        a.add(k, e_t, gap(row.x_t(get(t + i, n, -INF)), mixture));
+        b.add(k, e_s, from_m);
         store(scratch.e_t + i, from_m);
     };
-    sweep(n_cols, at);
+    sum_up(n_cols, at, a, b);
     const double kl_s = b.total() / row.l_s;
     row.mean = float(kl_s);
     return beta * (a.total() / row.l_t + ::log2(row.l_s / row.l_t)) + (1 - beta) * kl_s;
@@ -170,10 +170,14 @@ inline Vec gradient_at(
 template <int KD, bool CE, class S, class T>
 void write_gradient(
     const Row& row, const S* s, const T* t, S* g, const Scratch& scratch, bool extra, bool streamed,
-    int64_t n_cols, int64_t label, float by_label) {
+    int64_t n_cols, int64_t label, double by) {
     float at_label = 0;  // before the row is overwritten, if g is s
-    if constexpr (CE)
-        at_label = first(gradient_at<KD, CE>(row, s, t, scratch, extra, label, 1)) - by_label;
+    if constexpr (CE) {
+        // p - 1 from their difference: it is what is left to learn once p is nearly 1.
+        const Vec e_s = load(scratch.e_s + label), e_1 = row.template e_1<S>(e_s, widen(s[label]));
+        const double ce = by * (first(e_1) - row.l_1) / row.l_1;
+        at_label = float(ce + first(gradient_at<KD, false>(row, s, t, scratch, extra, label, 1)));
+    }
     const auto at = [&](int64_t i, auto n, auto) {
         const Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
         if (is_whole<decltype(n)> && streamed)
@@ -256,7 +260,7 @@ void distil_row(
         }
         a.rows[r] = float(bits * LN_2 * a.temperature * a.temperature * weight);
     }
-    float by_label = 0;
+    double by_ce = 0;
     int64_t label = 0;
     if (labelled) {
         label = a.labels[r];
@@ -266,9 +270,8 @@ void distil_row(
         const double x = row.power ? row.temperature * fmaf(at_label, row.scale, -row.top_s)
                                    : fmaf(at_label, float(LOG2_E), -row.top_1);
         a.rows[a.n_rows + r] = known ? float(LN_2 * (::log2(row.l_1) - x)) : NOT_A_NUMBER;
-        const double by = known ? a.ce_weight * a.ce_scale[r * a.ce_scale_stride] : NOT_A_NUMBER;
-        by_label = float(by);
-        row.by_1 = float(by / row.l_1);
+        by_ce = known ? a.ce_weight * a.ce_scale[r * a.ce_scale_stride] : NOT_A_NUMBER;
+        row.by_1 = float(by_ce / row.l_1);
     }
     if (extra) add_cosine_and_mse(a, r, s, t, scratch, weight, kd_scale);
     if (!g) return;
@@ -278,7 +281,7 @@ void distil_row(
     }
     const bool streamed = a.n_rows * a.gradient.stride * int64_t(sizeof(S)) >= STREAMED_BYTES;
     dispatched(kind, labelled, [&](auto kd, auto ce) {
-        write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_label);
+        write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_ce);
     });
 }
 

@@ -28,12 +28,13 @@ void join(const distilfast_ensemble_args& a, int64_t k, const T* t, float* z, fl
     });
     const float m = ceilf(scale * top.total());
     Sum l;
-    sweep(n_cols, [&](int64_t i, auto n, auto part) {
-        l.add(part, exp2(fma(get(t + i, n, -INF), scale, -m)));
-    });
+    const auto add = [&](int64_t i, auto n, auto part) {
+        l.add(part, exp2(exact_fma(get(t + i, n, -INF), scale, -m)));
+    };
+    sum_up(n_cols, add, l);
     const Vec shift(float(::log2(a.weights[k]) - ::log2(l.total())));
     sweep(n_cols, [&](int64_t i, auto n, auto) {
-        const Vec y = fma(get(t + i, n, -INF), scale, -m) + shift;
+        const Vec y = exact_fma(get(t + i, n, -INF), scale, -m) + shift;
         if (k == 0) {
             put(z + i, y, n);
             store(total + i, 1.f);

@@ -70,18 +70,35 @@ inline void prefetch(const E* p, int k) {
     if (k * WIDTH * sizeof(E) % 64 == 0) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
 }
 
-// A sum over a row, in parts so that additions need not wait for one another.
+// A sum over a row, in parts so that additions need not wait for one another, and block by block so
+// that few of them round at the size of the whole.
 struct Sum {
-    Vec part[4] = {0.f, 0.f, 0.f, 0.f};
+    Vec part[4] = {0.f, 0.f, 0.f, 0.f}, blocks = 0.f;
     void add(int k, Vec x) { part[k] = part[k] + x; }
+    void add(int k, Vec x, Vec y) { part[k] = fma(x, y, part[k]); }
+    void end_block() {
+        blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
+        for (Vec& x : part) x = 0.f;
+    }
     double total() const {
-        float lanes[4 * WIDTH];
-        for (int k = 0; k < 4; k++) store(lanes + k * WIDTH, part[k]);
-        double sums[4] = {0, 0, 0, 0};
-        for (int i = 0; i < 4 * WIDTH; i++) sums[i % 4] += lanes[i];
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        float lanes[WIDTH];
+        store(lanes, blocks);
+        double total = 0;
+        for (float x : lanes) total += x;
+        return total;
     }
 };
+
+// A sweep that adds to these sums.
+template <class F, class... Sums>
+inline void sum_up(int64_t n_cols, F f, Sums&... sums) {
+    constexpr int64_t BLOCK = 4096;
+    for (int64_t start = 0; start < n_cols; start += BLOCK) {
+        const int64_t left = n_cols - start;
+        sweep(left < BLOCK ? left : BLOCK, [&](int64_t i, auto n, auto k) { f(start + i, n, k); });
+        (sums.end_block(), ...);
+    }
+}
 
 // The largest element of a row, NaN aside.
 struct Top {
@@ -106,15 +123,16 @@ struct Products {
 template <bool SQUARES, class S, class T>
 Products add_products(const S* s, const T* t, int64_t n_cols) {
     Sum ss, tt, st, sq;
-    sweep(n_cols, [&](int64_t i, auto n, auto k) {
+    const auto at = [&](int64_t i, auto n, auto k) {
         prefetch(s + i, k), prefetch(t + i, k);
         const Vec x = get(s + i, n, 0.f), y = get(t + i, n, 0.f);
         const Vec a = drop(x, x, y), b = drop(y, x, y);
-        ss.add(k, a * a);
-        tt.add(k, b * b);
-        st.add(k, a * b);
-        if constexpr (SQUARES) sq.add(k, (a - b) * (a - b));
-    });
+        ss.add(k, a, a);
+        tt.add(k, b, b);
+        st.add(k, a, b);
+        if constexpr (SQUARES) sq.add(k, a - b, a - b);
+    };
+    sum_up(n_cols, at, ss, tt, st, sq);
     const double s2 = ss.total(), t2 = tt.total(), dot = st.total(), squares = sq.total();
     // A zero vector has no direction: distance 1, gradient 0. A NaN is no zero.
     if ((s2 == 0 || t2 == 0) && s2 + t2 == s2 + t2) return {1, squares, 0, 0};

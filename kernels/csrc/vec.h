@@ -1,6 +1,7 @@
 // A vector of fp32 for the instruction set that a file is compiled for, and loads and stores that
 // convert. Where n is given, only the first n < WIDTH elements are touched.
 //
+// fma rounds once where the machine has such an instruction, exact_fma everywhere.
 // max and min of a NaN and a number are their second argument, whichever it is: callers rely on it.
 #pragma once
 
@@ -247,7 +248,20 @@ using Mask = Ints;
 inline Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 inline Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 inline Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+#if defined(__FP_FAST_FMAF)
+inline Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < WIDTH; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+    return c;
+}
+inline Vec exact_fma(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+#else
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec exact_fma(Vec a, Vec b, Vec c) {  // a product of two fp32 is exact in fp64
+    typedef double Doubles __attribute__((vector_size(32)));
+    const Doubles x = __builtin_convertvector(a.v, Doubles), y = __builtin_convertvector(b.v, Doubles);
+    return __builtin_convertvector(x * y + __builtin_convertvector(c.v, Doubles), Floats);
+}
+#endif
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 inline Mask equal(Vec a, Vec b) { return a.v == b.v; }
@@ -319,6 +333,10 @@ inline Vec mantissa(Vec x) {
 
 #endif
 
+#if defined(__AVX2__)
+inline Vec exact_fma(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+#endif
+
 #if !defined(__AVX512F__)
 template <class E>
 inline Vec load(const E* p, int n, float other) {
@@ -349,7 +367,7 @@ inline Vec exp2(Vec x) {
 // itself, so that the size of x costs no digits, and the polynomial errs by 1e-8.
 inline Vec exp2(Vec x, Vec a, Vec b, Vec c) {
     x = bounded(x);
-    const Vec n = whole(max(-127.f, x)), f = max(-1.f, fma(a, b, Vec(0.f) - (c + n)));
+    const Vec n = whole(max(-127.f, x)), f = max(-1.f, exact_fma(a, b, Vec(0.f) - (c + n)));
     Vec p = fma(f, 2.1612915e-4f, 1.24678465e-3f);
     p = fma(p, f, 9.67545157e-3f);
     p = fma(p, f, 5.54852806e-2f);
