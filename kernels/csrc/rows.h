@@ -70,21 +70,22 @@ inline void prefetch(const E* p, int k) {
     if (k * WIDTH * sizeof(E) % 64 == 0) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
 }
 
-// A sum over a row, in parts so that additions need not wait for one another, and block by block so
-// that few of them round at the size of the whole.
+// A sum over a row: of a block in fp32, in parts so that additions need not wait for one another, and
+// of the blocks in fp64, so that few of them round at the size of the whole.
 struct Sum {
-    Vec part[4] = {0.f, 0.f, 0.f, 0.f}, blocks = 0.f;
+    Vec part[4] = {0.f, 0.f, 0.f, 0.f};
+    Doubles blocks = {};
     void add(int k, Vec x) { part[k] = part[k] + x; }
     void add(int k, Vec x, Vec y) { part[k] = fma(x, y, part[k]); }
     void end_block() {
-        blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
-        for (Vec& x : part) x = 0.f;
+        for (Vec& x : part) {
+            blocks += __builtin_convertvector(x.v, Doubles);
+            x = 0.f;
+        }
     }
     double total() const {
-        float lanes[WIDTH];
-        store(lanes, blocks);
         double total = 0;
-        for (float x : lanes) total += x;
+        for (int i = 0; i < WIDTH; i++) total += blocks[i];
         return total;
     }
 };

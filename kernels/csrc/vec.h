@@ -68,6 +68,7 @@ inline void narrow(fp16& to, float x) {
 #if defined(__AVX512F__)
 
 constexpr int WIDTH = 16;
+typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 struct Vec {
     __m512 v;
     Vec() = default;
@@ -157,6 +158,7 @@ inline Vec mantissa(Vec x) {
 #elif defined(__AVX2__)
 
 constexpr int WIDTH = 8;
+typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 struct Vec {
     __m256 v;
     Vec() = default;
@@ -233,6 +235,7 @@ inline Vec mantissa(Vec x) {
 #else  // for any machine: 16 bytes, which GCC and clang make SSE2 or NEON of
 
 constexpr int WIDTH = 4;
+typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 typedef float Floats __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
@@ -257,7 +260,6 @@ inline Vec exact_fma(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #else
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 inline Vec exact_fma(Vec a, Vec b, Vec c) {  // a product of two fp32 is exact in fp64
-    typedef double Doubles __attribute__((vector_size(32)));
     const Doubles x = __builtin_convertvector(a.v, Doubles), y = __builtin_convertvector(b.v, Doubles);
     return __builtin_convertvector(x * y + __builtin_convertvector(c.v, Doubles), Floats);
 }
