@@ -8,7 +8,9 @@ for every version of both. Each source is compiled for its own instruction set. 
 the packages are installed without it, and `backend="cpp"` says so.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,14 +22,19 @@ SOURCES = Path("kernels", "csrc")
 # would let the bits of a result depend on where a row lies.
 FLAGS = [
     *("-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra"),
 ]
 LEVELS = {"plain": [], "dispatch": []}
+NEWEST = "avx512bf16"
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    sets = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
+    sets = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
     # GCC 12 takes the undefined operand of its own AVX-512 headers for an uninitialised one.
-    LEVELS["avx512"] = [*(f"-m{x}" for x in sets), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    LEVELS["avx512"] = [*(f"-m{x}" for x in sets), *quiet]
+    LEVELS[NEWEST] = [*LEVELS["avx512"], "-mavx512bf16"]
+    # Whatever CFLAGS ask for: a level is for every machine that has its instructions.
+    LEVELS = {level: ["-march=x86-64", *flags] for level, flags in LEVELS.items()}
 
 
 class BuildKernels(build_ext):
@@ -38,17 +45,30 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
+
+        def compiled(level: str, *more: str) -> list[str]:
+            return self.compiler.compile(
+                [str(SOURCES / f"{level}.cpp")],
+                output_dir=self.build_temp,
+                extra_postargs=[*FLAGS, *LEVELS[level], *more],
+                depends=ext.depends,
+            )
+
         try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = {level: pool.submit(compiled, level) for level in LEVELS}
             objects = []
-            for level, flags in LEVELS.items():
-                objects += self.compiler.compile(
-                    [str(SOURCES / f"{level}.cpp")],
-                    output_dir=self.build_temp,
-                    extra_postargs=[*FLAGS, *flags],
-                    depends=ext.depends,
-                )
+            if (
+                NEWEST in jobs and jobs[NEWEST].exception()
+            ):  # a compiler older than the instructions
+                del jobs[NEWEST]
+                jobs.pop("dispatch")
+                objects += compiled("dispatch", "-DDISTILFAST_WITHOUT_AVX512BF16")
+            objects += [path for job in jobs.values() for path in job.result()]
+            if any(b"__kmpc_" in Path(path).read_bytes() for path in objects):
+                raise OSError("clang's OpenMP is not the one that PyTorch brings; set CXX=g++")
             # Without an OpenMP runtime: cpp.py hands in PyTorch's.
-            self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+            self.compiler.link_shared_object(objects, str(target), libraries=["m"], target_lang="c")
         except Exception as error:  # no compiler, or one that cannot: each kind has its own
             target.unlink(missing_ok=True)
             self.warn(f"distilfast: the C++ kernels are left out, they could not be built: {error}")

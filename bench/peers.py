@@ -291,7 +291,7 @@ def contestants() -> list[Contestant]:
             kernels="triton" if backend == "triton" else "",
             overwrites=DISTILLATION if inplace else (),
         )
-        for backend in dict.fromkeys((*backends.FUSED, *backends.BACKENDS))
+        for backend in backends.BACKENDS
         for inplace in (False, True)
     ]
     own.append(Contestant("distilfast", ("combine",), ours("auto", False)))

@@ -146,15 +146,10 @@ BACKENDS: dict[str, Backend] = {
     ),
 }
 
-# Known by name, so that asking for one says why it is not there instead of "unknown".
-FUSED = ("triton", "cpp")
-
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine; None where it can."""
-    if name in BACKENDS:
-        return BACKENDS[name].unavailable()
-    return distilfast_kernels.unavailable(name)
+    return BACKENDS[name].unavailable()
 
 
 def usable() -> list[str]:
@@ -175,13 +170,13 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
         fused = {"cuda": "triton", "cpu": "cpp"}.get(device.type)
         if fused is None or torch.float64 in dtypes:
             return "torch"
-        if fused in BACKENDS and unavailable(fused) is None:
+        if unavailable(fused) is None:
             return fused
         if not torch.compiler.is_compiling():
             _say_once(f"backend auto: torch on {device.type}, {unavailable(fused)}")
         return "torch"
-    if name not in (*BACKENDS, *FUSED):
-        known = ", ".join(("auto", *BACKENDS, *FUSED))
+    if name not in BACKENDS:
+        known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {known}, got {name!r}")
     reason = unavailable(name)
     if reason is not None:

@@ -1,3 +1,3 @@
-// AVX-512 with bf16.
+// AVX-512 as Skylake has it.
 #define LEVEL avx512
 #include "level.h"

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+// To be raised with every change of a structure or its meaning, here and in cpp.py.
+#define DISTILFAST_ABI 1
 #define DISTILFAST_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -12,7 +14,12 @@ extern "C" {
 
 enum distilfast_dtype { DISTILFAST_FP32, DISTILFAST_BF16, DISTILFAST_FP16 };
 enum distilfast_divergence { DISTILFAST_NO_KD, DISTILFAST_FORWARD_KL, DISTILFAST_REVERSE_KL, DISTILFAST_JSD };
-enum distilfast_level { DISTILFAST_PLAIN, DISTILFAST_AVX2, DISTILFAST_AVX512 };
+enum distilfast_level {
+    DISTILFAST_PLAIN,
+    DISTILFAST_AVX2,
+    DISTILFAST_AVX512,
+    DISTILFAST_AVX512BF16
+};
 
 // Rows of elements of one dtype, dense in a row.
 typedef struct {
@@ -60,6 +67,8 @@ typedef struct {
     int64_t by_stride, n_rows, n_cols;
 } distilfast_scale_args;
 
+// Differs where the structures above do: whoever calls has to have been made with the same.
+DISTILFAST_API int64_t distilfast_abi(void);
 // The best level that this machine runs.
 DISTILFAST_API int distilfast_best_level(void);
 // 0, or an errno. level: one that this machine runs; threads: how many to use.

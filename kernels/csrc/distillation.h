@@ -1,7 +1,7 @@
 // The losses over the vocabulary and their gradient, a row a thread.
 //
-// Mathematics: that of kernels/distilfast_kernels/distillation.py. With c = log2(e) / T and x = c s - m
-// in bits, e = 2^x and l = sum e; m is any number that keeps e in fp32's range, and falls out:
+// Mathematics: that of kernels/distilfast_kernels/distillation.py. With x = (s - m) log2(e) / T, in
+// bits, e = 2^x and l = sum e; m is any number that keeps e in fp32's range, and falls out:
 //
 //     KL(t || s) = sum e_t (x_t - x_s) / l_t - log2 l_t + log2 l_s    in bits
 //     d/ds       = (e_s / l_s - e_t / l_t) / T
@@ -15,16 +15,21 @@
 //        (JSD: the distances from the mixture, over e_t)
 //     2. the gradient            reads e_s, e_t  writes g
 //
-// No sweep looks for the maximum: m comes from the row's first columns, rounded up to whole bits. That
-// is as good unless the true maximum lies far above it, where x and with it e lose digits. The sums say
-// so, as they are not below their largest term; then sweep 1 is done again with the true maximum.
+// No sweep looks for the maximum: m is that of the row's first columns. It is as good unless the true
+// maximum lies far above it, where x and with it e lose digits. The sums say so, as they are not below
+// their largest term; then sweep 1 is done again with the true maximum.
 #pragma once
 
 #include "rows.h"
 
 namespace {
 
-enum { NO_KD = DISTILFAST_NO_KD, FORWARD_KL, REVERSE_KL, JSD };
+enum {
+    NO_KD = DISTILFAST_NO_KD,
+    FORWARD_KL = DISTILFAST_FORWARD_KL,
+    REVERSE_KL = DISTILFAST_REVERSE_KL,
+    JSD = DISTILFAST_JSD
+};
 
 // Of the vocabularies in use the first 2,048 columns hold frequent tokens. Up to 2^20 x errs by 2^-20
 // at most, and a row of a million equal columns is no exception.
@@ -36,11 +41,12 @@ struct Scratch {
     float *e_s, *e_t, *extra;
 };
 
-// 2^x with the digits that logits of type E call for, x being logit * scale - top.
+// 2^(above scale) with the digits that logits of type E call for.
 template <class E>
-inline Vec exponential(Vec x, Vec logit, Vec scale, Vec top) {
+inline Vec exponential(Vec above, Vec scale) {
+    const Vec x = above * scale;
     if constexpr (sizeof(E) < sizeof(float)) return exp2(x);
-    return exp2(x, logit, scale, top);
+    return exp2(x, above, scale);
 }
 
 // e^power for 1, 2, 3, 4.
@@ -51,18 +57,18 @@ inline Vec power_of(Vec e, int power) {
 
 // What a row comes to.
 struct Row {
-    float scale = 0, temperature = 1, top_s = 0, top_t = 0, top_1 = 0;
-    int power = 1;  // T where e_1 = 2^(T x_s) is a small power of e_s; else 0, and e_1 has top_1
+    float scale = 0, top_s = 0, top_t = 0;
+    int power = 1;  // T where e_1 = 2^(T x_s) is a small power of e_s; else 0
     double l_s = 0, l_t = 0, d = 0, l_1 = 0;
     // the gradient's factors
     float by_s = 0, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
 
-    Vec x_s(Vec s) const { return exact_fma(s, scale, -top_s); }
-    Vec x_t(Vec t) const { return exact_fma(t, scale, -top_t); }
+    Vec x_s(Vec s) const { return (s - top_s) * scale; }
+    Vec x_t(Vec t) const { return (t - top_t) * scale; }
     template <class S>
     Vec e_1(Vec e_s, Vec s) const {
         if (power) return power_of(e_s, power);
-        return exponential<S>(exact_fma(s, float(LOG2_E), -top_1), s, float(LOG2_E), top_1);
+        return exponential<S>(s - top_s, float(LOG2_E));
     }
     // l_1 of a higher power says the same as l_s, in a range of its own.
     bool in_range() const { return l_s <= RANGE && l_t <= RANGE && (power > 1 || l_1 <= RANGE); }
@@ -75,9 +81,7 @@ void find_tops(Row& row, const S* s, const T* t, bool kd, int64_t n_cols) {
         top_s.add(k, get(s + i, n, -INF));
         if (kd) top_t.add(k, get(t + i, n, -INF));
     });
-    row.top_s = ceilf(row.scale * top_s.total());
-    row.top_1 = ceilf(float(LOG2_E) * top_s.total());
-    row.top_t = ceilf(row.scale * top_t.total());
+    row.top_s = top_s.total(), row.top_t = top_t.total();
 }
 
 template <int KD, bool CE, class S, class T>
@@ -86,12 +90,12 @@ void add_up(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_
     const auto at = [&](int64_t i, auto n, auto k) {
         prefetch(s + i, k);
         const Vec logit_s = get(s + i, n, -INF), x_s = row.x_s(logit_s);
-        const Vec e_s = exponential<S>(x_s, logit_s, row.scale, row.top_s);
+        const Vec e_s = exponential<S>(logit_s - row.top_s, row.scale);
         store(scratch.e_s + i, e_s);
         if constexpr (KD != NO_KD) {
             prefetch(t + i, k);
             const Vec logit_t = get(t + i, n, -INF), x_t = row.x_t(logit_t);
-            const Vec e_t = exponential<S>(x_t, logit_t, row.scale, row.top_t);
+            const Vec e_t = exponential<S>(logit_t - row.top_t, row.scale);
             store(scratch.e_t + i, e_t);
             l_s.add(k, e_s);
             l_t.add(k, e_t);
@@ -224,13 +228,11 @@ void distil_row(
         for (int64_t i = n_cols; i < a.n_padded; i++) narrow(g[i], 0.f);
 
     Row row;
-    if (kind != NO_KD) {
-        row.temperature = float(a.temperature);
-        row.power = 0;
-        for (int whole = 1; whole <= 4; whole++)
-            if (a.temperature == whole) row.power = whole;
-    }
-    row.scale = float(LOG2_E / row.temperature);
+    const double temperature = kind == NO_KD ? 1 : a.temperature;
+    row.scale = float(LOG2_E / temperature);
+    row.power = 0;
+    for (int whole = 1; whole <= 4; whole++)
+        if (temperature == whole) row.power = whole;
     if (kind != NO_KD || labelled) {
         const auto sums = [&](int64_t n_seen) {
             find_tops(row, s, t, kind != NO_KD, n_seen);
@@ -266,10 +268,8 @@ void distil_row(
         label = a.labels[r];
         const bool known = label >= 0 && label < n_cols;
         if (!known) label = 0;
-        const float at_label = widen(s[label]);
-        const double x = row.power ? row.temperature * fmaf(at_label, row.scale, -row.top_s)
-                                   : fmaf(at_label, float(LOG2_E), -row.top_1);
-        a.rows[a.n_rows + r] = known ? float(LN_2 * (::log2(row.l_1) - x)) : NOT_A_NUMBER;
+        const double above = double(widen(s[label])) - row.top_s;
+        a.rows[a.n_rows + r] = known ? float(LN_2 * ::log2(row.l_1) - above) : NOT_A_NUMBER;
         by_ce = known ? a.ce_weight * a.ce_scale[r * a.ce_scale_stride] : NOT_A_NUMBER;
         row.by_1 = float(by_ce / row.l_1);
     }
@@ -279,7 +279,9 @@ void distil_row(
         memset((void*)g, 0, n_cols * sizeof(S));
         return;
     }
-    const bool streamed = a.n_rows * a.gradient.stride * int64_t(sizeof(S)) >= STREAMED_BYTES;
+    // In place the lines are in the cache: they have just been read.
+    const bool streamed =
+        (void*)g != (void*)s && a.n_rows * a.gradient.stride * int64_t(sizeof(S)) >= LARGE_BYTES;
     dispatched(kind, labelled, [&](auto kd, auto ce) {
         write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_ce);
     });
@@ -289,9 +291,7 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
     const bool soft = extra || a.divergence != NO_KD;
     const bool mixed = a.student.dtype != a.teacher.dtype;
-    const int64_t bytes = a.student.dtype == DISTILFAST_FP32 ? 4 : 2;
-    if (a.gradient.data != a.student.data)
-        prefer_large_pages(a.gradient.data, a.n_rows * a.gradient.stride * bytes);
+    if (a.gradient.data != a.student.data) prefer_large_pages(a.gradient, a.n_rows);
     return for_rows(a.n_rows, a.n_cols, 2 + extra + mixed, threads, [&](int64_t r, auto buffer) {
         const bool needed = soft && (!a.mask || a.mask[r] != 0);
         float* const wide = mixed ? buffer(2 + extra) : nullptr;

@@ -26,15 +26,15 @@ void join(const distilfast_ensemble_args& a, int64_t k, const T* t, float* z, fl
         prefetch(t + i, part);
         top.add(part, get(t + i, n, -INF));
     });
-    const float m = ceilf(scale * top.total());
+    const Vec m = top.total();
     Sum l;
     const auto add = [&](int64_t i, auto n, auto part) {
-        l.add(part, exp2(exact_fma(get(t + i, n, -INF), scale, -m)));
+        l.add(part, exp2((get(t + i, n, -INF) - m) * scale));
     };
     sum_up(n_cols, add, l);
     const Vec shift(float(::log2(a.weights[k]) - ::log2(l.total())));
     sweep(n_cols, [&](int64_t i, auto n, auto) {
-        const Vec y = exact_fma(get(t + i, n, -INF), scale, -m) + shift;
+        const Vec y = (get(t + i, n, -INF) - m) * scale + shift;
         if (k == 0) {
             put(z + i, y, n);
             store(total + i, 1.f);
@@ -51,6 +51,7 @@ void join(const distilfast_ensemble_args& a, int64_t k, const T* t, float* z, fl
 }
 
 int combine_teachers(const distilfast_ensemble_args& a, int threads) {
+    prefer_large_pages({a.z, a.stride_z, DISTILFAST_FP32}, a.n_rows);
     return for_rows(a.n_rows, a.n_cols, a.mean ? 1 : 0, threads, [&](int64_t r, auto buffer) {
         float *const z = a.z + r * a.stride_z, *const total = buffer(0);
         for (int64_t k = 0; k < a.n_teachers; k++)

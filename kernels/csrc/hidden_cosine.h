@@ -31,6 +31,7 @@ void cosine_row(const distilfast_cosine_args& a, int64_t r, const S* s, const T*
 
 int hidden_cosine(const distilfast_cosine_args& a, int threads) {
     const bool mixed = a.student.dtype != a.teacher.dtype;
+    prefer_large_pages(a.gradient, a.n_rows);
     return for_rows(a.n_rows, a.n_cols, mixed, threads, [&](int64_t r, auto buffer) {
         const bool needed = !a.mask || a.mask[r] != 0;
         typed_pair(a.student, a.teacher, r, a.n_cols, needed, buffer(0), [&](auto* s, auto* t) {

@@ -12,6 +12,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -24,7 +25,7 @@ constexpr float NOT_A_NUMBER = NAN;
 constexpr int AHEAD = 2048;
 // Gradients from here on are written past the caches. They are too large to be found there by
 // whoever comes next, and a line that is written whole need not be read first.
-constexpr int64_t STREAMED_BYTES = int64_t(16) << 20;
+constexpr int64_t LARGE_BYTES = int64_t(16) << 20;
 
 // Elements below which a second thread costs more than it brings (PyTorch's own figure).
 constexpr int64_t WORTH_A_THREAD = 32768;
@@ -143,16 +144,18 @@ Products add_products(const S* s, const T* t, int64_t n_cols) {
 
 // --- Memory ----------------------------------------------------------------------------------------
 
-// The gradient of many rows is memory that no one has touched so far, and where the system gives it in
+// What a call writes is often memory that no one has touched so far, and where the system gives it in
 // pages of 4 KiB, asking for each takes several times as long as the kernel. Where it may, let it
 // take pages of 2 MiB. Advice, so what comes of it does not matter.
-inline void prefer_large_pages(void* data, int64_t n_bytes) {
+inline void prefer_large_pages(const distilfast_matrix& m, int64_t n_rows) {
 #if defined(MADV_HUGEPAGE)
-    const uintptr_t page = 4096, begin = (uintptr_t(data) + page - 1) / page * page;
-    const uintptr_t end = (uintptr_t(data) + uintptr_t(n_bytes)) / page * page;
-    if (data && n_bytes >= STREAMED_BYTES) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+    const int64_t n_bytes = n_rows * m.stride * (m.dtype == DISTILFAST_FP32 ? 4 : 2);
+    const uintptr_t begin = (uintptr_t(m.data) + page - 1) / page * page;
+    const uintptr_t end = (uintptr_t(m.data) + uintptr_t(n_bytes)) / page * page;
+    if (m.data && n_bytes >= LARGE_BYTES) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #else
-    (void)data, (void)n_bytes;
+    (void)m, (void)n_rows;
 #endif
 }
 

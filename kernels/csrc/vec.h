@@ -1,7 +1,7 @@
 // A vector of fp32 for the instruction set that a file is compiled for, and loads and stores that
 // convert. Where n is given, only the first n < WIDTH elements are touched.
 //
-// fma rounds once where the machine has such an instruction, exact_fma everywhere.
+// fma rounds once where the machine has such an instruction; exact_fma has an exact product everywhere.
 // max and min of a NaN and a number are their second argument, whichever it is: callers rely on it.
 #pragma once
 
@@ -365,11 +365,11 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, 6.93151312e-1f);
     return times_exp2(fma(p, f, 1.f), x);
 }
-// 2^(a b - c) where x is a b - c, rounded, and c is whole. The fraction is taken from the product
-// itself, so that the size of x costs no digits, and the polynomial errs by 1e-8.
-inline Vec exp2(Vec x, Vec a, Vec b, Vec c) {
+// 2^(a b) where x is a b, rounded. The fraction is taken from the product itself, so that the size of
+// x costs no digits, and the polynomial errs by 1e-8.
+inline Vec exp2(Vec x, Vec a, Vec b) {
     x = bounded(x);
-    const Vec n = whole(max(-127.f, x)), f = max(-1.f, exact_fma(a, b, Vec(0.f) - (c + n)));
+    const Vec n = whole(max(-127.f, x)), f = max(-1.f, exact_fma(a, b, Vec(0.f) - n));
     Vec p = fma(f, 2.1612915e-4f, 1.24678465e-3f);
     p = fma(p, f, 9.67545157e-3f);
     p = fma(p, f, 5.54852806e-2f);

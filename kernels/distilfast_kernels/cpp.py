@@ -7,6 +7,7 @@ runtime that PyTorch has loaded, and as many threads as it does: one pool, not t
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -22,7 +23,8 @@ LIBRARY = Path(__file__).with_name("_cpp.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 # The instruction sets, worst first. DISTILFAST_CPU_LEVEL asks for one by name.
-LEVELS = ("plain", "avx2", "avx512")
+LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
+ABI = 1
 
 
 # --- The declarations of kernels/csrc/distilfast.h -----------------------------------------------
@@ -77,11 +79,23 @@ class _ScaleArguments(ctypes.Structure):
     )
 
 
+_ARGUMENTS = {
+    "distillation": _DistillationArguments,
+    "hidden_cosine": _CosineArguments,
+    "combine_teachers": _EnsembleArguments,
+    "scale": _ScaleArguments,
+}
+
+
 def _share_openmp() -> None:
     """Make PyTorch's OpenMP runtime visible to the kernels, which are linked with none. Each build
     of PyTorch brings its own, under names like libgomp-a34b3233.so.1 that no linker could know."""
-    loaded = Path("/proc/self/maps").read_text().split()
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    loaded = [line.split(maxsplit=5)[-1] for line in lines]
     runtimes = [path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)[-.][^/]*$", path)]
+    runtimes.sort(key=lambda path: "/torch" not in path)  # other packages bring theirs, too
     ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
@@ -89,7 +103,11 @@ def _share_openmp() -> None:
 def _library() -> ctypes.CDLL:
     _share_openmp()
     library = ctypes.CDLL(str(LIBRARY))
-    for name in ("distillation", "hidden_cosine", "combine_teachers", "scale"):
+    library.distilfast_abi.restype = c_int64
+    sizes = map(ctypes.sizeof, (_Matrix, *_ARGUMENTS.values()))
+    if library.distilfast_abi() != ABI * 1_000_000 + sum(sizes):
+        raise OSError("it was built from other sources; install distilfast again")
+    for name in _ARGUMENTS:
         getattr(library, f"distilfast_{name}").argtypes = (c_void_p, c_int, c_int)
     return library
 
@@ -116,7 +134,7 @@ def best_level() -> str:
 
 def level() -> str:
     """The instruction set in use: the best, or DISTILFAST_CPU_LEVEL."""
-    wanted = os.environ.get("DISTILFAST_CPU_LEVEL", best_level())
+    wanted = os.environ.get("DISTILFAST_CPU_LEVEL") or best_level()
     if wanted not in LEVELS[: LEVELS.index(best_level()) + 1]:
         raise ValueError(
             f"DISTILFAST_CPU_LEVEL: expected one of {', '.join(LEVELS)}, up to {best_level()} on "
@@ -128,8 +146,10 @@ def level() -> str:
 def _call(name: str, arguments: ctypes.Structure) -> None:
     function = getattr(_library(), f"distilfast_{name}")
     status = function(ctypes.byref(arguments), LEVELS.index(level()), torch.get_num_threads())
-    if status:
+    if status == errno.ENOMEM:
         raise MemoryError(f"distilfast {name}: {os.strerror(status)}")
+    if status:
+        raise OSError(status, f"distilfast {name}: {os.strerror(status)}")
 
 
 def _matrix(x: Tensor | None) -> _Matrix:
