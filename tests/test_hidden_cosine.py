@@ -196,7 +196,7 @@ def test_parity_is_blind_to_memory_layout(backend, device):
 )
 @given(
     seed=st.integers(0, 1000),
-    width=st.integers(1, 40),
+    width=st.integers(2, 40),  # at width 1 the gradient is 0, and rounding is all that is left
     keep=st.lists(st.booleans(), min_size=5, max_size=5),
     factor=st.floats(0.01, 100),
 )

@@ -1334,10 +1334,15 @@ def reference_of(folder: Path) -> Iterator[None]:
     module = load("distilfast_mutated_reference", folder / "reference.py")
     torch_backend = backends.BACKENDS["torch"]
     torch_backend = dataclasses.replace(torch_backend, hidden_cosine=module.hidden_cosine)
+    # "auto" means the reference, too
+    without_cpp = dataclasses.replace(
+        backends.BACKENDS["cpp"], unavailable=lambda: "the reference is asked"
+    )
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backends, "reference", module)
             patch.setitem(backends.BACKENDS, "torch", torch_backend)
+            patch.setitem(backends.BACKENDS, "cpp", without_cpp)
             yield
     finally:
         del sys.modules[module.__name__]

@@ -1856,8 +1856,8 @@ MUTATIONS = [
         "divergences in another order",
         AVX512,
         D,
-        "FORWARD_KL, REVERSE_KL, JSD };",
-        "REVERSE_KL, FORWARD_KL, JSD };",
+        "FORWARD_KL = DISTILFAST_FORWARD_KL,\n    REVERSE_KL = DISTILFAST_REVERSE_KL,",
+        "FORWARD_KL = DISTILFAST_REVERSE_KL,\n    REVERSE_KL = DISTILFAST_FORWARD_KL,",
         FORWARD,
     ),
     Mutation(
