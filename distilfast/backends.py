@@ -173,9 +173,10 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
         if unavailable(fused) is None:
             return fused
         if not torch.compiler.is_compiling():
-            _say_once(f"backend auto: torch on {device.type}, {unavailable(fused)}")
+            why = f"as {fused} cannot be used: {unavailable(fused)}"
+            _say_once(f"backend auto: torch on {device.type}, {why}")
         return "torch"
-    if name not in BACKENDS:
+    if name not in tuple(BACKENDS):  # whatever it is, hashable or not
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {known}, got {name!r}")
     reason = unavailable(name)

@@ -863,7 +863,7 @@ class DistillationLoss(nn.Module):
         width = keywords.get("vocab_size") or 2
         probe = torch.zeros(0, width if isinstance(width, int) else 2)
         backend = keywords.get("backend", "auto")
-        known = {**keywords, "backend": "torch" if backend in backends.BACKENDS else backend}
+        known = {**keywords, "backend": "torch" if backend in tuple(backends.BACKENDS) else backend}
         distillation_loss(probe, probe, torch.zeros(0, dtype=torch.int64), **known)
 
     def forward(

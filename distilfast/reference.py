@@ -60,15 +60,16 @@ def divergence(
     """
     log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
     p_is_0, q_is_0 = log_p == -math.inf, log_q == -math.inf
+    p, q = log_p.exp(), log_q.exp()
     # Where exp underflows, the probability is tiny and not 0: tiny * inf is inf and not NaN.
-    tiny = torch.finfo(s.dtype).tiny
-    p, q = log_p.exp().clamp_min(tiny), log_q.exp()
     if kind == "forward_kl":
-        loss = (p * (log_p - log_q)).masked_fill(p_is_0, 0).sum(-1)
-        grad = q.sub_(p.masked_fill_(p_is_0, 0)) if gradient else None
+        log_ratio = log_p - log_q
+        terms = (p * log_ratio).masked_fill_(log_ratio == math.inf, math.inf)
+        loss = terms.masked_fill_(p_is_0, 0).sum(-1)
+        grad = q.sub_(p) if gradient else None
     elif kind == "reverse_kl":
         log_ratio = (log_q - log_p).masked_fill(q_is_0, 0)
-        loss = (q.clamp_min(tiny) * log_ratio).sum(-1)
+        loss = (q * log_ratio).masked_fill_(log_ratio == math.inf, math.inf).sum(-1)
         grad = q * (log_ratio - loss[:, None]) if gradient else None
         if grad is not None:
             grad = grad.masked_fill(loss.isinf()[:, None], math.nan)

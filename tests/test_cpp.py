@@ -1110,7 +1110,7 @@ def test_install_without_a_compiler_computes_with_torch_and_says_so_once(
     assert found["refused"] == f"backend: 'cpp' cannot be used here: {found['unavailable']}"
     assert found["auto"] == [found["wanted"]] * 3
     said = [line for line in done.stderr.splitlines() if line.strip()]
-    assert said == [f"backend auto: torch on cpu, {found['unavailable']}"]
+    assert said == [f"backend auto: torch on cpu, as cpp cannot be used: {found['unavailable']}"]
 
 
 # scale

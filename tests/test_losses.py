@@ -453,6 +453,28 @@ def test_rows_of_one_huge_value_are_uniform(backend, device, value, dtype):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_column_masked_with_the_lowest_number_is_no_infinity(
+    backend, device, divergence, side, dtype
+):
+    # a probability that underflows times a difference of 1e38 is 0, whatever rounding makes of it
+    student, teacher = (x.to(dtype) for x in logits_pair((3, 50), device=device))
+    (student if side == "student" else teacher)[:, 7] = torch.finfo(dtype).min
+    values = {"divergence": divergence, "temperature": 2.0, "reduction": "none"}
+    results = []
+    for s, t, name in ((student, teacher, backend), (student.double(), teacher.double(), "torch")):
+        s = s.clone().requires_grad_()
+        out = distillation_loss(s, t, backend=name, **values)
+        out.loss.sum().backward()
+        results.append((out.loss.double(), s.grad.double()))
+    (loss, grad), (exact_loss, exact_grad) = results
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-5, atol=4e-5)
+    tolerance = (1e-5 if dtype == FP32 else 2**-7) * exact_grad.abs().amax()
+    assert (grad - exact_grad).abs().amax() <= tolerance
+
+
 @pytest.mark.parametrize("offset", [100.0, -100.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_parity_of_logits_that_are_not_centred(backend, device, divergence, offset):
