@@ -30,7 +30,8 @@ class Backend:
 
     ``unavailable`` says why the backend cannot be used on this machine, or returns None.
     ``accepts`` says whether it takes tensors of a device type ("cpu", "cuda") and dtype.
-    ``combine_teachers`` writes into its last argument, (N, vocab_size). ``scale`` multiplies (N, M)
+    ``combine_teachers`` writes into its last argument, (N, vocab_size), which may be the first of
+    the logits. ``scale`` multiplies (N, M)
     by () or (N,), in place, computing in fp32 at least. What is written to is dense along its rows.
     """
 
@@ -57,6 +58,8 @@ def _torch_distillation(
     ce_scale: Tensor,
     options: Options,
     gradient: Tensor | None,
+    heads: tuple[reference.Head, reference.Head] = reference.PLAIN,
+    bias_gradient: Tensor | None = None,
 ) -> Tensor:
     """`reference.distillation`, a block of rows at a time."""
     n_rows = student.shape[0]
@@ -74,6 +77,8 @@ def _torch_distillation(
                 ce_scale[part] if ce_scale.ndim else ce_scale,
                 options,
                 None if gradient is None else gradient[part],
+                heads,
+                bias_gradient,
             )
         )
     return torch.cat(rows, dim=1)

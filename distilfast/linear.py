@@ -1,9 +1,10 @@
 """The fused head: losses and gradients from hidden states and head weights, no (N, V) in memory.
 
-The rows are taken in chunks. A chunk's logits are made by one product a side, the loss writes their
-gradient over them, and two products turn it into the chunk's share of the gradients of hidden
-states and weight. Nothing of size N x V exists, and nothing is computed twice: recomputing logits
-in a backward would cost another product a side.
+The rows are taken in chunks. A chunk's products with the heads are made, one a side; the loss
+kernel makes logits of them in registers and writes their gradient over the student's; two products
+turn that into the chunk's share of the gradients of hidden states and weight. Nothing of size N x V
+exists, and nothing is computed twice: recomputing logits in a backward would cost another product
+a side.
 
 The gradients are those for a grad_output of 1, to be scaled in the backward. Two cases run the
 whole head again there instead: `reduction="none"`, where each row has a grad_output of its own, and
@@ -12,9 +13,8 @@ fp16, where the gradient of a mean is too small to be stored before the loss sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,51 +34,140 @@ from distilfast.losses import (
     check_tensor,
     check_values,
     check_vocab,
-    combine_teachers_op,
     flatten_rows,
     normalize_weights,
     reduce_parts,
     scale_gradient,
 )
-from distilfast.reference import PARTS, Options
+from distilfast.reference import PARTS, Head, Options
 
-# What the logits of a chunk, student and teacher together, may take up. The products are at their
-# best from some thousand rows on, and each further chunk reads and writes the weight's gradient.
-CHUNK_BYTES = 256 << 20
+# What the logits of a chunk may take up, all sides together. A product is as fast as it gets from
+# some hundred rows on (a CPU) or some thousand (a GPU), and each further chunk reads and writes the
+# weight's gradient once more: docs/kernels.md.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+# Rows of logits begin at multiples of so many elements, as products and kernels want them.
+ALIGNMENT = 64
+# On a CPU the products go by blocks of so many rows of the weight: what comes out is in its caches
+# still when the bias, or the gradient so far, is added.
+BLOCK_ROWS = 4096
 
 
-@dataclass(frozen=True)
-class Head:
-    """One side's head: logits = softcap tanh(scale (h W^T + b) / softcap); softcap 0 means none."""
+# --- The products ---------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """A head in the dtype of its products, without what is beyond the vocabulary: whatever it
+    holds, 0 * NaN included, it must add nothing. On a GPU zeros fill it to whole ALIGNMENTs."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    scale: float
-    softcap: float
 
-    def trim(self, vocab_size: int) -> Head:
-        """Without the rows from ``vocab_size`` on."""
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return Head(self.weight[:vocab_size], bias, self.scale, self.softcap)
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, vocab_size: int, dtype: torch.dtype) -> Side:
+        def fit(x: Tensor) -> Tensor:
+            x = x[:vocab_size].to(dtype)
+            missing = -vocab_size % ALIGNMENT if x.is_cuda else 0
+            return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V), a new tensor."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1:
-            logits *= self.scale
-        if self.softcap:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        return Side(fit(weight), None if bias is None else fit(bias))
 
-    def backward_(self, gradient: Tensor, logits: Tensor | None) -> None:
-        """The gradient of the logits becomes, in place, that of h W^T + b. Only a softcap needs
-        the logits: d/dx c tanh(x / c) = 1 - (y / c)^2."""
-        if self.softcap:
-            assert logits is not None
-            compute = reference.accumulation_dtype(logits)  # 1 - y^2 cancels in bf16
-            gradient *= 1 - (logits.to(compute) / self.softcap) ** 2
-        if self.scale != 1:
-            gradient *= self.scale
+    def products(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """h W^T + b of (n, D), in the first n rows and V columns of ``out``."""
+        out = out[: hidden.shape[0], : self.weight.shape[0]]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        if out.is_cuda:  # a bias costs nothing there
+            return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        for block in _blocks(self.weight.shape[0]):
+            torch.mm(hidden, self.weight[block].T, out=out[:, block]).add_(self.bias[block])
+        return out
+
+
+class WeightGradient:
+    """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.total = torch.empty_like(weight, dtype=dtype)
+        self.keep = 0  # what is there so far: nothing
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        total = self.total
+        if total.dtype == gradient.dtype:
+            torch.addmm(total, gradient.T, hidden, beta=self.keep, out=total)
+        elif total.is_cuda:
+            into: dict[str, Any] = {"out_dtype": total.dtype, "out": total}
+            torch.addmm(total, gradient.T, hidden, beta=self.keep, **into)
+        else:  # no CPU product of 16 bits sums in fp32 from call to call: each is rounded first
+            product = hidden.new_empty(BLOCK_ROWS, hidden.shape[1])
+            for block in _blocks(total.shape[0]):
+                some = product[: block.stop - block.start]
+                torch.mm(gradient[:, block].T, hidden, out=some)
+                total[block].add_(some) if self.keep else total[block].copy_(some)
+        self.keep = 1
+
+    def like(self, weight: Tensor, vocab_size: int) -> Tensor:
+        """The sum in the shape and dtype of the weight."""
+        total = self.total if self.keep else self.total.zero_()
+        if (total.shape, total.dtype) == (weight.shape, weight.dtype):
+            return total
+        result = torch.empty_like(weight)
+        result[:vocab_size] = total[:vocab_size]
+        result[vocab_size:] = 0
+        return result
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(i, min(i + BLOCK_ROWS, n)) for i in range(0, n, BLOCK_ROWS))
+
+
+class Target:
+    """The teachers' logits of a chunk, as products and what makes logits of them. Of an ensemble
+    there are one teacher's at a time, and the mixture so far."""
+
+    def __init__(
+        self,
+        sides: Sequence[Side],
+        shares: Sequence[float],
+        head: Head,
+        ensemble: str,
+        options: Options,
+        backend: str,
+    ):
+        self.sides, self.shares, self.head = sides, shares, head
+        self.ensemble, self.options = ensemble, options
+        self.combine = backends.BACKENDS[backend].combine_teachers
+        self.dtypes = list({side.weight.dtype for side in sides})
+        if len(sides) > 1:
+            self.dtypes.append(reference.accumulation_dtype(*(side.weight for side in sides)))
+
+    def allocate(self, rows: int) -> None:
+        """Memory for chunks of so many rows."""
+        device, width = self.sides[0].weight.device, self.options.vocab_size
+        self.buffers = [_rows_of_logits(rows, width, dtype, device) for dtype in self.dtypes]
+
+    def __call__(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Head]:
+        vocab_size, mixed = self.options.vocab_size, 0.0
+        if len(self.sides) == 1:
+            return self.sides[0].products(hidden[0], self.buffers[0]), self.head
+        z = self.buffers[-1][: hidden[0].shape[0], :vocab_size]
+        for side, share, h in zip(self.sides, self.shares, hidden, strict=True):
+            buffer = self.buffers[self.dtypes.index(side.weight.dtype)]
+            logits = self.head.logits_(side.products(h, buffer))[:, :vocab_size]
+            if mixed:
+                shares = [mixed / (mixed + share), share / (mixed + share)]
+                temperature = self.options.temperature
+                self.combine([z, logits], shares, temperature, self.ensemble, vocab_size, z)
+            else:
+                z.copy_(logits)
+            mixed += share
+        return z, Head()
+
+
+def _rows_of_logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(rows, -(-width // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)
+
+
+# --- The operator ---------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("distilfast::linear_distillation", mutates_args=())
@@ -101,6 +190,7 @@ def linear_distillation_op(
     teacher_weights: list[float],
     ensemble: str,
     chunk_rows: int,
+    accum_dtype: torch.dtype,
     reduction: str,
     late: bool,
     backend: str,
@@ -108,87 +198,73 @@ def linear_distillation_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the parts, and the gradients of hidden, weight and bias (empty if not wanted).
 
-    kd_scale and ce_scale are () or, in a late backward of reduction="none", (N,). ``late`` leaves
-    the gradients to the backward, which calls this again without it.
+    The products are in the dtypes of the hidden states. kd_scale and ce_scale are () or, in a late
+    backward of reduction="none", (N,). ``late`` leaves the gradients to the backward, which calls
+    this again without it. A teacher without a bias has an empty one.
     """
-    if late:
-        wanted = [False] * 3
+    want_hidden, want_weight, want_bias = [False] * 3 if late else wanted
+    training = want_hidden or want_weight or want_bias
     options = as_options(scalars, divergence, ignore_index, vocab_size)
     check_values(labels, mask, options)
     distillation = backends.BACKENDS[backend].distillation
-    student_scale, student_softcap, teacher_scale, teacher_softcap = heads
-    # Padding is left out of the heads: whatever it holds, 0 * NaN included, it must add nothing.
-    student = Head(student_weight, student_bias, student_scale, student_softcap).trim(vocab_size)
-    teachers = [
-        Head(w, teacher_bias[k] if teacher_bias else None, teacher_scale, teacher_softcap).trim(
-            vocab_size
-        )
-        for k, w in enumerate(teacher_weight)
-    ]
-    want_hidden, want_weight, want_bias = wanted
+    n_rows, device = student_hidden.shape[0], student_hidden.device
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
-    rows = torch.zeros(len(PARTS), len(student_hidden), dtype=compute, device=student_hidden.device)
-    d_hidden, d_weight, d_bias = _gradients(student_hidden, student_weight, compute, wanted)
+    student_head, teacher_head = Head(*heads[:2]), Head(*heads[2:])
+
+    student = Side.of(student_weight, student_bias, vocab_size, student_hidden.dtype)
+    used = [k for k in range(len(teacher_hidden)) if teacher_weights[k]]
+    sides = [
+        Side.of(teacher_weight[k], bias if len(bias) else None, vocab_size, teacher_hidden[k].dtype)
+        for k in used
+        for bias in (teacher_bias[k],)
+    ]
+    shares = [teacher_weights[k] for k in used]
+    target = Target(sides, shares, teacher_head, ensemble, options, backend)
 
     needed = _needed_rows(labels, mask, options)
-    for chunk in _chunks(student_hidden, needed, chunk_rows or _budget_rows(vocab_size)):
+    dtypes = [student_hidden.dtype, *target.dtypes]
+    chunks = _chunks(student_hidden, needed, chunk_rows, vocab_size, dtypes)
+    most = max((_length(chunk) for chunk in chunks), default=0)
+    logits = _rows_of_logits(most, vocab_size, student_hidden.dtype, device)
+    if sides:
+        target.allocate(most)
+
+    rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
+    d_hidden = torch.zeros_like(student_hidden) if want_hidden else student_hidden.new_empty(0)
+    weight_gradient = WeightGradient(student.weight, accum_dtype) if want_weight else None
+    d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
+    for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None:  # a row that nothing needs must not reach the weight's gradient
             hidden = torch.where(needed[chunk, None], hidden, 0)
-        logits = student.logits(hidden)
-        z = [head.logits(h[chunk]) for head, h in zip(teachers, teacher_hidden, strict=True)]
-        if len(z) > 1:
-            target = combine_teachers_op(
-                z, teacher_weights, options.temperature, ensemble, vocab_size, backend
-            )
-        else:
-            target = z[0] if z else logits  # without a teacher nothing reads it
-        del z
-        capped = logits.clone() if any(wanted) and student.softcap else None
-        gradient = logits if any(wanted) else None
+        s = student.products(hidden, logits)
+        # Without a teacher nothing reads it.
+        t, t_head = target([teacher_hidden[k][chunk] for k in used]) if sides else (s, Head())
         rows[:, chunk] = distillation(
-            logits,
-            target,
+            s,
+            t,
             None if labels is None else labels[chunk],
             None if mask is None else mask[chunk],
             kd_scale[chunk] if kd_scale.ndim else kd_scale,
             ce_scale[chunk] if ce_scale.ndim else ce_scale,
             options,
-            gradient,
+            s if training else None,
+            (student_head, t_head),
+            None if d_bias is None else d_bias[:vocab_size],
         )
-        if gradient is None:
-            continue
-        student.backward_(gradient, capped)
-        if want_hidden:
-            d_hidden[chunk] = gradient @ student.weight
-        if want_weight:
-            d_weight[:vocab_size] += gradient.T @ hidden
-        if want_bias:
-            d_bias[:vocab_size] += gradient.sum(0, dtype=compute)
+        if want_hidden:  # what was logits is their gradient now
+            d_hidden[chunk] = s @ student.weight
+        if weight_gradient:
+            weight_gradient.add(s, hidden)
+    del logits, target  # before the weight's gradient is there twice
 
     loss, parts = reduce_parts(rows, kd_scale, ce_scale, options, reduction)
-    if want_weight:
-        d_weight = d_weight.to(student_weight.dtype)
-    if want_bias and student_bias is not None:
-        d_bias = d_bias.to(student_bias.dtype)
+    bias_like = student_weight if student_bias is None else student_bias
+    d_weight = student_weight.new_empty(0)
+    if weight_gradient:
+        d_weight = weight_gradient.like(student_weight, vocab_size)
+    d_bias = bias_like.new_empty(0) if d_bias is None else d_bias.to(bias_like.dtype)
     return loss, parts, d_hidden, d_weight, d_bias
-
-
-def _gradients(
-    hidden: Tensor, weight: Tensor, compute: torch.dtype, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeroed gradients of hidden, weight and bias; weight and bias in the dtype to sum in, since a
-    bf16 sum over chunks would lose what is small beside what is there."""
-    return (
-        torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0),
-        torch.zeros_like(weight, dtype=compute) if wanted[1] else weight.new_empty(0),
-        weight.new_zeros(weight.shape[0], dtype=compute) if wanted[2] else weight.new_empty(0),
-    )
-
-
-def _budget_rows(vocab_size: int) -> int:
-    """Rows whose logits, student's and teacher's in fp32, fit the budget."""
-    return max(64, CHUNK_BYTES // (2 * 4 * vocab_size))
 
 
 def _needed_rows(labels: Tensor | None, mask: Tensor | None, options: Options) -> Tensor | None:
@@ -201,12 +277,35 @@ def _needed_rows(labels: Tensor | None, mask: Tensor | None, options: Options) -
     return torch.stack(wanted).any(0)
 
 
-def _chunks(hidden: Tensor, needed: Tensor | None, rows: int) -> Sequence[slice | Tensor]:
-    """The rows of each chunk. On a CPU the rows that nothing needs are left out altogether; on a
-    GPU counting them would wait for the device."""
-    if needed is not None and hidden.device.type == "cpu" and not needed.all():
-        return needed.nonzero()[:, 0].split(rows) if needed.any() else []
-    return [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
+def _chunks(
+    hidden: Tensor,
+    needed: Tensor | None,
+    rows: int,
+    vocab_size: int,
+    dtypes: Sequence[torch.dtype],
+) -> Sequence[slice | Tensor]:
+    """The rows of each chunk, ``rows`` of them or, if that is 0, what the budget has room for. On a
+    CPU the rows that nothing needs are left out altogether; on a GPU counting them would wait for
+    the device."""
+    selected = None
+    if needed is not None and not hidden.is_cuda and not needed.all():
+        selected = needed.nonzero()[:, 0]
+    n = hidden.shape[0] if selected is None else len(selected)
+    if n == 0:
+        return []
+    if not rows:
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        row_bytes = vocab_size * sum(dtype.itemsize for dtype in dtypes)
+        most = max(1, budget // row_bytes // ALIGNMENT) * ALIGNMENT
+        rows = -(-n // -(-n // most))  # as many chunks as it takes, of one size
+        rows = -(-rows // ALIGNMENT) * ALIGNMENT
+    if selected is not None:
+        return selected.split(rows)
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+def _length(chunk: slice | Tensor) -> int:
+    return chunk.stop - chunk.start if isinstance(chunk, slice) else len(chunk)
 
 
 @linear_distillation_op.register_fake
@@ -291,6 +390,7 @@ def linear_distillation_loss(
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "probability",
     chunk_rows: int | str = "auto",
+    accum_dtype: torch.dtype | None = None,
     temperature: float = 2.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -317,17 +417,26 @@ def linear_distillation_loss(
         teacher_weight: (V_t, D_t), or a sequence. A teacher's weight and bias are constants here,
             whether they require a gradient or not.
         labels: (...) int64.
-        student_bias, teacher_bias: (V_s,) and (V_t,) or a sequence; None: no bias.
+        student_bias, teacher_bias: (V_s,) and (V_t,) or a sequence of them; None: no bias.
         logit_scale: logits are multiplied by it; a pair (student, teacher) where they differ.
         logit_softcap: c, logits become c tanh(logits / c) after scaling; None: none; a pair where
             they differ.
         teacher_weights, ensemble: as ``weights`` and ``mode`` of `combine_teachers`.
-        chunk_rows: rows a chunk, or "auto": what fits a fixed memory budget.
+        chunk_rows: rows a chunk, or "auto": what fits a fixed memory budget (CHUNK_BYTES).
+        accum_dtype: what the shares of the chunks in the weight's gradient are summed in: None is
+            fp32 (fp64 for fp64); the dtype of the hidden states saves its V D 4 bytes, and rounds
+            at every chunk.
         inplace_backward: accepted, without effect: there are no logits to overwrite.
 
     The other keywords are those of `distillation_loss`. Under autocast the products run in its
-    dtype. Losses and the sums over chunks are fp32; a chunk's product is rounded to the dtype of
-    its inputs. With ``reduction="none"``, or in fp16, the backward computes the head a second time.
+    dtype, and the gradients of an fp32 weight and bias are summed and returned in fp32. Logits are
+    rounded to the dtype of the hidden states, as a model's are; scale, softcap, losses and the sums
+    over chunks are fp32. On a CPU a chunk's share of the weight's gradient is rounded to the dtype
+    of the hidden states before it is added. With ``reduction="none"``, or in fp16, the backward
+    computes the head a second time.
+
+    Rows that no loss needs (mask 0, no label) are not projected on a CPU; on a GPU, where counting
+    them would wait for the device, they are, so leave them out where that matters.
 
     Returns:
         DistillationOutput(loss, kd, ce, cos, mse); the gradient flows to student_hidden,
@@ -362,9 +471,9 @@ def linear_distillation_loss(
     soft = bool(kd_weight or cos_weight or mse_weight)
     t_hidden = _as_teachers("teacher_hidden", teacher_hidden, soft)
     t_weight = _as_teachers("teacher_weight", teacher_weight, soft)
-    t_bias = _as_teachers("teacher_bias", teacher_bias, False)
+    t_bias = [None] * len(t_hidden) if teacher_bias is None else _as_list(teacher_bias)
     for name, group in (("teacher_weight", t_weight), ("teacher_bias", t_bias)):
-        if len(group) != len(t_hidden) and not (name == "teacher_bias" and teacher_bias is None):
+        if len(group) != len(t_hidden):
             raise ValueError(
                 f"{name}: expected {len(t_hidden)}, one for each teacher_hidden, got {len(group)}"
             )
@@ -379,7 +488,7 @@ def linear_distillation_loss(
     _check_head("student", student_hidden, student_weight, student_bias, leading, device)
     for k, (h, w) in enumerate(zip(t_hidden, t_weight, strict=True)):
         check_teacher("teacher_hidden", h)
-        _check_head("teacher", h, w, t_bias[k] if t_bias else None, leading, device)
+        _check_head("teacher", h, w, t_bias[k], leading, device)
     vocab = check_vocab(
         ("student_weight", student_weight.shape[0]),
         [("teacher_weight", w.shape[0]) for w in t_weight],
@@ -391,16 +500,14 @@ def linear_distillation_loss(
     if not soft:  # the labels alone: no teacher is projected
         t_hidden, t_weight, t_bias, shares = [], [], [], [1.0]
 
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type):  # the operator casts the heads
         dtype = torch.get_autocast_dtype(device.type)
-        student_hidden, student_weight = student_hidden.to(dtype), student_weight.to(dtype)
-        student_bias = None if student_bias is None else student_bias.to(dtype)
-        t_hidden, t_weight, t_bias = (
-            [x.to(dtype) for x in group] for group in (t_hidden, t_weight, t_bias)
-        )
-    _check_one_dtype("student", student_hidden, student_weight, student_bias)
-    for k, (h, w) in enumerate(zip(t_hidden, t_weight, strict=True)):
-        _check_one_dtype("teacher", h, w, t_bias[k] if t_bias else None)
+        student_hidden, t_hidden = student_hidden.to(dtype), [h.to(dtype) for h in t_hidden]
+    else:
+        _check_one_dtype("student", student_hidden, student_weight, student_bias)
+        for h, w, b in zip(t_hidden, t_weight, t_bias, strict=True):
+            _check_one_dtype("teacher", h, w, b)
+    accum_dtype = _accum_dtype(accum_dtype, student_hidden.dtype)
     backend = backends.choose(backend, device, [x.dtype for x in (student_hidden, *t_hidden)])
 
     scalars = [float(x) for x in (temperature, *weights.values(), jsd_beta)]
@@ -423,13 +530,17 @@ def linear_distillation_loss(
         student_bias,
         [h.reshape(-1, h.shape[-1]) for h in t_hidden],
         [w.detach() for w in t_weight],
-        [b.detach() for b in t_bias],
+        [
+            w.new_empty(0) if b is None else b.detach()
+            for w, b in zip(t_weight, t_bias, strict=True)
+        ],
         *rows,
         *as_arguments(options),
         [scales[0], softcaps[0], scales[1], softcaps[1]],
         shares,
         ensemble,
         0 if chunk_rows == "auto" else int(chunk_rows),
+        accum_dtype,
         reduction,
         reduction == "none" or student_hidden.dtype == torch.float16,
         backend,
@@ -441,12 +552,25 @@ def linear_distillation_loss(
 def _as_teachers(name: str, value: Any, needed: bool) -> list[Tensor]:
     if value is None and not needed:
         return []
-    teachers = list(value) if isinstance(value, (list, tuple)) else [value]
+    teachers = _as_list(value)
     if not teachers:
         raise ValueError(f"{name}: expected a tensor or a sequence of them, got an empty one")
     for t in teachers:
         check_tensor(name, t)
     return teachers
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _accum_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    widest = torch.float64 if dtype == torch.float64 else torch.float32
+    if wanted is None:
+        return widest
+    if wanted not in (widest, dtype):
+        raise ValueError(f"accum_dtype: expected None, {widest} or {dtype}, got {wanted!r}")
+    return wanted
 
 
 def _check_head(

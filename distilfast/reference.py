@@ -40,6 +40,29 @@ class Options(NamedTuple):
     vocab_size: int
 
 
+class Head(NamedTuple):
+    """What makes logits of a head's products x: softcap tanh(scale x / softcap), or scale x."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # none
+
+    def logits_(self, x: Tensor) -> Tensor:
+        """The logits, in place of their products."""
+        if self.scale != 1:
+            x *= self.scale
+        return x.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else x
+
+    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the logits becomes, in place, that of the products.
+        d/dx c tanh(x / c) = 1 - (y / c)^2."""
+        if self.softcap:
+            gradient *= 1 - (logits / self.softcap) ** 2
+        return gradient.mul_(self.scale) if self.scale != 1 else gradient
+
+
+PLAIN = (Head(), Head())  # of student and teacher
+
+
 class Term(NamedTuple):
     """A loss for each row, (N,), and its gradient, (N, V), or None where none was asked for."""
 
@@ -130,18 +153,23 @@ def distillation(
     ce_scale: Tensor,
     options: Options,
     gradient: Tensor | None,
+    heads: tuple[Head, Head] = PLAIN,
+    bias_gradient: Tensor | None = None,
 ) -> Tensor:
     """Every part of the loss for each row, and the gradient of their weighted sum.
 
     Args:
-        student: (N, V_s) logits, bf16, fp16, fp32 or fp64.
-        teacher: (N, V_t) logits.
+        student: (N, V_s) logits, or what ``heads`` makes them of; bf16, fp16, fp32 or fp64.
+        teacher: (N, V_t), likewise.
         labels: (N,) int64; ``options.ignore_index`` where there is no hard label. None: none.
         mask: (N,) row weights of kd, cos and mse, in the dtype computed in. None: all ones.
         kd_scale: () or (N,), multiplies the gradient of kd, cos and mse.
         ce_scale: () or (N,), multiplies the gradient of ce.
         options: the scalars; columns from ``options.vocab_size`` on are padding.
         gradient: (N, V_s) to be overwritten with the gradient, may be ``student`` itself; or None.
+        heads: of student and teacher.
+        bias_gradient: (vocab_size,), in the dtype computed in, to add the sum of ``gradient`` over
+            the rows to, before it is rounded; or None.
 
     Returns:
         (4, N): kd, ce, cos and mse, the first, third and fourth times the mask. A row that a part
@@ -149,7 +177,9 @@ def distillation(
     """
     n_rows, vocab = student.shape[0], options.vocab_size
     compute = accumulation_dtype(student, teacher)
-    s, t = student[:, :vocab].to(compute), teacher[:, :vocab].to(compute)
+    s, t = (x[:, :vocab].to(compute) for x in (student, teacher))
+    if heads != PLAIN:
+        s, t = (head.logits_(x.clone()) for head, x in zip(heads, (s, t), strict=True))
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
     total: Tensor | None = None
 
@@ -180,6 +210,10 @@ def distillation(
     if options.mse_weight:
         add("mse", options.mse_weight, mask, kd_scale, squared_error(s, t, wanted))
     if gradient is not None:
+        if total is not None:
+            total = heads[0].backward_(total, s)
+            if bias_gradient is not None:
+                bias_gradient += total.sum(0)
         gradient[:, :vocab] = 0 if total is None else total
         gradient[:, vocab:] = 0
     return rows

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 // To be raised with every change of a structure or its meaning, here and in cpp.py.
-#define DISTILFAST_ABI 1
+#define DISTILFAST_ABI 2
 #define DISTILFAST_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -28,9 +28,16 @@ typedef struct {
     int64_t dtype;
 } distilfast_matrix;
 
+// What makes logits of a head's products x: softcap tanh(scale x / softcap); softcap 0: none.
 typedef struct {
-    distilfast_matrix student, teacher;
+    double scale, softcap;
+} distilfast_head;
+
+typedef struct {
+    distilfast_matrix student, teacher;  // products of the heads below
     distilfast_matrix gradient;  // the student's dtype; data null: none; may be the student itself
+    distilfast_head student_head, teacher_head;
+    float* bias_gradient;        // (n_cols,), to add the gradient's sum over the rows to; or null
     const int64_t* labels;       // (n_rows,), or null
     const float* mask;           // (n_rows,) row weights, or null
     const float* kd_scale;       // (1,) or (n_rows,), by its stride of 0 or 1

@@ -36,9 +36,39 @@ enum {
 constexpr int64_t FIRST_COLUMNS = 2048;
 constexpr double RANGE = 0x1p20;
 
-// A thread's own, of n_cols elements each.
+// A thread's own, with room for a row each.
 struct Scratch {
     float *e_s, *e_t, *extra;
+    float* bias_gradient;  // of the rows of a block, to be added to; or null
+};
+
+// The gradients of a bias are summed in so many blocks of rows, whatever the number of threads.
+constexpr int64_t BLOCKS = 64;
+
+// tanh y = 1 - 2 / (1 + e^2y), and where that cancels its series.
+inline Vec tanh(Vec y) {
+    const Vec y2 = y * y;
+    Vec p = fma(y2, 2.1869488e-2f, -5.3968254e-2f);
+    p = fma(p, y2, 1.3333334e-1f);
+    p = fma(p, y2, -3.3333334e-1f);
+    const Vec near = fma(p * y2, y, y), far = Vec(1.f) - Vec(2.f) / (exp2(y * Vec(2 * LOG2_E)) + Vec(1.f));
+    return select(greater(y2, 0.0625f), far, near);
+}
+
+// What makes logits of a head's products.
+struct Head {
+    float scale, softcap, inverse;
+    explicit Head(const distilfast_head& head)
+        : scale(float(head.scale)), softcap(float(head.softcap)), inverse(1 / softcap) {}
+    bool plain() const { return scale == 1 && softcap == 0; }
+    Vec logits(Vec x) const {
+        return softcap != 0 ? tanh(x * scale * Vec(inverse)) * softcap : x * scale;
+    }
+    // Their derivative, from themselves.
+    Vec slope(Vec y) const {
+        const Vec cosine = softcap != 0 ? y * inverse : Vec(0.f);
+        return fma(cosine, Vec(0.f) - cosine, 1.f) * scale;
+    }
 };
 
 // 2^(above scale) with the digits that logits of type E call for.
@@ -171,29 +201,37 @@ inline Vec gradient_at(
     return g;
 }
 
-template <int KD, bool CE, class S, class T>
+template <int KD, bool CE, class S, class T, class G>
 void write_gradient(
-    const Row& row, const S* s, const T* t, S* g, const Scratch& scratch, bool extra, bool streamed,
-    int64_t n_cols, int64_t label, double by) {
+    const Row& row, const Head& head, const S* s, const T* t, G* g, const Scratch& scratch, bool extra,
+    bool streamed, int64_t n_cols, int64_t label, double by) {
+    float* const sums = scratch.bias_gradient;
     float at_label = 0;  // before the row is overwritten, if g is s
+    const float sum_at_label = sums ? sums[label] : 0;
     if constexpr (CE) {
         // p - 1 from their difference: it is what is left to learn once p is nearly 1.
         const Vec e_s = load(scratch.e_s + label), e_1 = row.template e_1<S>(e_s, widen(s[label]));
         const double ce = by * (first(e_1) - row.l_1) / row.l_1;
         at_label = float(ce + first(gradient_at<KD, false>(row, s, t, scratch, extra, label, 1)));
+        if (!head.plain()) at_label *= first(head.slope(widen(s[label])));
     }
     const auto at = [&](int64_t i, auto n, auto) {
-        const Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
+        Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
+        if (!head.plain()) x = x * head.slope(get(s + i, n, 0.f));
+        if (sums) put(sums + i, get(sums + i, n, 0.f) + x, n);
         if (is_whole<decltype(n)> && streamed)
             stream(g + i, x);
         else
             put(g + i, x, n);
     };
     // Vectors at multiples of their size in memory, which streaming needs.
-    const int64_t past = int64_t(uintptr_t(g) / sizeof(S) % WIDTH);
+    const int64_t past = int64_t(uintptr_t(g) / sizeof(G) % WIDTH);
     sweep(n_cols, at, past && streamed ? WIDTH - past : 0);
     if (streamed) end_streaming();
-    if constexpr (CE) narrow(g[label], at_label);
+    if constexpr (CE) {
+        narrow(g[label], at_label);
+        if (sums) sums[label] = sum_at_label + at_label;
+    }
 }
 
 // f with the kind of KD and whether there is CE, as constants.
@@ -213,9 +251,9 @@ void dispatched(int kind, bool labelled, F f) {
     }
 }
 
-template <class S, class T>
+template <class S, class T, class G>
 void distil_row(
-    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, S* g,
+    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, G* g,
     const Scratch& scratch) {
     const int64_t n_cols = a.n_cols;
     const double weight = a.mask ? a.mask[r] : 1;
@@ -276,31 +314,83 @@ void distil_row(
     if (extra) add_cosine_and_mse(a, r, s, t, scratch, weight, kd_scale);
     if (!g) return;
     if (kind == NO_KD && !labelled && !extra) {
-        memset((void*)g, 0, n_cols * sizeof(S));
+        memset((void*)g, 0, n_cols * sizeof(G));
         return;
     }
     // In place the lines are in the cache: they have just been read.
-    const bool streamed =
-        (void*)g != (void*)s && a.n_rows * a.gradient.stride * int64_t(sizeof(S)) >= LARGE_BYTES;
+    const bool streamed = a.gradient.data != a.student.data &&
+                          a.n_rows * a.gradient.stride * int64_t(sizeof(G)) >= LARGE_BYTES;
+    const Head head(a.student_head);
     dispatched(kind, labelled, [&](auto kd, auto ce) {
-        write_gradient<kd, ce>(row, s, t, g, scratch, extra, streamed, n_cols, label, by_ce);
+        write_gradient<kd, ce>(row, head, s, t, g, scratch, extra, streamed, n_cols, label, by_ce);
     });
 }
 
-int distillation(const distilfast_distillation_args& a, int threads) {
-    const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
-    const bool soft = extra || a.divergence != NO_KD;
-    const bool mixed = a.student.dtype != a.teacher.dtype;
-    if (a.gradient.data != a.student.data) prefer_large_pages(a.gradient, a.n_rows);
-    return for_rows(a.n_rows, a.n_cols, 2 + extra + mixed, threads, [&](int64_t r, auto buffer) {
-        const bool needed = soft && (!a.mask || a.mask[r] != 0);
-        float* const wide = mixed ? buffer(2 + extra) : nullptr;
-        typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](auto* s, auto* t) {
-            using S = std::remove_pointer_t<decltype(s)>;
-            S* const g = a.gradient.data ? (S*)a.gradient.data + r * a.gradient.stride : nullptr;
-            distil_row(a, r, s, t, g, {buffer(0), buffer(1), extra ? buffer(2) : nullptr});
+// The logits of a row in fp32.
+void widen_row(const distilfast_matrix& m, int64_t r, int64_t n_cols, const Head& head, float* wide) {
+    typed(m, r, [&](auto* x) {
+        sweep(n_cols, [&](int64_t i, auto n, auto k) {
+            prefetch(x + i, k);
+            store(wide + i, head.logits(get(x + i, n, 0.f)));
         });
     });
+}
+
+// Adds the sums of the blocks, in their order.
+void add_blocks(float* to, const float* sums, int64_t n_blocks, int64_t n_cols, int threads) {
+    constexpr int64_t PART = 1024;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t start = 0; start < n_cols; start += PART)
+        sweep(n_cols - start < PART ? n_cols - start : PART, [&](int64_t i, auto n, auto) {
+            Vec sum = 0.f;
+            for (int64_t b = 0; b < n_blocks; b++)
+                sum = sum + load(sums + b * room_for(n_cols) + start + i);
+            put(to + start + i, get(to + start + i, n, 0.f) + sum, n);
+        });
+}
+
+int distillation(const distilfast_distillation_args& a, int threads) {
+    const Head student_head(a.student_head), teacher_head(a.teacher_head);
+    const bool plain = student_head.plain() && teacher_head.plain();
+    const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
+    const bool soft = extra || a.divergence != NO_KD;
+    const int n_wide = plain ? a.student.dtype != a.teacher.dtype : 2;
+    if (a.gradient.data != a.student.data) prefer_large_pages(a.gradient, a.n_rows);
+    const int64_t room = room_for(a.n_cols), block = (a.n_rows + BLOCKS - 1) / BLOCKS;
+    const bool summed = a.bias_gradient && a.gradient.data && a.n_rows;
+    const int64_t n_blocks = summed ? (a.n_rows + block - 1) / block : 0;
+    float* const sums = summed ? lines(room * n_blocks) : nullptr;
+    if (summed && !sums) return ENOMEM;
+
+    const auto at_row = [&](int64_t r, auto buffer) {
+        const bool needed = soft && (!a.mask || a.mask[r] != 0);
+        Scratch scratch = {buffer(0), buffer(1), extra ? buffer(2) : nullptr, nullptr};
+        if (summed) {
+            scratch.bias_gradient = sums + r / block * room;
+            if (r % block == 0) memset(scratch.bias_gradient, 0, size_t(room) * sizeof(float));
+        }
+        float* const wide = n_wide ? buffer(2 + extra) : nullptr;
+        const auto distil = [&](const auto* s, const auto* t, auto* g_data) {
+            distil_row(a, r, s, t, a.gradient.data ? g_data + r * a.gradient.stride : nullptr, scratch);
+        };
+        if (plain) {
+            typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](auto* s, auto* t) {
+                distil(s, t, (std::remove_pointer_t<decltype(s)>*)a.gradient.data);
+            });
+            return;
+        }
+        float* const wide_t = buffer(3 + extra);
+        widen_row(a.student, r, a.n_cols, student_head, wide);
+        if (needed) widen_row(a.teacher, r, a.n_cols, teacher_head, wide_t);
+        typed(a.student, 0, [&](auto* s) {
+            distil(wide, wide_t, (std::remove_pointer_t<decltype(s)>*)a.gradient.data);
+        });
+    };
+    const int failed = for_rows(
+        a.n_rows, a.n_cols, 2 + extra + n_wide, threads, at_row, summed ? block : 0);
+    if (summed && !failed) add_blocks(a.bias_gradient, sums, n_blocks, a.n_cols, threads);
+    free(sums);
+    return failed;
 }
 
 }  // namespace

@@ -199,22 +199,30 @@ void typed_pair(
     });
 }
 
-// f(r, buffer) for every row, buffer(0) and so on being a thread's own: of n_cols elements and two
-// vectors more, each beginning a line. A row's result does not depend on how many threads there are.
+// The elements of a buffer for a row: n_cols and two vectors more, in whole lines.
+inline int64_t room_for(int64_t n_cols) { return (n_cols + 2 * WIDTH + 15) / 16 * 16; }
+
+inline float* lines(int64_t n_elements) {
+    return (float*)aligned_alloc(64, size_t(n_elements) * sizeof(float));
+}
+
+// f(r, buffer) for every row, buffer(0) and so on being a thread's own, with room for a row, each
+// beginning a line. A row's result does not depend on how many threads there are. A thread takes
+// `block` rows at a time, in their order, the first of them a multiple of it; 0: as it sees fit.
 template <class F>
-int for_rows(int64_t n_rows, int64_t n_cols, int n_buffers, int threads, F f) {
-    const int64_t room = (n_cols + 2 * WIDTH + 15) / 16 * 16;
+int for_rows(int64_t n_rows, int64_t n_cols, int n_buffers, int threads, F f, int64_t block = 0) {
+    const int64_t room = room_for(n_cols);
     if (n_rows * n_cols < WORTH_A_THREAD) threads = 1;
     bool failed = false;
 #pragma omp parallel num_threads(threads) reduction(|| : failed)
     {
         float* buffers = nullptr;
         if (n_buffers) {
-            buffers = (float*)aligned_alloc(64, size_t(room) * n_buffers * sizeof(float));
+            buffers = lines(room * n_buffers);
             failed = !buffers;
         }
         // Neighbouring rows, so that what is asked for ahead is the thread's own next row.
-        const int64_t chunk = n_rows / (8 * threads) + 1;
+        const int64_t chunk = block ? block : n_rows / (8 * threads) + 1;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t r = 0; r < n_rows; r++)
             if (!failed) f(r, [=](int number) { return buffers + room * number; });

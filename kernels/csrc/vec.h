@@ -81,6 +81,7 @@ inline Mask leading(int n) { return Mask((1u << n) - 1); }
 inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
@@ -170,6 +171,7 @@ using Mask = __m256;
 inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
@@ -251,6 +253,7 @@ using Mask = Ints;
 inline Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 inline Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 inline Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+inline Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 #if defined(__FP_FAST_FMAF)
 inline Vec fma(Vec a, Vec b, Vec c) {
     for (int i = 0; i < WIDTH; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 # The instruction sets, worst first. DISTILFAST_CPU_LEVEL asks for one by name.
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
-ABI = 1
+ABI = 2
 
 
 # --- The declarations of kernels/csrc/distilfast.h -----------------------------------------------
@@ -34,9 +34,15 @@ class _Matrix(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("dtype", c_int64))
 
 
+class _Head(ctypes.Structure):
+    _fields_ = (("scale", c_double), ("softcap", c_double))
+
+
 class _DistillationArguments(ctypes.Structure):
     _fields_ = (
         *((name, _Matrix) for name in ("student", "teacher", "gradient")),
+        *((name, _Head) for name in ("student_head", "teacher_head")),
+        ("bias_gradient", c_void_p),
         *((name, c_void_p) for name in ("labels", "mask", "kd_scale", "ce_scale")),
         *((name, c_int64) for name in ("kd_scale_stride", "ce_scale_stride")),
         ("rows", c_void_p),
@@ -187,8 +193,10 @@ def distillation(
     ce_scale: Tensor,
     options: Any,
     gradient: Tensor | None,
+    heads: Any = ((1.0, 0.0), (1.0, 0.0)),
+    bias_gradient: Tensor | None = None,
 ) -> Tensor:
-    """`distilfast.reference.distillation` for bf16, fp16 and fp32."""
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32; bias_gradient in fp32."""
     student, teacher = _dense(student), _dense(teacher)
     labels, mask = _vector(labels), _vector(mask)
     losses = torch.empty(4, student.shape[0], dtype=torch.float32)
@@ -196,6 +204,8 @@ def distillation(
         _matrix(student),
         _matrix(teacher),
         _matrix(gradient),
+        *(_Head(*head) for head in heads),
+        _pointer(bias_gradient),
         _pointer(labels),
         _pointer(mask),
         _pointer(kd_scale),

@@ -28,6 +28,9 @@ with its differences shifted, so that no offset of the logits ever reaches it.
 16 bytes a load and store, whatever the row's length: a row is a body, from its first 16-byte
 boundary to its last, and edges, fewer than VECTOR elements at either end, read as one small tile.
 
+A side's logits may be made of what is stored: c tanh(a x / c), with the gradient's factor
+a (1 - (y / c)^2). That is a fused head's business, whose products x are all that it stores.
+
 Sources: Hinton et al. 2015, section 2.1; the online softmax is Milakov and Gimelshein 2018.
 """
 
@@ -50,27 +53,71 @@ DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 
 
 @triton.jit
-def _load(s_ptr, t_ptr, where, soft, SOFT: tl.constexpr, MASK: tl.constexpr, LAST: tl.constexpr):
+def _logits(x, scale, softcap):
+    """softcap tanh(scale x / softcap); tanh y = 1 - 2 / (1 + e^2y), and its series where that
+    cancels."""
+    x *= scale
+    if softcap > 0:
+        y = x / softcap
+        y2 = y * y
+        series = -0.33333334 + y2 * (0.13333334 + y2 * (-0.053968254 + y2 * 0.021869488))
+        far = 1.0 - 2.0 / (1.0 + tl.exp2(y * (2 * LOG2_E)))
+        x = softcap * tl.where(y2 > 0.0625, far, y + y * (y2 * series))
+    return x
+
+
+@triton.jit
+def _slope(y, scale, softcap):
+    """The derivative of _logits, from what it returned."""
+    slope = tl.full(y.shape, 1.0, tl.float32) * scale
+    if softcap > 0:
+        ratio = y / softcap
+        slope *= 1.0 - ratio * ratio
+    return slope
+
+
+@triton.jit
+def _load(
+    s_ptr,
+    t_ptr,
+    where,
+    soft,
+    heads,
+    SOFT: tl.constexpr,
+    MASK: tl.constexpr,
+    LAST: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """A tile of both rows in fp32; LAST where no other sweep will want it. The teacher's row is not
     read outside the mask: the student's stands in, which leaves every difference 0."""
     policy: tl.constexpr = "evict_first" if LAST else "evict_last"
     s = tl.load(s_ptr + where, eviction_policy=policy).to(tl.float32)
+    if HEADS:
+        s = _logits(s, heads[0], heads[1])
     t = s
     if SOFT and MASK:
         t = tl.load(t_ptr + where, mask=soft, other=0.0, eviction_policy=policy).to(tl.float32)
+        if HEADS:
+            t = _logits(t, heads[2], heads[3])
         t = tl.where(soft, t, s)
     elif SOFT:
         t = tl.load(t_ptr + where, eviction_policy=policy).to(tl.float32)
+        if HEADS:
+            t = _logits(t, heads[2], heads[3])
     return s, t
 
 
 @triton.jit
-def _load_some(s_ptr, t_ptr, where, exists, soft, SOFT: tl.constexpr):
+def _load_some(s_ptr, t_ptr, where, exists, soft, heads, SOFT: tl.constexpr, HEADS: tl.constexpr):
     """The same for a tile that the row does not fill: minus infinity where there is no column."""
     s = tl.load(s_ptr + where, mask=exists, other=-INF).to(tl.float32)
+    if HEADS:
+        s = tl.where(exists, _logits(s, heads[0], heads[1]), -INF)
     t = s
     if SOFT:
         t = tl.load(t_ptr + where, mask=exists & soft, other=-INF).to(tl.float32)
+        if HEADS:
+            t = tl.where(exists, _logits(t, heads[2], heads[3]), -INF)
         t = tl.where(soft, t, s)
     return s, t
 
@@ -221,11 +268,13 @@ def _gradient(
     cols,
     row,
     how,
+    heads,
     KD: tl.constexpr,
     CE: tl.constexpr,
     WHOLE: tl.constexpr,
     COS: tl.constexpr,
     MSE: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Last sweep: the gradient of a tile in fp32, from the row's scalars."""
     (
@@ -269,6 +318,8 @@ def _gradient(
             g += by_cos * (tl.where(out, 0.0, s) * ratio - tl.where(out, 0.0, t))
         if MSE:
             g += tl.where(out, 0.0, s - t) * by_gap
+    if HEADS:
+        g *= _slope(s, heads[0], heads[1])
     return g
 
 
@@ -304,6 +355,7 @@ def distillation_kernel(
     cos_weight,
     mse_weight,
     beta,
+    heads,
     KD: tl.constexpr,
     CE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -311,6 +363,7 @@ def distillation_kernel(
     MSE: tl.constexpr,
     MASK: tl.constexpr,
     GRADIENT: tl.constexpr,
+    HEADS: tl.constexpr,
     VECTOR: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
@@ -345,6 +398,8 @@ def distillation_kernel(
         label = tl.where(known, wanted, 0).to(tl.int32)
         # Before any thread can have written over it; the barriers of the sums keep it so.
         at_label = tl.load(s_ptr + offset_s + label, mask=labelled, other=0.0).to(tl.float32)
+        if HEADS:
+            at_label = _logits(at_label, heads[0], heads[1])
     if GRADIENT:
         for start in range(n_cols, n_padded, BLOCK_V):
             padding = start + tl.arange(0, BLOCK_V)
@@ -367,14 +422,14 @@ def distillation_kernel(
     ONLY: tl.constexpr = not GRADIENT and KD != JSD
     sums = _no_sums(THREADS)
     if VECTOR > 1:
-        edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
+        edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
         sums = _add_sums(edge_s, edge_t, sums, how, KD, CE, WHOLE, COS, MSE)
     for i in range(0, n_full):
         at = i * BLOCK_V
-        s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, ONLY)
+        s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, ONLY, HEADS)
         sums = _add_sums(s, t, sums, how, KD, CE, WHOLE, COS, MSE)
     if n_full * BLOCK_V < body:
-        s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
+        s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
         sums = _add_sums(s, t, sums, how, KD, CE, WHOLE, COS, MSE)
     merged = _merge(sums, power, KD, CE, WHOLE, COS, MSE)
     top_s, top_t, l_s, l_t, d, top_1, l_1, ss, tt, st, sq = merged
@@ -402,14 +457,16 @@ def distillation_kernel(
             share_s, share_t = 1 - beta, beta * (l_s / l_t)
             a, b = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.float32)
             if n_full * BLOCK_V < body:
-                s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
+                s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
                 a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
             for i in range(0, n_full):
                 at = (n_full - 1 - i) * BLOCK_V
-                s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, not GRADIENT)
+                s, t = _load(
+                    s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, not GRADIENT, HEADS
+                )
                 a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
             if VECTOR > 1:
-                edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
+                edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
                 a, b = _add_jsd(edge_s, edge_t, a, b, scale, top_s, top_t, share_s, share_t)
             mean = tl.sum(b, 0) / l_s
             kd = beta * (tl.sum(a, 0) / l_t + tl.log2(l_s / l_t)) + (1 - beta) * mean
@@ -449,17 +506,21 @@ def distillation_kernel(
         scalars = (top_s, top_t, by_s, by_t, mean, spoilt, share_s, share_t)
         scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap)
         if n_full * BLOCK_V < body:
-            s, t = _load_some(s_body, t_body, rest, rest < body, soft, SOFT)
-            g = _gradient(s, t, head + rest, scalars, how, KD, CE, WHOLE, COS, MSE)
+            s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
+            g = _gradient(s, t, head + rest, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS)
             tl.store(g_body + rest, g.to(dtype), mask=rest < body)
         for i in range(0, n_full):
             at = (n_full - 1 - i) * BLOCK_V
-            s, t = _load(s_body + at, t_body + at, tile, soft, SOFT, MASK, True)
-            g = _gradient(s, t, head + at + tile, scalars, how, KD, CE, WHOLE, COS, MSE)
+            s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, True, HEADS)
+            g = _gradient(
+                s, t, head + at + tile, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS
+            )
             tl.store(g_body + at + tile, g.to(dtype), eviction_policy="evict_first")
         if VECTOR > 1:
-            edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, SOFT)
-            edge_g = _gradient(edge_s, edge_t, edge, scalars, how, KD, CE, WHOLE, COS, MSE)
+            edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
+            edge_g = _gradient(
+                edge_s, edge_t, edge, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS
+            )
             tl.store(g_row + edge, edge_g.to(dtype), mask=is_edge)
 
 
@@ -476,6 +537,7 @@ class Variant(NamedTuple):
     MSE: bool
     MASK: bool
     GRADIENT: bool
+    HEADS: bool  # a side's logits are to be made first
     VECTOR: int
     TILES: int
     THREADS: int
@@ -486,7 +548,13 @@ class Variant(NamedTuple):
 
 
 def variant(
-    options: Any, labels: bool, mask: bool, gradient: bool, itemsizes: list[int], aligned: bool
+    options: Any,
+    labels: bool,
+    mask: bool,
+    gradient: bool,
+    itemsizes: list[int],
+    aligned: bool,
+    heads: bool = False,
 ) -> Variant:
     """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes."""
     kd = DIVERGENCES[options.divergence] if options.kd_weight else 0
@@ -509,6 +577,7 @@ def variant(
         MSE=mse,
         MASK=mask,
         GRADIENT=gradient,
+        HEADS=heads,
         VECTOR=vector if aligned else 1,
         TILES=8 // (vector if aligned else 1),
         THREADS=32 * warps,
@@ -524,11 +593,16 @@ def distillation(
     ce_scale: Tensor,
     options: Any,
     gradient: Tensor | None,
+    heads: Any = ((1.0, 0.0), (1.0, 0.0)),
+    bias_gradient: Tensor | None = None,
 ) -> Tensor:
-    """`distilfast.reference.distillation` for bf16, fp16 and fp32.
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32; bias_gradient in fp32.
 
     Logits whose innermost dimension is not the vocabulary are copied first. ``gradient`` has to be
     dense in it, and may be ``student`` where that is.
+
+    The bias' gradient is a pass of its own over the gradient, 2 bytes a logit in bf16: a program
+    has one row, and partial sums in fp32 would be 8 bytes of traffic for each.
     """
     student = student if student.stride(1) == 1 else student.contiguous()
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
@@ -545,6 +619,7 @@ def distillation(
         gradient is not None,
         itemsizes,
         rows.is_aligned([student, teacher, written], 16 // min(itemsizes)),
+        any(tuple(head) != (1.0, 0.0) for head in heads),
     )
     temperature = options.temperature if chosen.KD else 1.0
     distillation_kernel[(n_rows,)](
@@ -572,9 +647,12 @@ def distillation(
         options.cos_weight,
         options.mse_weight,
         options.jsd_beta,
+        tuple(float(x) for head in heads for x in head),
         **chosen._asdict(),
         num_warps=chosen.num_warps,
     )
+    if gradient is not None and bias_gradient is not None:
+        bias_gradient += gradient[:, : options.vocab_size].sum(0, dtype=torch.float32)
     return losses
 
 
