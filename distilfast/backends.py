@@ -33,6 +33,8 @@ class Backend:
     ``combine_teachers`` writes into its last argument, (N, vocab_size), which may be the first of
     the logits. ``scale`` multiplies (N, M)
     by () or (N,), in place, computing in fp32 at least. What is written to is dense along its rows.
+    ``adds_bias``: whether ``distillation`` takes heads with a bias, and faster than a pass over the
+    products that adds it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Backend:
     hidden_cosine: Callable[..., Tensor]
     combine_teachers: Callable[..., None]
     scale: Callable[[Tensor, Tensor], None]
+    adds_bias: bool = False
 
 
 # Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU
@@ -139,6 +142,7 @@ BACKENDS: dict[str, Backend] = {
         hidden_cosine=_kernels("cpp", "hidden_cosine"),
         combine_teachers=_kernels("cpp", "combine_teachers"),
         scale=_kernels("cpp", "scale"),
+        adds_bias=True,
     ),
     "torch": Backend(
         name="torch",

@@ -13,6 +13,8 @@ fp16, where the gradient of a mean is too small to be stored before the loss sca
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ ALIGNMENT = 64
 # On a CPU the products go by blocks of so many rows of the weight: what comes out is in its caches
 # still when the bias, or the gradient so far, is added.
 BLOCK_ROWS = 4096
+LARGE_BYTES = 16 << 20  # memory for which the size of its pages shows
 
 
 # --- The products ---------------------------------------------------------------------------------
@@ -60,19 +63,30 @@ class Side(NamedTuple):
     holds, 0 * NaN included, it must add nothing. On a GPU zeros fill it to whole ALIGNMENTs."""
 
     weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    bias: Tensor | None  # (V,), where the product adds it
+    head: Head  # what is left for the loss kernel to do
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, vocab_size: int, dtype: torch.dtype) -> Side:
+    def of(
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        vocab_size: int,
+        dtype: torch.dtype,
+        bias_in_kernel: bool,
+    ) -> Side:
         def fit(x: Tensor) -> Tensor:
             x = x[:vocab_size].to(dtype)
             missing = -vocab_size % ALIGNMENT if x.is_cuda else 0
             return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
-        return Side(fit(weight), None if bias is None else fit(bias))
+        if bias is not None and bias_in_kernel:
+            in_fp32 = bias[:vocab_size].to(torch.float32).contiguous()
+            return Side(fit(weight), None, head._replace(bias=in_fp32))
+        return Side(fit(weight), None if bias is None else fit(bias), head)
 
     def products(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """h W^T + b of (n, D), in the first n rows and V columns of ``out``."""
+        """h W^T (+ b) of (n, D), in the first n rows and V columns of ``out``."""
         out = out[: hidden.shape[0], : self.weight.shape[0]]
         if self.bias is None:
             return torch.mm(hidden, self.weight.T, out=out)
@@ -87,7 +101,8 @@ class WeightGradient:
     """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.total = torch.empty_like(weight, dtype=dtype)
+        rows, width = weight.shape
+        self.total = _scratch(rows, width, dtype, weight.device)
         self.keep = 0  # what is there so far: nothing
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
@@ -128,12 +143,11 @@ class Target:
         self,
         sides: Sequence[Side],
         shares: Sequence[float],
-        head: Head,
         ensemble: str,
         options: Options,
         backend: str,
     ):
-        self.sides, self.shares, self.head = sides, shares, head
+        self.sides, self.shares = sides, shares
         self.ensemble, self.options = ensemble, options
         self.combine = backends.BACKENDS[backend].combine_teachers
         self.dtypes = list({side.weight.dtype for side in sides})
@@ -148,11 +162,11 @@ class Target:
     def __call__(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Head]:
         vocab_size, mixed = self.options.vocab_size, 0.0
         if len(self.sides) == 1:
-            return self.sides[0].products(hidden[0], self.buffers[0]), self.head
+            return self.sides[0].products(hidden[0], self.buffers[0]), self.sides[0].head
         z = self.buffers[-1][: hidden[0].shape[0], :vocab_size]
         for side, share, h in zip(self.sides, self.shares, hidden, strict=True):
             buffer = self.buffers[self.dtypes.index(side.weight.dtype)]
-            logits = self.head.logits_(side.products(h, buffer))[:, :vocab_size]
+            logits = side.head.logits_(side.products(h, buffer))[:, :vocab_size]
             if mixed:
                 shares = [mixed / (mixed + share), share / (mixed + share)]
                 temperature = self.options.temperature
@@ -164,7 +178,19 @@ class Target:
 
 
 def _rows_of_logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(rows, -(-width // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)
+    return _scratch(rows, -(-width // ALIGNMENT) * ALIGNMENT, dtype, device)
+
+
+def _scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that is given back soon. From a CPU's system it comes untouched, and being given page
+    after page of 4 KiB takes as long as some of the work: asks for pages of 2 MiB."""
+    n_bytes = rows * width * dtype.itemsize
+    if device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(rows, width, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
 
 
 # --- The operator ---------------------------------------------------------------------------------
@@ -209,24 +235,26 @@ def linear_distillation_op(
     distillation = backends.BACKENDS[backend].distillation
     n_rows, device = student_hidden.shape[0], student_hidden.device
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
-    student_head, teacher_head = Head(*heads[:2]), Head(*heads[2:])
 
-    student = Side.of(student_weight, student_bias, vocab_size, student_hidden.dtype)
+    in_kernel = backends.BACKENDS[backend].adds_bias
+    head, dtype = Head(heads[0], heads[1]), student_hidden.dtype
+    student = Side.of(student_weight, student_bias, head, vocab_size, dtype, in_kernel)
     used = [k for k in range(len(teacher_hidden)) if teacher_weights[k]]
-    sides = [
-        Side.of(teacher_weight[k], bias if len(bias) else None, vocab_size, teacher_hidden[k].dtype)
-        for k in used
-        for bias in (teacher_bias[k],)
-    ]
+    teachers = []
+    for k in used:
+        head, dtype = Head(heads[2], heads[3]), teacher_hidden[k].dtype
+        bias = teacher_bias[k] if len(teacher_bias[k]) else None
+        alone = in_kernel and len(used) == 1
+        teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, alone))
     shares = [teacher_weights[k] for k in used]
-    target = Target(sides, shares, teacher_head, ensemble, options, backend)
+    target = Target(teachers, shares, ensemble, options, backend)
 
     needed = _needed_rows(labels, mask, options)
     dtypes = [student_hidden.dtype, *target.dtypes]
     chunks = _chunks(student_hidden, needed, chunk_rows, vocab_size, dtypes)
     most = max((_length(chunk) for chunk in chunks), default=0)
     logits = _rows_of_logits(most, vocab_size, student_hidden.dtype, device)
-    if sides:
+    if teachers:
         target.allocate(most)
 
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
@@ -239,7 +267,7 @@ def linear_distillation_op(
             hidden = torch.where(needed[chunk, None], hidden, 0)
         s = student.products(hidden, logits)
         # Without a teacher nothing reads it.
-        t, t_head = target([teacher_hidden[k][chunk] for k in used]) if sides else (s, Head())
+        t, t_head = target([teacher_hidden[k][chunk] for k in used]) if teachers else (s, Head())
         rows[:, chunk] = distillation(
             s,
             t,
@@ -249,7 +277,7 @@ def linear_distillation_op(
             ce_scale[chunk] if ce_scale.ndim else ce_scale,
             options,
             s if training else None,
-            (student_head, t_head),
+            (student.head, t_head),
             None if d_bias is None else d_bias[:vocab_size],
         )
         if want_hidden:  # what was logits is their gradient now

@@ -41,13 +41,16 @@ class Options(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What makes logits of a head's products x: softcap tanh(scale x / softcap), or scale x."""
+    """What makes logits of a head's products x: softcap tanh(scale (x + bias) / softcap)."""
 
     scale: float = 1.0
     softcap: float = 0.0  # none
+    bias: Tensor | None = None  # (V,), in the dtype computed in
 
     def logits_(self, x: Tensor) -> Tensor:
         """The logits, in place of their products."""
+        if self.bias is not None:
+            x += self.bias
         if self.scale != 1:
             x *= self.scale
         return x.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else x
@@ -56,7 +59,8 @@ class Head(NamedTuple):
         """The gradient of the logits becomes, in place, that of the products.
         d/dx c tanh(x / c) = 1 - (y / c)^2."""
         if self.softcap:
-            gradient *= 1 - (logits / self.softcap) ** 2
+            slope = 1 - (logits / self.softcap) ** 2
+            gradient *= slope.masked_fill_(gradient == 0, 0)  # 0 * NaN is 0 in a row left out
         return gradient.mul_(self.scale) if self.scale != 1 else gradient
 
 
@@ -178,7 +182,7 @@ def distillation(
     n_rows, vocab = student.shape[0], options.vocab_size
     compute = accumulation_dtype(student, teacher)
     s, t = (x[:, :vocab].to(compute) for x in (student, teacher))
-    if heads != PLAIN:
+    if heads is not PLAIN:
         s, t = (head.logits_(x.clone()) for head, x in zip(heads, (s, t), strict=True))
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
     total: Tensor | None = None

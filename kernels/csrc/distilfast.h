@@ -28,9 +28,10 @@ typedef struct {
     int64_t dtype;
 } distilfast_matrix;
 
-// What makes logits of a head's products x: softcap tanh(scale x / softcap); softcap 0: none.
+// What makes logits of a head's products x: softcap tanh(scale (x + bias) / softcap).
 typedef struct {
-    double scale, softcap;
+    double scale, softcap;  // softcap 0: none
+    const float* bias;      // (n_cols,), or null
 } distilfast_head;
 
 typedef struct {

@@ -55,12 +55,18 @@ inline Vec tanh(Vec y) {
     return select(greater(y2, 0.0625f), far, near);
 }
 
+template <class E>
+Biased<E> biased(const E* p, const float* bias) {
+    return {p, bias};
+}
+
 // What makes logits of a head's products.
 struct Head {
     float scale, softcap, inverse;
+    const float* bias;
     explicit Head(const distilfast_head& head)
-        : scale(float(head.scale)), softcap(float(head.softcap)), inverse(1 / softcap) {}
-    bool plain() const { return scale == 1 && softcap == 0; }
+        : scale(float(head.scale)), softcap(float(head.softcap)), inverse(1 / softcap), bias(head.bias) {}
+    bool linear() const { return scale == 1 && softcap == 0; }
     Vec logits(Vec x) const {
         return softcap != 0 ? tanh(x * scale * Vec(inverse)) * softcap : x * scale;
     }
@@ -105,7 +111,7 @@ struct Row {
 };
 
 template <class S, class T>
-void find_tops(Row& row, const S* s, const T* t, bool kd, int64_t n_cols) {
+void find_tops(Row& row, Biased<S> s, Biased<T> t, bool kd, int64_t n_cols) {
     Top top_s, top_t;
     sweep(n_cols, [&](int64_t i, auto n, auto k) {
         top_s.add(k, get(s + i, n, -INF));
@@ -115,7 +121,7 @@ void find_tops(Row& row, const S* s, const T* t, bool kd, int64_t n_cols) {
 }
 
 template <int KD, bool CE, class S, class T>
-void add_up(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_cols) {
+void add_up(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64_t n_cols) {
     Sum l_s, l_t, d, l_1;
     const auto at = [&](int64_t i, auto n, auto k) {
         prefetch(s + i, k);
@@ -140,7 +146,7 @@ void add_up(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_
 
 // JSD: against M = beta p_t + (1 - beta) p_s, times l_s. Leaves log2(p_s / M) over e_t.
 template <class S, class T>
-double add_jsd(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t n_cols, double beta) {
+double add_jsd(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64_t n_cols, double beta) {
     const float share_s = float(1 - beta), share_t = float(beta * row.l_s / row.l_t);
     Sum a, b;
     const auto at = [&](int64_t i, auto n, auto k) {
@@ -160,7 +166,7 @@ double add_jsd(Row& row, const S* s, const T* t, const Scratch& scratch, int64_t
 // Cosine and MSE, whose gradient waits in scratch.extra: their part of the losses and of a.rows.
 template <class S, class T>
 void add_cosine_and_mse(
-    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, const Scratch& scratch,
+    const distilfast_distillation_args& a, int64_t r, Biased<S> s, Biased<T> t, const Scratch& scratch,
     double weight, double scale) {
     const Products found = add_products<true>(s, t, a.n_cols);
     float by_cos = 0, ratio = 0, by_gap = 0;
@@ -185,7 +191,7 @@ void add_cosine_and_mse(
 
 template <int KD, bool CE, class S, class T, class N>
 inline Vec gradient_at(
-    const Row& row, const S* s, const T* t, const Scratch& scratch, bool extra, int64_t i, N n) {
+    const Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, bool extra, int64_t i, N n) {
     Vec g(0.f);
     if constexpr (KD == FORWARD_KL)
         g = fma(load(scratch.e_t + i), -row.ratio, load(scratch.e_s + i)) * Vec(row.by_s);
@@ -203,7 +209,7 @@ inline Vec gradient_at(
 
 template <int KD, bool CE, class S, class T, class G>
 void write_gradient(
-    const Row& row, const Head& head, const S* s, const T* t, G* g, const Scratch& scratch, bool extra,
+    const Row& row, const Head& head, Biased<S> s, Biased<T> t, G* g, const Scratch& scratch, bool extra,
     bool streamed, int64_t n_cols, int64_t label, double by) {
     float* const sums = scratch.bias_gradient;
     float at_label = 0;  // before the row is overwritten, if g is s
@@ -213,11 +219,11 @@ void write_gradient(
         const Vec e_s = load(scratch.e_s + label), e_1 = row.template e_1<S>(e_s, widen(s[label]));
         const double ce = by * (first(e_1) - row.l_1) / row.l_1;
         at_label = float(ce + first(gradient_at<KD, false>(row, s, t, scratch, extra, label, 1)));
-        if (!head.plain()) at_label *= first(head.slope(widen(s[label])));
+        if (!head.linear()) at_label *= first(head.slope(widen(s[label])));
     }
     const auto at = [&](int64_t i, auto n, auto) {
         Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
-        if (!head.plain()) x = x * head.slope(get(s + i, n, 0.f));
+        if (!head.linear()) x = x * head.slope(get(s + i, n, 0.f));
         if (sums) put(sums + i, get(sums + i, n, 0.f) + x, n);
         if (is_whole<decltype(n)> && streamed)
             stream(g + i, x);
@@ -253,7 +259,7 @@ void dispatched(int kind, bool labelled, F f) {
 
 template <class S, class T, class G>
 void distil_row(
-    const distilfast_distillation_args& a, int64_t r, const S* s, const T* t, G* g,
+    const distilfast_distillation_args& a, int64_t r, Biased<S> s, Biased<T> t, G* g,
     const Scratch& scratch) {
     const int64_t n_cols = a.n_cols;
     const double weight = a.mask ? a.mask[r] : 1;
@@ -329,9 +335,10 @@ void distil_row(
 // The logits of a row in fp32.
 void widen_row(const distilfast_matrix& m, int64_t r, int64_t n_cols, const Head& head, float* wide) {
     typed(m, r, [&](auto* x) {
+        using E = std::remove_pointer_t<decltype(x)>;
         sweep(n_cols, [&](int64_t i, auto n, auto k) {
             prefetch(x + i, k);
-            store(wide + i, head.logits(get(x + i, n, 0.f)));
+            store(wide + i, head.logits(get(Biased<E>{x, head.bias} + i, n, 0.f)));
         });
     });
 }
@@ -351,10 +358,10 @@ void add_blocks(float* to, const float* sums, int64_t n_blocks, int64_t n_cols, 
 
 int distillation(const distilfast_distillation_args& a, int threads) {
     const Head student_head(a.student_head), teacher_head(a.teacher_head);
-    const bool plain = student_head.plain() && teacher_head.plain();
+    const bool linear = student_head.linear() && teacher_head.linear();
     const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
     const bool soft = extra || a.divergence != NO_KD;
-    const int n_wide = plain ? a.student.dtype != a.teacher.dtype : 2;
+    const int n_wide = linear ? a.student.dtype != a.teacher.dtype : 2;
     if (a.gradient.data != a.student.data) prefer_large_pages(a.gradient, a.n_rows);
     const int64_t room = room_for(a.n_cols), block = (a.n_rows + BLOCKS - 1) / BLOCKS;
     const bool summed = a.bias_gradient && a.gradient.data && a.n_rows;
@@ -362,6 +369,9 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     float* const sums = summed ? lines(room * n_blocks) : nullptr;
     if (summed && !sums) return ENOMEM;
 
+    const auto gradient_like = [&](const auto* s) {
+        return (std::remove_const_t<std::remove_pointer_t<decltype(s)>>*)a.gradient.data;
+    };
     const auto at_row = [&](int64_t r, auto buffer) {
         const bool needed = soft && (!a.mask || a.mask[r] != 0);
         Scratch scratch = {buffer(0), buffer(1), extra ? buffer(2) : nullptr, nullptr};
@@ -370,12 +380,12 @@ int distillation(const distilfast_distillation_args& a, int threads) {
             if (r % block == 0) memset(scratch.bias_gradient, 0, size_t(room) * sizeof(float));
         }
         float* const wide = n_wide ? buffer(2 + extra) : nullptr;
-        const auto distil = [&](const auto* s, const auto* t, auto* g_data) {
+        const auto distil = [&](auto s, auto t, auto* g_data) {
             distil_row(a, r, s, t, a.gradient.data ? g_data + r * a.gradient.stride : nullptr, scratch);
         };
-        if (plain) {
-            typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](auto* s, auto* t) {
-                distil(s, t, (std::remove_pointer_t<decltype(s)>*)a.gradient.data);
+        if (linear) {
+            typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](const auto* s, const auto* t) {
+                distil(biased(s, student_head.bias), biased(t, teacher_head.bias), gradient_like(s));
             });
             return;
         }
@@ -383,7 +393,7 @@ int distillation(const distilfast_distillation_args& a, int threads) {
         widen_row(a.student, r, a.n_cols, student_head, wide);
         if (needed) widen_row(a.teacher, r, a.n_cols, teacher_head, wide_t);
         typed(a.student, 0, [&](auto* s) {
-            distil(wide, wide_t, (std::remove_pointer_t<decltype(s)>*)a.gradient.data);
+            distil(biased(wide, nullptr), biased(wide_t, nullptr), gradient_like(s));
         });
     };
     const int failed = for_rows(

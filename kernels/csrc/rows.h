@@ -57,6 +57,20 @@ inline Vec get(const E* p, N n, float other) {
     else
         return load(p, n, other);
 }
+
+// A row of a head's products that is read as what its bias makes of them.
+template <class E>
+struct Biased {
+    const E* p;
+    const float* bias;  // or null
+    Biased operator+(int64_t i) const { return {p + i, bias ? bias + i : nullptr}; }
+    float operator[](int64_t i) const { return widen(p[i]) + (bias ? bias[i] : 0); }
+};
+template <class E, class N>
+inline Vec get(Biased<E> x, N n, float other) {
+    const Vec product = get(x.p, n, other);
+    return x.bias ? product + get(x.bias, n, 0.f) : product;
+}
 template <class E, class N>
 inline void put(E* p, Vec x, N n) {
     if constexpr (is_whole<N>)
@@ -69,6 +83,10 @@ inline void put(E* p, Vec x, N n) {
 template <class E>
 inline void prefetch(const E* p, int k) {
     if (k * WIDTH * sizeof(E) % 64 == 0) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+}
+template <class E>
+inline void prefetch(Biased<E> x, int k) {  // the bias is in L2: every row reads it
+    prefetch(x.p, k);
 }
 
 // A sum over a row: of a block in fp32, in parts so that additions need not wait for one another, and
@@ -123,7 +141,7 @@ struct Products {
 };
 
 template <bool SQUARES, class S, class T>
-Products add_products(const S* s, const T* t, int64_t n_cols) {
+Products add_products(S s, T t, int64_t n_cols) {
     Sum ss, tt, st, sq;
     const auto at = [&](int64_t i, auto n, auto k) {
         prefetch(s + i, k), prefetch(t + i, k);

@@ -35,7 +35,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Head(ctypes.Structure):
-    _fields_ = (("scale", c_double), ("softcap", c_double))
+    _fields_ = (("scale", c_double), ("softcap", c_double), ("bias", c_void_p))
 
 
 class _DistillationArguments(ctypes.Structure):
@@ -193,10 +193,10 @@ def distillation(
     ce_scale: Tensor,
     options: Any,
     gradient: Tensor | None,
-    heads: Any = ((1.0, 0.0), (1.0, 0.0)),
+    heads: Any = ((1.0, 0.0, None), (1.0, 0.0, None)),
     bias_gradient: Tensor | None = None,
 ) -> Tensor:
-    """`distilfast.reference.distillation` for bf16, fp16 and fp32; bias_gradient in fp32."""
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32; biases in fp32."""
     student, teacher = _dense(student), _dense(teacher)
     labels, mask = _vector(labels), _vector(mask)
     losses = torch.empty(4, student.shape[0], dtype=torch.float32)
@@ -204,7 +204,7 @@ def distillation(
         _matrix(student),
         _matrix(teacher),
         _matrix(gradient),
-        *(_Head(*head) for head in heads),
+        *(_Head(scale, softcap, _pointer(bias)) for scale, softcap, bias in heads),
         _pointer(bias_gradient),
         _pointer(labels),
         _pointer(mask),

@@ -593,10 +593,11 @@ def distillation(
     ce_scale: Tensor,
     options: Any,
     gradient: Tensor | None,
-    heads: Any = ((1.0, 0.0), (1.0, 0.0)),
+    heads: Any = ((1.0, 0.0, None), (1.0, 0.0, None)),
     bias_gradient: Tensor | None = None,
 ) -> Tensor:
-    """`distilfast.reference.distillation` for bf16, fp16 and fp32; bias_gradient in fp32.
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32, of heads without a bias: a GPU's
+    product adds it for nothing. bias_gradient in fp32.
 
     Logits whose innermost dimension is not the vocabulary are copied first. ``gradient`` has to be
     dense in it, and may be ``student`` where that is.
@@ -619,7 +620,7 @@ def distillation(
         gradient is not None,
         itemsizes,
         rows.is_aligned([student, teacher, written], 16 // min(itemsizes)),
-        any(tuple(head) != (1.0, 0.0) for head in heads),
+        any(head[:2] != (1.0, 0.0) for head in heads),
     )
     temperature = options.temperature if chosen.KD else 1.0
     distillation_kernel[(n_rows,)](
@@ -647,7 +648,7 @@ def distillation(
         options.cos_weight,
         options.mse_weight,
         options.jsd_beta,
-        tuple(float(x) for head in heads for x in head),
+        tuple(float(x) for head in heads for x in head[:2]),
         **chosen._asdict(),
         num_warps=chosen.num_warps,
     )
