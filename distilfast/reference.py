@@ -47,6 +47,11 @@ class Head(NamedTuple):
     softcap: float = 0.0  # none
     bias: Tensor | None = None  # (V,), in the dtype computed in
 
+    @property
+    def plain(self) -> bool:
+        """Whether products are logits."""
+        return self.scale == 1 and not self.softcap and self.bias is None
+
     def logits_(self, x: Tensor) -> Tensor:
         """The logits, in place of their products."""
         if self.bias is not None:
@@ -182,8 +187,7 @@ def distillation(
     n_rows, vocab = student.shape[0], options.vocab_size
     compute = accumulation_dtype(student, teacher)
     s, t = (x[:, :vocab].to(compute) for x in (student, teacher))
-    if heads is not PLAIN:
-        s, t = (head.logits_(x.clone()) for head, x in zip(heads, (s, t), strict=True))
+    s, t = (x if h.plain else h.logits_(x.clone()) for h, x in zip(heads, (s, t), strict=True))
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
     total: Tensor | None = None
 

@@ -17,8 +17,8 @@ from oracle import (
     make_mask,
 )
 
-from distilfast import backends, reference
-from distilfast.reference import Head, Options
+from distilfast import backends
+from distilfast.reference import Options
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EPSILON = {FP32: 1e-5, FP16: 2**-10, BF16: 2**-7}
@@ -105,7 +105,9 @@ def heads_of(vocab, device, *, scale=1.0, softcap=0.0, bias=False):
     if bias:
         generator = torch.Generator().manual_seed(5)
         biases = [torch.randn(vocab, generator=generator).to(device) for _ in range(2)]
-    return Head(scale, softcap, biases[0]), Head(2 * scale, softcap and softcap + 1, biases[1])
+    head = backends.reference.Head  # or a mutated one
+    other = (2 * scale if scale != 1 else 1.0, softcap and softcap + 1)
+    return head(scale, softcap, biases[0]), head(*other, biases[1])
 
 
 HEADS = {
@@ -161,7 +163,8 @@ def test_rows_longer_than_the_first_columns(backend, device, divergence):
     labels = torch.tensor([2400, 3], device=device)
     for name in ("scale", "all") if backend != "triton" else ("scale",):
         heads = heads_for(backend, name, vocab, device)
-        check(backend, student, teacher, labels, None, heads, divergence=divergence)
+        for mask in (None, torch.tensor([1.0, 0.5], device=device)):
+            check(backend, student, teacher, labels, mask, heads, divergence=divergence)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
@@ -170,7 +173,7 @@ def test_softcap_of_large_small_and_infinite_products(backend, device, softcap):
     values = [0.0, 1e-6, -1e-3, 0.1, -0.24, 0.26, 1.0, -9.0, 88.0, -89.0, 500.0, -3e38, INF, -INF]
     student = torch.tensor([[softcap * x for x in values]], device=device)
     teacher = student.flip(1).contiguous()
-    head = Head(1.0, softcap)
+    head = backends.reference.Head(1.0, softcap)
     keywords = {"cos_weight": 1.0, "mse_weight": 1.0, "kd_weight": 1.0, "ce_weight": 1.0}
     labels = torch.tensor([6], device=device)
     check(backend, student, teacher, labels, None, (head, head), **keywords)
@@ -216,7 +219,14 @@ def test_bias_gradient_is_added_to_and_not_only_by_whole_blocks(backend, device)
         student, teacher = logits_pair((n_rows, 9), device=device)
         sums = torch.full((9,), 7.0, device=device)
         _, gradient = call(
-            backend, student, teacher, None, None, reference.PLAIN, bias_gradient=sums, ce_weight=0
+            backend,
+            student,
+            teacher,
+            None,
+            None,
+            backends.reference.PLAIN,
+            bias_gradient=sums,
+            ce_weight=0,
         )
         torch.testing.assert_close(sums - 7, gradient.sum(0), rtol=1e-5, atol=1e-5)
 
@@ -231,7 +241,14 @@ def test_bias_gradient_does_not_depend_on_the_number_of_threads(backend, device)
         torch.set_num_threads(threads)
         sums = torch.zeros(501)
         call(
-            backend, student, teacher, None, None, reference.PLAIN, bias_gradient=sums, ce_weight=0
+            backend,
+            student,
+            teacher,
+            None,
+            None,
+            backends.reference.PLAIN,
+            bias_gradient=sums,
+            ce_weight=0,
         )
         results.append(sums)
     torch.set_num_threads(before)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import distilfast_kernels
 import pytest
 import test_combine_teachers as ensembles
+import test_heads as heads
 import test_hidden_cosine as hidden
 import test_losses as values
 import test_losses_edges as edges
@@ -180,6 +181,16 @@ TEACHERS_ALIKE = call(
     launches.test_combination_of_any_rows_equals_the_definition, n_rows=3, mode="probability"
 )
 TEACHERS_GROW = call(launches.test_combination_whose_maximum_grows_from_tile_to_tile)
+HEAD = {
+    name: call(heads.test_parity_with_the_oracle, name=name, divergence="forward_kl", dtype=FP32)
+    for name in ("both", "bias")
+}
+HEAD_BESIDE_PADDING = call(
+    heads.test_parity_at_every_temperature_beside_padding, name="softcap", temperature=3.7
+)
+HEAD_LONG = call(heads.test_rows_longer_than_the_first_columns, divergence="forward_kl")
+SOFTCAP = call(heads.test_softcap_of_large_small_and_infinite_products, softcap=30.0)
+HEAD_NOT_NEEDED = call(heads.test_rows_that_nothing_needs_add_nothing, name="softcap")
 SCALES = call(launches.test_scale_multiplies_in_fp32_and_rounds_once, shift=0, dtype=BF16)
 SCALE_BY_ONE = call(launches.test_scaling_by_one_changes_no_bit, dtype=FP32)
 
@@ -292,8 +303,8 @@ MUTATIONS = [
     Mutation(
         "columns of full tiles counted from the boundary",
         K,
-        "_gradient(s, t, head + at + tile,",
-        "_gradient(s, t, at + tile,",
+        "s, t, head + at + tile, scalars",
+        "s, t, at + tile, scalars",
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
@@ -831,15 +842,15 @@ MUTATIONS = [
     Mutation(
         "outside the mask the last tile of a teacher is -inf",
         K,
-        "other=-INF).to(tl.float32)\n        t = tl.where(soft, t, s)",
-        "other=-INF).to(tl.float32)",
+        "-INF)\n        t = tl.where(soft, t, s)",
+        "-INF)",
         OUTSIDE_THE_MASK[-INF],
     ),
     Mutation(
         "outside the mask full tiles of a teacher are 0",
         K,
-        "policy).to(tl.float32)\n        t = tl.where(soft, t, s)",
-        "policy).to(tl.float32)",
+        "        t = tl.where(soft, t, s)\n    elif",
+        "    elif",
         OUTSIDE_THE_MASK[-INF],
     ),
     Mutation(
@@ -1304,6 +1315,85 @@ MUTATIONS = [
             temperature=2.0,
             mode="probability",
         ),
+    ),
+    # what a fused head leaves to the kernels
+    Mutation(
+        "one head for both sides",
+        K,
+        "t = _logits(t, heads[2], heads[3])\n        t = tl.where",
+        "t = _logits(t, heads[0], heads[1])\n        t = tl.where",
+        HEAD_LONG,
+    ),
+    Mutation(
+        "one head for both sides where there is no mask",
+        K,
+        "t = _logits(t, heads[2], heads[3])\n    return s, t",
+        "t = _logits(t, heads[0], heads[1])\n    return s, t",
+        HEAD_LONG,
+    ),
+    Mutation(
+        "no column is capped, too",
+        K,
+        "s = tl.where(exists, _logits(s, heads[0], heads[1]), -INF)",
+        "s = _logits(s, heads[0], heads[1])",
+        HEAD_BESIDE_PADDING,
+    ),
+    Mutation(
+        "no column of the teacher is capped, too",
+        K,
+        "t = tl.where(exists, _logits(t, heads[2], heads[3]), -INF)",
+        "t = _logits(t, heads[2], heads[3])",
+        HEAD_BESIDE_PADDING,
+    ),
+    Mutation(
+        "the gradient does not bend",
+        K,
+        "g *= _slope(s, heads[0], heads[1])",
+        "g *= heads[0]",
+        HEAD["both"],
+    ),
+    Mutation("the gradient is not scaled", K, "tl.float32) * scale", "tl.float32)", HEAD["both"]),
+    Mutation("tanh cancels", K, "tl.where(y2 > 0.0625, far,", "tl.where(y2 >= 0, far,", SOFTCAP),
+    Mutation("tanh is a line", K, "y + y * (y2 * series)", "y", SOFTCAP),
+    Mutation(
+        "the label's product for its logit",
+        K,
+        "at_label = _logits(at_label, heads[0], heads[1])",
+        "pass",
+        HEAD["both"],
+    ),
+    Mutation(
+        "the bias' gradient has another sign",
+        K,
+        "bias_gradient += gradient",
+        "bias_gradient -= gradient",
+        HEAD["both"],
+    ),
+    Mutation("the bias is taken away", R, "x += self.bias", "x -= self.bias", HEAD["bias"]),
+    Mutation("no scale", R, "x *= self.scale", "pass", HEAD["both"]),
+    Mutation("the cap is 1", R, "x.div_(self.softcap).tanh_()", "x.tanh_()", HEAD["both"]),
+    Mutation("the gradient is straight", R, "1 - (logits /", "1 - 0 * (logits /", HEAD["both"]),
+    Mutation("the gradient has no scale", R, "gradient.mul_(self.scale)", "gradient", HEAD["both"]),
+    Mutation(
+        "0 * NaN is NaN in a row left out",
+        R,
+        "slope.masked_fill_(gradient == 0, 0)",
+        "slope",
+        HEAD_NOT_NEEDED,
+    ),
+    Mutation(
+        "one side's head",
+        R,
+        "h.logits_(x.clone()) for h, x in zip(heads,",
+        "h.logits_(x.clone()) for h, x in zip(heads[:1] * 2,",
+        HEAD["both"],
+    ),
+    Mutation(
+        "the bias' gradient is the last block's",
+        R,
+        "bias_gradient += total.sum(0)",
+        "bias_gradient[:] = total.sum(0)",
+        HEAD["bias"],
     ),
 ]
 

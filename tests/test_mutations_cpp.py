@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import distilfast_kernels
 import pytest
 import test_combine_teachers as ensembles
+import test_heads as heads
 import test_hidden_cosine as hidden
 import test_losses as values
 import test_losses_edges as edges
@@ -539,6 +540,12 @@ TEACHERS = {
     for mode in ensembles.MODES
 }
 BY_PROBABILITY, BY_LOGIT = TEACHERS["probability"], TEACHERS["logit"]
+HEAD = {
+    name: call(heads.test_parity_with_the_oracle, name=name, divergence="forward_kl", dtype=FP32)
+    for name in heads.HEADS
+}
+SOFTCAP = call(heads.test_softcap_of_large_small_and_infinite_products, softcap=30.0)
+BIAS_OF_MANY_ROWS = call(heads.test_bias_gradient_is_added_to_and_not_only_by_whole_blocks)
 SCALED = call(test_scaled_rows_inside_wider_ones_are_scaled_whole, dtype=FP32)
 STREAMED = {
     dtype: call(test_streamed_gradient_is_the_stored_one, dtype=dtype)
@@ -961,7 +968,7 @@ MUTATIONS = [
         FORWARD,
     ),
     Mutation(
-        "half of a row that nothing needs", AVX2, D, "n_cols * sizeof(S));", "n_cols);", FORWARD
+        "half of a row that nothing needs", AVX2, D, "n_cols * sizeof(G));", "n_cols);", FORWARD
     ),
     Mutation(
         "kd does not need the teacher",
@@ -1988,6 +1995,153 @@ MUTATIONS = [
         "        options.cos_weight,\n        options.mse_weight,",
         "        options.mse_weight,\n        options.cos_weight,",
         FORWARD,
+    ),
+    # what a fused head leaves to the kernels
+    Mutation("tanh is a line", AVX512, D, "fma(p * y2, y, y)", "y", SOFTCAP),
+    Mutation(
+        "tanh cancels",
+        PLAIN,
+        D,
+        "greater(y2, 0.0625f), far, near",
+        "equal(y, y), far, near",
+        SOFTCAP,
+    ),
+    Mutation(
+        "the scale is under no cap",
+        AVX2,
+        D,
+        "tanh(x * scale * Vec(inverse))",
+        "tanh(x * Vec(inverse))",
+        HEAD["both"],
+    ),
+    Mutation(
+        "the gradient has no scale",
+        AVX512,
+        D,
+        "- cosine, 1.f) * scale",
+        "- cosine, 1.f)",
+        HEAD["scale"],
+    ),
+    Mutation(
+        "the gradient does not bend",
+        PLAIN,
+        D,
+        "softcap != 0 ? y * inverse : Vec(0.f)",
+        "0.f",
+        HEAD["softcap"],
+    ),
+    Mutation(
+        "a scale alone is nothing",
+        AVX2,
+        D,
+        "return scale == 1 && softcap == 0;",
+        "return softcap == 0;",
+        HEAD["scale"],
+    ),
+    Mutation(
+        "the label's gradient does not bend",
+        AVX512,
+        D,
+        "at_label *= first(head.slope(widen(s[label])));",
+        ";",
+        HEAD["softcap"],
+    ),
+    Mutation(
+        "no other gradient bends",
+        AVX2,
+        D,
+        "x = x * head.slope(get(s + i, n, 0.f));",
+        ";",
+        HEAD["softcap"],
+    ),
+    Mutation(
+        "the label has no bias gradient of its own",
+        PLAIN,
+        D,
+        "if (sums) sums[label] = sum_at_label + at_label;",
+        ";",
+        HEAD["bias"],
+    ),
+    Mutation(
+        "the label's bias gradient begins anew",
+        AVX512,
+        D,
+        "sum_at_label + at_label;",
+        "at_label;",
+        HEAD["bias"],
+    ),
+    Mutation(
+        "a block's bias gradient is its last row's",
+        AVX2,
+        D,
+        "if (r % block == 0) memset",
+        "memset",
+        HEAD["bias"],
+    ),
+    Mutation(
+        "the bias gradient is the last block's",
+        AVX512,
+        D,
+        "sum = sum + load(sums",
+        "sum = load(sums",
+        BIAS_OF_MANY_ROWS,
+    ),
+    Mutation(
+        "the bias gradient is not added to",
+        PLAIN,
+        D,
+        "get(to + start + i, n, 0.f) + sum",
+        "sum",
+        BIAS_OF_MANY_ROWS,
+    ),
+    Mutation(
+        "one head for both sides",
+        AVX2,
+        D,
+        "a.n_cols, teacher_head, wide_t",
+        "a.n_cols, student_head, wide_t",
+        HEAD["both"],
+    ),
+    Mutation(
+        "one bias for both sides",
+        AVX512,
+        D,
+        "biased(t, teacher_head.bias)",
+        "biased(t, student_head.bias)",
+        HEAD["bias"],
+    ),
+    Mutation(
+        "a cap without its bias",
+        PLAIN,
+        D,
+        "Biased<E>{x, head.bias}",
+        "Biased<E>{x, nullptr}",
+        HEAD["all"],
+    ),
+    Mutation(
+        "no bias",
+        AVX2,
+        R,
+        "x.bias ? product + get(x.bias, n, 0.f) : product",
+        "product",
+        HEAD["bias"],
+    ),
+    Mutation("the label has no bias", AVX512, R, "(bias ? bias[i] : 0)", "0", HEAD["bias"]),
+    Mutation(
+        "the first columns' bias for all",
+        AVX512,
+        R,
+        "bias ? bias + i : nullptr",
+        "bias",
+        HEAD["bias"],
+    ),
+    Mutation(
+        "heads change sides",
+        PLAIN,
+        L,
+        "for scale, softcap, bias in heads)",
+        "for scale, softcap, bias in heads[::-1])",
+        HEAD["both"],
     ),
     Mutation("beta is 1/2", AVX2, L, "        options.jsd_beta,", "        0.5,", JSD),
     Mutation("hidden: the sum over layers", PLAIN, L, "1 / len(student)", "1", HIDDEN_LAYERS),
