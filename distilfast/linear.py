@@ -244,8 +244,7 @@ def linear_distillation_op(
     for k in used:
         head, dtype = Head(heads[2], heads[3]), teacher_hidden[k].dtype
         bias = teacher_bias[k] if len(teacher_bias[k]) else None
-        alone = in_kernel and len(used) == 1
-        teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, alone))
+        teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, in_kernel))
     shares = [teacher_weights[k] for k in used]
     target = Target(teachers, shares, ensemble, options, backend)
 

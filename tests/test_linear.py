@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -21,7 +23,7 @@ from oracle import (
     make_mask,
 )
 
-from distilfast import combine_teachers, distillation_loss, linear_distillation_loss
+from distilfast import combine_teachers, distillation_loss, linear, linear_distillation_loss
 
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -588,6 +590,28 @@ def test_weight_gradient_of_many_chunks_is_accumulated_in_fp32(backend, device):
     many = gradients(call(student, teacher, chunk_rows=1, **keywords).loss, student)
     for a, b in zip(many[1:], one[1:], strict=True):
         assert (a - b).abs().max() <= 2.0**-7 * b.abs().max()
+    # asked for, it is done: a sum of its own dtype, that rounds at every chunk
+    keywords["accum_dtype"] = BF16
+    rounded = gradients(call(student, teacher, chunk_rows=1, **keywords).loss, student)[1]
+    off = (rounded - one[1]).abs().max() / one[1].abs().max()
+    assert 2.0**-7 < off < 0.9
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+def test_fp32_parameters_under_autocast_get_an_fp32_sum(backend, device, chunk_rows):
+    # not one that has been rounded to the products' dtype on the way
+    student, teacher = sides(device=device)
+    with torch.autocast(device, dtype=BF16):
+        output = call(student, teacher, chunk_rows=chunk_rows, backend=backend)
+    _, d_weight, d_bias = gradients(output.loss, student)
+    several = chunk_rows < N_ROWS or device != "cpu"  # on a CPU a chunk's own share is bf16
+    assert ((d_weight != d_weight.to(BF16)).float().mean() > 0.5) == several
+    assert (d_bias != d_bias.to(BF16)).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("value", [FP16, torch.int64, "fp32", FP64])
+def test_accum_dtype_is_fp32_or_the_inputs(spoil, value):
+    spoil("accum_dtype", value, accum_dtype=value)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -1049,6 +1073,150 @@ def test_bad_ensembles_are_refused(spoil, device):
     spoil("teacher_weights", teacher_weights=[0.0, 0.0], **pair)
     empty = {"teacher_hidden": [], "teacher_weight": [], "teacher_bias": None}
     spoil("teacher_hidden", **empty)
+
+
+# Chunks and memory
+
+
+@pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 1000, 4096, 100_000])
+@pytest.mark.parametrize("vocab", [32, 30_522, 151_936])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_chunks_cover_the_rows_once_and_fit_the_budget(monkeypatch, device_type, vocab, n_rows):
+    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", linear.CHUNK_BYTES[device_type])
+    hidden = torch.empty(n_rows, 1)
+    chunks = linear._chunks(hidden, None, 0, vocab, [BF16, BF16])
+    assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(n_rows))
+    sizes = [c.stop - c.start for c in chunks]
+    assert max(sizes) * 4 * vocab <= linear.CHUNK_BYTES[device_type]
+    # of one size, in multiples of 64 rows, and never more of them than the budget asks for
+    assert len(set(sizes[:-1])) <= 1
+    assert len(sizes) == 1 or (sizes[0] % 64 == 0 and sizes[-1] > sizes[0] - 64 * len(sizes))
+    room = linear.CHUNK_BYTES[device_type] // (4 * vocab) // 64 * 64
+    assert len(sizes) == -(-n_rows // room)
+    # the same for many rows: what a chunk takes does not grow with N
+    if len(sizes) > 20:
+        assert sizes[0] > room * 0.9
+
+
+def test_rows_that_are_not_needed_are_not_projected(backend, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("on a GPU counting them would wait for the device")
+    student, teacher = sides(device=device)
+    labels = torch.full(LEAD, IGNORE)
+    labels[0, 1] = 3
+    mask = torch.zeros(LEAD)
+    mask[1, 2] = 1.0
+    projected = []
+    products = linear.Side.products
+
+    def count(side, hidden, out):
+        projected.append(len(hidden))
+        return products(side, hidden, out)
+
+    monkeypatch.setattr(linear.Side, "products", count)
+    call(student, teacher, labels, mask=mask, ce_weight=1.0, backend=backend)
+    assert projected == [2, 2]  # of student and teacher
+    # nor a teacher whom nobody hears, nor any for the labels alone
+    projected.clear()
+    call(student, [teacher, teacher], mask=mask, teacher_weights=[1.0, 0.0], backend=backend)
+    call(student, teacher, labels, kd_weight=0.0, ce_weight=1.0, backend=backend)
+    assert projected == [1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+def test_rows_left_in_a_chunk_contribute_nothing_if_not_needed(backend, device, monkeypatch, bad):
+    # as on a GPU, where the rows are not selected
+    every = slice(0, N_ROWS)
+    monkeypatch.setattr(linear, "_chunks", lambda *_: [every])
+    student, teacher = sides(device=device)
+    mask = torch.ones(LEAD, device=device)
+    mask[0, 0] = mask[1, 3] = 0.0
+    wanted = gradients(call(student, teacher, mask=mask, backend=backend).loss, student)
+    with torch.no_grad():
+        student.hidden[mask == 0] = bad
+        teacher.hidden[mask == 0] = bad
+    got = gradients(call(student, teacher, mask=mask, backend=backend).loss, student)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("n_teachers", [2, 5])
+def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n_teachers):
+    # the student's, a teacher's and the mixture, however many teachers there are
+    made = []
+    scratch = linear._scratch
+
+    def record(rows, width, dtype, where):
+        made.append((rows, width, dtype))
+        return scratch(rows, width, dtype, where)
+
+    monkeypatch.setattr(linear, "_scratch", record)
+    student, _ = sides(device=device, dtype=BF16)
+    teachers = [Side(5 + k, seed=k, device=device, dtype=BF16) for k in range(n_teachers)]
+    with torch.no_grad():
+        call(student, teachers, backend=backend)
+    assert sorted(str(dtype) for *_, dtype in made) == ["torch.bfloat16"] * 2 + ["torch.float32"]
+    assert {rows for rows, *_ in made} == {N_ROWS}
+    assert {width % linear.ALIGNMENT for _, width, _ in made} == {0}
+
+
+@pytest.mark.parametrize("mode", ["probability", "logit"])
+def test_ensemble_of_three_equals_combined_logits(backend, device, mode):
+    # a mixture of a mixture; one teacher has no bias
+    student, teacher = sides(device=device)
+    others = [Side(5, seed=9, device=device, bias=False), Side(6, seed=10, device=device)]
+    teachers, weights = [teacher, *others], [0.2, 0.5, 0.3]
+    combined = combine_teachers([x.logits() for x in teachers], weights, temperature=3.0, mode=mode)
+    keywords = {"temperature": 3.0, "backend": backend}
+    wanted = distillation_loss(student.logits(), combined, **keywords)
+    output = linear_distillation_loss(
+        student.hidden,
+        student.weight,
+        [x.hidden for x in teachers],
+        [x.weight for x in teachers],
+        student_bias=student.bias,
+        teacher_bias=[x.bias for x in teachers],
+        teacher_weights=weights,
+        ensemble=mode,
+        chunk_rows=4,
+        **keywords,
+    )
+    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        gradients(output.loss, student), gradients(wanted.loss, student), rtol=1e-4, atol=2e-5
+    )
+
+
+PEAK = """
+import resource, sys, torch
+from distilfast import linear_distillation_loss
+n_rows, vocab, width = map(int, sys.argv[1:])
+def inputs(n):
+    return torch.randn(n, width).bfloat16(), torch.randn(vocab, width).bfloat16()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def step(n):
+    s, t = inputs(n), inputs(n)
+    labels = torch.randint(vocab, (n,))
+    for x in s:
+        x.requires_grad_()
+    before = peak()
+    linear_distillation_loss(*s, *t, labels, ce_weight=1.0).loss.backward()
+    return before
+step(64)
+before = step(n_rows)
+print(peak() - before)
+"""
+
+
+def test_peak_memory_is_bounded_at_any_number_of_rows():
+    # 30,522 columns: the logits of 16,384 rows would be 1,908 MiB a side
+    peaks = []
+    for n_rows in (4096, 16_384):
+        command = [sys.executable, "-c", PEAK, str(n_rows), "30522", "16"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert max(peaks) < 200
+    assert abs(peaks[1] - peaks[0]) < 40
 
 
 def test_mse_with_a_logit_ensemble_is_allowed(backend, device):

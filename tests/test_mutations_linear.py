@@ -1,0 +1,295 @@
+"""Mutations of the fused head, each noticed by a test of test_linear.py.
+
+As test_mutations.py does for the kernels: a list of plausible mistakes, and for each a call of a
+test that has to fail.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import test_linear as tests
+import torch
+from oracle import NAN
+from test_mutations import Call, call, load
+
+from distilfast import backends, linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+PADDED = call(
+    tests.test_padded_heads_contribute_nothing_whatever_they_hold,
+    student_vocab=28,
+    teacher_vocab=25,
+    bad=NAN,
+    logit_softcap=None,
+)
+MEAN, NONE = (
+    call(tests.test_any_chunk_equals_materialised_logits, reduction=reduction, chunk_rows=3)
+    for reduction in ("mean", "none")
+)
+IN_FP32 = call(tests.test_weight_gradient_of_many_chunks_is_accumulated_in_fp32)
+SCALED = call(
+    tests.test_scale_and_softcap_equal_materialised,
+    logit_scale=(0.3, 2.0),
+    logit_softcap=(4.0, 1.5),
+)
+BIASES = {
+    which: call(tests.test_biases_are_optional, which=which) for which in ("student", "teacher")
+}
+THREE = {
+    mode: call(tests.test_ensemble_of_three_equals_combined_logits, mode=mode)
+    for mode in ("probability", "logit")
+}
+PADDED_TEACHERS = call(tests.test_ensemble_members_may_be_padded_and_scaled, mode="logit")
+LEFT_OUT = call(
+    tests.test_rows_that_nothing_needs_contribute_nothing_whatever_they_hold,
+    bad=NAN,
+    chunk_rows=4,
+    logit_softcap=None,
+)
+AS_ON_A_GPU = call(tests.test_rows_left_in_a_chunk_contribute_nothing_if_not_needed, bad=NAN)
+PROJECTED = call(tests.test_rows_that_are_not_needed_are_not_projected)
+ONE_AT_A_TIME = call(tests.test_one_teachers_logits_are_there_at_a_time, n_teachers=5)
+CHUNKS, EVEN_CHUNKS = (
+    call(
+        tests.test_chunks_cover_the_rows_once_and_fit_the_budget,
+        device_type="cpu",
+        vocab=30_522,
+        n_rows=n_rows,
+    )
+    for n_rows in (100_000, 4096)
+)
+LATE = call(tests.test_gradient_is_scaled_before_it_is_rounded)
+UNUSED = call(
+    tests.test_nothing_to_do_gives_zero_and_zero_gradients, reduction="mean", chunk_rows=1
+)
+
+
+class Mutation(NamedTuple):
+    name: str
+    backend: str
+    old: str
+    new: str
+    caught_by: Call
+
+
+MUTATIONS = [
+    Mutation("the last chunk alone", "torch", "self.keep = 1", "self.keep = 0", MEAN),
+    Mutation(
+        "sums in the products' dtype",
+        "torch",
+        "(student.weight, accum_dtype)",
+        "(student.weight, student.weight.dtype)",
+        IN_FP32,
+    ),
+    Mutation(
+        "accum_dtype is not asked",
+        "torch",
+        "    return wanted\n\n\ndef _check_head",
+        "    return widest\n\n\ndef _check_head",
+        IN_FP32,
+    ),
+    Mutation(
+        "the last chunk alone, in blocks",
+        "torch",
+        "total[block].add_(some) if self.keep",
+        "total[block].copy_(some) if self.keep",
+        IN_FP32,
+    ),
+    Mutation(
+        "the sum is rounded",
+        "torch",
+        "result = torch.empty_like(weight)",
+        "result = torch.empty_like(weight)\n        total = total.bfloat16()",
+        PADDED,
+    ),
+    Mutation(
+        "padding has a gradient",
+        "torch",
+        "result[vocab_size:] = 0",
+        "result[vocab_size:] = 1",
+        PADDED,
+    ),
+    Mutation(
+        "no chunk, no zeros", "torch", "else self.total.zero_()", "else self.total.fill_(1)", UNUSED
+    ),
+    Mutation("no bias in the products", "torch", ".add_(self.bias[block])", "", BIASES["student"]),
+    Mutation(
+        "no bias in the kernel", "cpp", "head._replace(bias=in_fp32)", "head", BIASES["teacher"]
+    ),
+    Mutation(
+        "heads change sides",
+        "torch",
+        "Head(heads[2], heads[3])",
+        "Head(heads[0], heads[1])",
+        SCALED,
+    ),
+    Mutation("a teacher's head is plain", "cpp", "self.sides[0].head", "Head()", SCALED),
+    Mutation(
+        "an ensemble's heads are plain",
+        "torch",
+        "side.head.logits_(side.products(h, buffer))",
+        "side.products(h, buffer)",
+        PADDED_TEACHERS,
+    ),
+    Mutation(
+        "a mixture is heard twice",
+        "torch",
+        "[mixed / (mixed + share), share / (mixed + share)]",
+        "[0.5, 0.5]",
+        THREE["probability"],
+    ),
+    Mutation(
+        "a mixture weighs as its last teacher",
+        "cpp",
+        "mixed += share",
+        "mixed = share",
+        THREE["logit"],
+    ),
+    Mutation(
+        "teachers that are not heard are asked",
+        "torch",
+        "for k in range(len(teacher_hidden)) if teacher_weights[k]]",
+        "for k in range(len(teacher_hidden))]",
+        PROJECTED,
+    ),
+    Mutation(
+        "all teachers at once",
+        "torch",
+        "self.dtypes = list({side.weight.dtype for side in sides})",
+        "self.dtypes = [side.weight.dtype for side in sides]",
+        ONE_AT_A_TIME,
+    ),
+    Mutation(
+        "rows left out are in the weight's gradient",
+        "torch",
+        "hidden = torch.where(needed[chunk, None], hidden, 0)",
+        "pass",
+        AS_ON_A_GPU,
+    ),
+    Mutation(
+        "labels need no row",
+        "torch",
+        "[] if labels is None else [labels != options.ignore_index]",
+        "[]",
+        PROJECTED,
+    ),
+    Mutation("every row is projected", "torch", "and not needed.all():", "and False:", PROJECTED),
+    Mutation("the mask needs every row", "torch", "[mask != 0]", "[mask == mask]", PROJECTED),
+    Mutation(
+        "the rest of the rows is left out",
+        "torch",
+        "range(0, n, rows)]",
+        "range(0, n - rows + 1, rows)]",
+        CHUNKS,
+    ),
+    Mutation(
+        "chunks of any size", "torch", "rows = -(-n // -(-n // most))", "rows = most", EVEN_CHUNKS
+    ),
+    Mutation(
+        "a budget for each side",
+        "torch",
+        "sum(dtype.itemsize for dtype in dtypes)",
+        "dtypes[0].itemsize",
+        CHUNKS,
+    ),
+    Mutation(
+        "the first rows' labels for all",
+        "torch",
+        "else labels[chunk],",
+        "else labels[: len(hidden)],",
+        MEAN,
+    ),
+    Mutation(
+        "the first rows' mask for all",
+        "torch",
+        "else mask[chunk],",
+        "else mask[: len(hidden)],",
+        MEAN,
+    ),
+    Mutation(
+        "the first rows' teacher for all",
+        "torch",
+        "teacher_hidden[k][chunk] for k",
+        "teacher_hidden[k][: len(hidden)] for k",
+        MEAN,
+    ),
+    Mutation(
+        "rows are not scaled one by one", "torch", "kd_scale * grad_loss.detach()", "kd_scale", NONE
+    ),
+    Mutation(
+        "labels are not scaled one by one",
+        "torch",
+        "ce_scale * grad_loss.detach()",
+        "ce_scale",
+        NONE,
+    ),
+    Mutation(
+        "fp16 is rounded first",
+        "torch",
+        'reduction == "none" or student_hidden.dtype == torch.float16',
+        'reduction == "none"',
+        LATE,
+    ),
+    Mutation(
+        "gradients change places",
+        "torch",
+        "return loss, parts, d_hidden, d_weight, d_bias\n\n\ndef _needed",
+        "return loss, parts, d_hidden * 2, d_weight, d_bias\n\n\ndef _needed",
+        MEAN,
+    ),
+    Mutation(
+        "teachers are read for labels alone",
+        "torch",
+        "t_hidden, t_weight, t_bias, shares = [], [], [], [1.0]",
+        "pass",
+        PROJECTED,
+    ),
+]
+
+
+@contextmanager
+def instead(folder: Path) -> Any:
+    """test_linear.py's calls go to the module in this folder, whose operator has its own name."""
+    path = folder / "linear.py"
+    text = path.read_text(encoding="utf-8")
+    name = '"distilfast::linear_distillation"'
+    assert text.count(name) == 1
+    path.write_text(text.replace(name, '"distilfast_mutated::linear_distillation"'), "utf-8")
+    module = load("distilfast_mutated_linear", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tests, "linear", module)
+        patch.setattr(tests, "linear_distillation_loss", module.linear_distillation_loss)
+        yield
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutation_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    if backends.unavailable(mutation.backend):
+        pytest.skip(f"no {mutation.backend} here")
+    path = Path(shutil.copy(linear.__file__, tmp_path / "linear.py"))
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mutation.old) == 1, f"{mutation.old!r} is not in linear.py exactly once"
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    with instead(tmp_path):
+        try:
+            mutation.caught_by(mutation.backend)
+        except AssertionError:
+            return
+        except Exception as error:
+            pytest.fail(f"malformed, it raises {error!r}")
+    pytest.fail(f"{mutation.caught_by.test.__name__} did not notice")
+
+
+def test_unmutated_copy_passes_the_same_calls(tmp_path: Path) -> None:
+    shutil.copy(linear.__file__, tmp_path / "linear.py")
+    calls = {(x.backend, repr(x.caught_by)): x.caught_by for x in MUTATIONS}
+    with instead(tmp_path):
+        for (backend, _), caught_by in calls.items():
+            if not backends.unavailable(backend):
+                caught_by(backend)
+    assert tests.linear is linear
