@@ -20,10 +20,7 @@ half. Every run appends to bench/results/losses.csv, from which --plot draws.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -212,49 +209,22 @@ class Oracle:
             return
         rows = self.rows
         picked = [s.detach()[rows] for s in student], [t[rows] for t in teacher]
-        _, self.gradients = self._part(*picked, None if labels is None else labels[rows], True)
+        part = None if labels is None else labels[rows]
+        _, self.gradients = peers.exact(case, *picked, part, True)
         block = max(1, BLOCK_ELEMENTS[device.type] // case.columns)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, n_rows, block):
             part = slice(start, start + block)
             sides = [s.detach()[part] for s in student], [t[part] for t in teacher]
-            total += self._part(*sides, None if labels is None else labels[part], False)[0]
+            chosen = None if labels is None else labels[part]
+            total += peers.exact(case, *sides, chosen, False)[0]
         self.value = total
-
-    def _part(
-        self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, wanted: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What some of the rows add to the loss, and their gradients."""
-        case = self.case
-        student, teacher = [s.double() for s in student], [t.double() for t in teacher]
-        gradients = [torch.empty_like(s) for s in student] if wanted else []
-        kd_scale = student[0].new_tensor(1 / case.rows)
-        if case.loss == "hidden_cosine":
-            found = reference.hidden_cosine(student, teacher, None, kd_scale, gradients)
-            return found.sum() * kd_scale, gradients
-        ce_scale = student[0].new_tensor(1 / max(case.labelled, 1))
-        options = reference.Options(
-            temperature=case.temperature,
-            kd_weight=float(case.loss != "ce"),
-            ce_weight=float(case.loss in ("kl_ce", "ce")),
-            cos_weight=0.0,
-            mse_weight=0.0,
-            jsd_beta=0.5,
-            divergence=case.loss if case.loss in ("reverse_kl", "jsd") else "forward_kl",
-            ignore_index=peers.IGNORED,
-            vocab_size=case.columns,
-        )
-        gradient = gradients[0] if wanted else None
-        kd, ce, _, _ = reference.distillation(
-            student[0], teacher[0], labels, None, kd_scale, ce_scale, options, gradient
-        )
-        return kd.sum() * kd_scale + ce.sum() * ce_scale, gradients
 
     def compare(self, value: Tensor, gradients: list[Tensor]) -> dict[str, Any]:
         """The errors of a contestant's results, and whether they are within the budget."""
         case = self.case
         if case.loss == "combine":
-            value_error = worst(value[self.rows].detach(), self.value)
+            value_error = measure.worst(value[self.rows].detach(), self.value)
             agrees = value_error <= VALUE_TOLERANCE
         else:
             error = float((value.detach().double() - self.value).abs())
@@ -265,7 +235,7 @@ class Oracle:
         gradient_error = None
         if self.gradients:
             pairs = zip(gradients, self.gradients, strict=True)
-            gradient_error = max(worst(g[self.rows], right) for g, right in pairs)
+            gradient_error = max(measure.worst(g[self.rows], right) for g, right in pairs)
             if not gradient_error <= GRADIENT_TOLERANCE[case.dtype]:
                 agreement.append(f"gradient off by {gradient_error:.1e}")
         return {
@@ -273,15 +243,6 @@ class Oracle:
             "gradient_error": gradient_error,
             "agreement": ", ".join(agreement) or "ok",
         }
-
-
-def worst(found: Tensor, right: Tensor) -> float:
-    """The largest error of a row, as a share of the row's largest entry; NaN counts as infinite."""
-    limits = torch.finfo(found.dtype)
-    subnormal = limits.tiny * limits.eps
-    error = ((found.double() - right).abs().amax(-1) - subnormal).clamp_min(0)
-    error = error.masked_fill(error.isnan(), torch.inf)
-    return float((error / right.abs().amax(-1).clamp_min(limits.tiny)).max())
 
 
 def measure_case(
@@ -310,28 +271,22 @@ def measure_case(
         return list(rows.values())
 
     losses: dict[str, peers.Loss] = {}
-    for c in waiting:
-        row = rows[c.name]
-        if time.perf_counter() > ends:
-            row["status"] = "skipped: out of time (--seconds)"
-            continue
-        print(f"  {c.name} ...", end="", flush=True, file=sys.stderr)
-        began = time.perf_counter()
+    builders = {c.name: c for c in waiting}
+
+    def attempt(name: str) -> dict[str, Any]:
         try:
-            loss = c.build(case)
-            row |= oracle.compare(*run(loss, problem.at(0)))
+            loss = builders[name].build(case)
+            found = oracle.compare(*run(loss, problem.at(0)))
             problem.restore(0)
-            if c.interpreted:
-                row["status"] = "not timed: runs in Triton's interpreter"
-            else:
-                peak = measure.peak_mib(lambda loss=loss: run(loss, problem.at(0)), device)
-                row |= {"status": "ok", "peak_mib": peak}
-                losses[c.name] = loss
-        except Exception as error:
-            row["status"] = f"failed: {measure.reason(error)}"
-        problem.restore(0)
-        print(f" {time.perf_counter() - began:.1f} s", end="", file=sys.stderr)
-    print(file=sys.stderr)
+            if builders[name].interpreted:
+                return {**found, "status": "not timed: runs in Triton's interpreter"}
+            peak = measure.peak_mib(lambda: run(loss, problem.at(0)), device)
+            losses[name] = loss
+            return {**found, "status": "ok", "peak_mib": peak}
+        finally:
+            problem.restore(0)
+
+    measure.attempt_each(builders, rows, ends, attempt)
     if losses:
         fill_in(case, rows, losses, problem, {c.name: c for c in field}, device)
     return list(rows.values())
@@ -365,13 +320,10 @@ def fill_in(
     for name, text in failures.items():
         rows[name]["status"] = f"failed: {text}"
     for name in losses.keys() - failures.keys():
-        spread = measure.Spread.of(samples[name])
-        gb_per_s = case.expected_bytes / spread.median / 1e6
+        times = measure.time_columns(samples[name])
+        gb_per_s = case.expected_bytes / times["time_ms"] / 1e6
         rows[name] |= {
-            "time_ms": spread.median,
-            "time_ms_p20": spread.p20,
-            "time_ms_p80": spread.p80,
-            "rounds": len(samples[name]),
+            **times,
             "gb_per_s": gb_per_s,
             "copy_gb_per_s": copy_gb_per_s,
             "copy_fraction": gb_per_s / copy_gb_per_s,
@@ -407,12 +359,8 @@ def table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     copy = next((row["copy_gb_per_s"] for row in rows if row["copy_gb_per_s"]), None)
     rate = f"; a copy moves {figure(copy)} GB/s" if copy else ""
     lines = []
-    skipped: dict[str, list[str]] = {}
     for row in rows:
         if row["status"].startswith("skipped: "):
-            skipped.setdefault(row["status"].removeprefix("skipped: "), []).append(
-                row["contestant"]
-            )
             continue
         median, p20, p80 = (figure(row[f"time_ms{part}"]) for part in ("", "_p20", "_p80"))
         lacks = f"without {row['lacks']}" if row["lacks"] else ""
@@ -431,9 +379,7 @@ def table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     moved = figure(case.expected_bytes / measure.MIB)
     parts = [f"### {case}: {moved} MiB to move{rate}"]
     parts += [measure.markdown(lines)] if lines else []
-    reasons = [f"{'; '.join(names)}: {why}" for why, names in skipped.items()]
-    parts += ["\n".join(["Skipped:", *(f"- {line}" for line in reasons)])] if reasons else []
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, [*parts, measure.skipped(rows)])) + "\n"
 
 
 def profile(case: Case, field: Sequence[Contestant], options: argparse.Namespace) -> None:
@@ -473,57 +419,14 @@ def profile(case: Case, field: Sequence[Contestant], options: argparse.Namespace
 
 def plot(source: Path, target: Path) -> None:
     """The latest run in the CSV: a panel a loss, the share of a copy's rate over its cases."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["date"] == rows[-1]["date"] and row["copy_fraction"]]
-    if not rows:
-        print(f"{source}: nothing was timed in its latest run", file=sys.stderr)
-        return
-    names = list(dict.fromkeys(row["contestant"] for row in rows))
-    titles = list(dict.fromkeys((row["loss"], row["labels"]) for row in rows))
-    across = min(2, len(titles))
-    down = -(-len(titles) // across)
-    canvas, axes = pyplot.subplots(
-        down, across, figsize=(8 * across, 1 + 4 * down), squeeze=False, layout="constrained"
+    measure.plot(
+        source,
+        target,
+        "copy_fraction",
+        "bytes to move over time, as a share of a copy's rate, by columns and rows",
+        lambda row: row["loss"] + (f", {row['labels']} labels" if row["labels"] != "none" else ""),
+        lambda row: (int(row["columns"]), int(row["rows"])),
     )
-    for axis in axes.flat[len(titles) :]:
-        axis.set_visible(False)
-    handles = {}
-    for axis, (loss, labels) in zip(axes.flat, titles, strict=False):
-        found = [row for row in rows if (row["loss"], row["labels"]) == (loss, labels)]
-        cases = sorted({(int(row["columns"]), int(row["rows"])) for row in found})
-        for number, name in enumerate(names):
-            mine = [row for row in found if row["contestant"] == name]
-            if mine:
-                x = [cases.index((int(row["columns"]), int(row["rows"]))) for row in mine]
-                points = sorted(zip(x, (float(r["copy_fraction"]) for r in mine), strict=True))
-                agrees = all(row["agreement"] == "ok" for row in mine)
-                style = {"marker": "o" if agrees else "x", "color": f"C{number % 10}"}
-                dashes = "-" if number < 10 else "--"
-                handles[name], *_ = axis.plot(*zip(*points, strict=True), dashes, **style)
-        axis.set_xticks(range(len(cases)), [f"{v:,}\n{n:,}" for v, n in cases], fontsize=7)
-        axis.set_yscale("log")
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_title(loss if labels == "none" else f"{loss}, {labels} labels", fontsize=10)
-    canvas.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
-    canvas.suptitle(
-        f"{rows[0]['device']}, torch {rows[0]['torch']}: bytes to move over time, as a share of a "
-        "copy's rate,\nby columns and rows (x: does not agree with the reference)",
-        fontsize=10,
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(target, dpi=120)
-    pyplot.close(canvas)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -581,13 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json != "-":
             print(table(case, rows), flush=True)
     if options.json is not None:
-        plain = [{key: finite(value) for key, value in row.items()} for row in results]
-        text = json.dumps({"environment": environment, "rows": plain}, indent=1)
-        if options.json == "-":
-            print(text)
-        else:
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json).write_text(text + "\n", encoding="utf-8")
+        measure.write_json(options.json, environment, results)
     if options.plot:
         plot(options.csv, options.plot)
     if options.profile:

@@ -15,13 +15,15 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +88,9 @@ def interleave(
     stopwatch: Stopwatch,
     seconds: float,
     before: Callable[[str, int], None] = lambda name, turn: None,
+    fewest: int = FEWEST_ROUNDS,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time every call in rounds, for about so many seconds.
+    """Time every call in rounds, for about so many seconds and at least ``fewest`` rounds.
 
     Each round begins with another contestant, so that nobody always follows the same neighbour.
     ``call(turn)`` and the untimed ``before(name, turn)`` get a number that grows with every call:
@@ -100,7 +103,7 @@ def interleave(
     failures: dict[str, str] = {}
     names, turn, began = list(calls), 0, time.perf_counter()
     for number in range(MOST_ROUNDS):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
+        if number >= fewest and time.perf_counter() - began > seconds:
             break
         first = number % max(len(names), 1)
         for name in names[first:] + names[:first]:
@@ -113,6 +116,36 @@ def interleave(
             except Exception as error:
                 failures[name] = reason(error)
     return samples, failures
+
+
+def time_columns(samples: Sequence[float]) -> dict[str, Any]:
+    """The columns that every bench has for a time."""
+    spread = Spread.of(samples)
+    return {
+        "time_ms": spread.median,
+        "time_ms_p20": spread.p20,
+        "time_ms_p80": spread.p80,
+        "rounds": len(samples),
+    }
+
+
+def attempt_each(
+    names: Iterable[str], rows: Mapping[str, dict[str, Any]], ends: float, attempt: Callable
+) -> None:
+    """``attempt(name)`` for each: what it returns goes into the row, a failure as one line, and
+    after ``ends`` (of time.perf_counter) nothing more is begun."""
+    for name in names:
+        if time.perf_counter() > ends:
+            rows[name]["status"] = "skipped: out of time (--seconds)"
+            continue
+        print(f"  {name} ...", end="", flush=True, file=sys.stderr)
+        began = time.perf_counter()
+        try:
+            rows[name].update(attempt(name))
+        except Exception as error:
+            rows[name]["status"] = f"failed: {reason(error)}"
+        print(f" {time.perf_counter() - began:.1f} s", end="", file=sys.stderr)
+    print(file=sys.stderr)
 
 
 def reason(error: Exception) -> str:
@@ -183,6 +216,18 @@ def rotation(copy_bytes: int, device: torch.device) -> int:
     than four caches full, unless that is more than a quarter of the free memory."""
     wanted = 4 * cache_bytes(device) // copy_bytes + 1
     return max(1, min(wanted, free_bytes(device) // 4 // copy_bytes))
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def worst(found: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest error of a row, as a share of the row's largest entry; NaN counts as infinite."""
+    limits = torch.finfo(found.dtype)
+    subnormal = limits.tiny * limits.eps
+    error = ((found.double() - right).abs().amax(-1) - subnormal).clamp_min(0)
+    error = error.masked_fill(error.isnan(), torch.inf)
+    return float((error / right.abs().amax(-1).clamp_min(limits.tiny)).max())
 
 
 # --- Where and with what --------------------------------------------------------------------------
@@ -274,6 +319,90 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def skipped(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Who was skipped, by reason, as a list."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"].startswith("skipped: "):
+            why = row["status"].removeprefix("skipped: ")
+            reasons.setdefault(why, []).append(row["contestant"])
+    lines = [f"- {'; '.join(names)}: {why}" for why, names in reasons.items()]
+    return "\n".join(["Skipped:", *lines]) if lines else ""
+
+
+def write_json(target: str, environment: Mapping[str, str], rows: Sequence[Mapping]) -> None:
+    """The rows of a run to a file, or as "-" to the standard output."""
+    plain = [{key: _finite(value) for key, value in row.items()} for row in rows]
+    text = json.dumps({"environment": environment, "rows": plain}, indent=1)
+    if target == "-":
+        print(text)
+        return
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(
+    source: Path,
+    target: Path,
+    column: str,
+    title: str,
+    panel_of: Callable[[dict[str, str]], str],
+    place_of: Callable[[dict[str, str]], tuple[Hashable, ...]],
+) -> None:
+    """The latest run in a CSV: a column by contestant, a panel a loss, a place on x a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["date"] == rows[-1]["date"] and row[column]]
+    if not rows:
+        print(f"{source}: nothing was timed in its latest run", file=sys.stderr)
+        return
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    panels = list(dict.fromkeys(panel_of(row) for row in rows))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    canvas, axes = pyplot.subplots(
+        down, across, figsize=(8 * across, 1 + 4 * down), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    handles = {}
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        found = [row for row in rows if panel_of(row) == panel]
+        places = sorted({place_of(row) for row in found})
+        for number, name in enumerate(names):
+            mine = [row for row in found if row["contestant"] == name]
+            if mine:
+                x = [places.index(place_of(row)) for row in mine]
+                points = sorted(zip(x, (float(row[column]) for row in mine), strict=True))
+                agrees = all(row["agreement"] == "ok" for row in mine)
+                style = {"marker": "o" if agrees else "x", "color": f"C{number % 10}"}
+                dashes = "-" if number < 10 else "--"
+                handles[name], *_ = axis.plot(*zip(*points, strict=True), dashes, **style)
+        ticks = ["\n".join(f"{part:,}" for part in place) for place in places]
+        axis.set_xticks(range(len(places)), ticks, fontsize=7)
+        axis.set_yscale("log")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_title(panel, fontsize=10)
+    canvas.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    machine = f"{rows[0]['device']}, torch {rows[0]['torch']}"
+    canvas.suptitle(
+        f"{machine}: {title} (x: does not agree with the reference)", fontsize=10, wrap=True
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(target, dpi=120)
+    pyplot.close(canvas)
 
 
 def figure(value: float | None, digits: int = 3) -> str:
