@@ -131,6 +131,141 @@ result = json.load(open({str(tmp_path / "b")!r}))["rows"]
     assert rows["right"]["time_ms"] > 0
 
 
+HEAD = "--device cpu --rows 64 --width 16 --teacher-width 24 --vocab 64 --dtype fp32 --bias".split()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small run of the bench of the fused head: its JSON, its CSV and its table."""
+    path = tmp_path_factory.mktemp("bench") / "linear.csv"
+    loss = "--loss kl_ce jsd ce --quick".split()
+    only = "--only distilfast eager Liger Unfiltered linear_cross".split()
+    files = ["--csv", str(path), "--json", str(path.with_suffix(".json"))]
+    done = python("linear.py", *HEAD, *loss, *only, *files)
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {**json.loads(path.with_suffix(".json").read_text()), "csv": rows, "table": done.stdout}
+
+
+def test_linear_measures_time_memory_and_the_share_of_the_matrix_rate(head: dict[str, Any]) -> None:
+    rows = by_name(head["rows"])
+    bare = rows["bare products"]
+    assert bare["gemm_ratio"] == bare["matrix_fraction"] == 1
+    assert bare["gemm_chunk_rows"] == 64  # fewer rows than the smallest chunk
+    for name in ("distilfast auto", "distilfast torch", "PyTorch eager, fp32"):
+        row = rows[name]
+        assert row["status"] == row["agreement"] == "ok"
+        assert 0 < row["time_ms_p20"] <= row["time_ms"] <= row["time_ms_p80"]
+        assert row["rounds"] == bare["rounds"] >= 5  # they took turns
+        assert row["gemm_ms"] == bare["time_ms"]
+        assert row["gemm_ratio"] == pytest.approx(row["time_ms"] / bare["time_ms"])
+        assert row["matrix_fraction"] == pytest.approx(1 / row["gemm_ratio"])
+        # The student's logits and both gradients, and the teacher's logits.
+        assert row["tflop"] == pytest.approx(2 * 64 * 64 * (3 * 16 + 24) / 1e12)
+        assert row["tflop_per_s"] == pytest.approx(row["tflop"] / row["time_ms"] * 1e3)
+        assert row["inputs_mib"] == pytest.approx((4 * 128 * (16 + 24) + 4 * 128 + 8 * 64) / 2**20)
+        assert row["gradients_mib"] == pytest.approx(4 * (128 * 16 + 64) / 2**20)
+    assert rows["PyTorch eager, fp32"]["speedup"] == 1
+    labels_alone = by_name(head["rows"], "ce")
+    assert labels_alone["distilfast auto"]["tflop"] == pytest.approx(2 * 64 * 64 * 3 * 16 / 1e12)
+    assert labels_alone["distilfast auto"]["agreement"] == "ok"
+    assert by_name(head["rows"], "jsd")["distilfast auto"]["agreement"] == "ok"
+    assert "| distilfast auto (" in head["table"]
+
+
+def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -> None:
+    assert len(head["csv"]) == len(head["rows"])
+    for written, row in zip(head["csv"], head["rows"], strict=True):
+        assert written.keys() == {**head["environment"], **row}.keys()
+        assert written["contestant"] == row["contestant"]
+    rows, labels_alone = by_name(head["rows"]), by_name(head["rows"], "ce")
+    assert rows["Liger JSD"]["status"] == "skipped: its kernels need a CUDA device"
+    assert "bias" in rows["Liger JSD"]["lacks"]
+    chunked = rows["Liger chunked JSD"]["status"]
+    assert chunked == "skipped: its KL leaves out the rows without a label"
+    assert rows["F.linear_cross_entropy, auto"]["status"] == "skipped: has CE only"
+    unfiltered = labels_alone["Cut Cross Entropy, unfiltered"]
+    assert unfiltered["status"] == "skipped: its kernels need a CUDA device"
+    assert unfiltered["time_ms"] is None
+
+
+def test_heads_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
+    result = result_of(
+        f"""
+import linear, heads, measure, torch
+from heads import HeadContestant, materialised
+def changed(change):
+    return lambda case: lambda x: change(materialised(case), x)
+def crash(loss, x):
+    raise RuntimeError("no such luck")
+def out_of_memory(loss, x):
+    raise torch.OutOfMemoryError("tried to allocate")
+class HalfGradient(torch.autograd.Function):
+    forward = staticmethod(lambda context, weight: weight.clone())
+    backward = staticmethod(lambda context, gradient: gradient / 2)
+def few(loss, x):  # half the rows count for nothing
+    return loss(x._replace(hidden=torch.cat([x.hidden[:32], x.hidden[32:].detach()])))
+def no_bias(case):
+    loss = materialised(case)
+    return lambda x: loss(x.without_bias()) + (0 if x.bias is None else 0 * x.bias.sum())
+changes = {{
+    "right": lambda loss, x: loss(x),
+    "no T^2": lambda loss, x: loss(x) / 4,
+    "half of dW": lambda loss, x: loss(x._replace(weight=HalfGradient.apply(x.weight))),
+    "half of dX": few,
+    "NaN": lambda loss, x: loss(x) * torch.nan,
+    "crash": crash,
+    "out of memory": out_of_memory,
+}}
+field = [HeadContestant(name, ("kl",), changed(change)) for name, change in changes.items()]
+field.append(HeadContestant("forgets the bias", ("kl",), no_bias))
+field.append(HeadContestant("takes no bias", ("kl",), no_bias, takes_bias=False, lacks="bias"))
+field.append(HeadContestant("absent", ("kl",), materialised, package="no-such-distribution"))
+heads.contestants = lambda: field
+rounds, interleave = [], measure.interleave
+measure.interleave = lambda calls, *more, **options: (
+    rounds.append(list(calls)), interleave(calls, *more, **options)
+)[1]
+linear.main({[*HEAD, "--loss", "kl", "--csv", str(tmp_path / "a"), "--json", str(tmp_path / "b")]})
+result = {{"rows": json.load(open({str(tmp_path / "b")!r}))["rows"], "rounds": rounds}}
+"""
+    )
+    rows = by_name(result["rows"], "kl")
+    agreement = {name: row["agreement"] for name, row in rows.items()}
+    assert agreement["right"] == agreement["takes no bias"] == "ok"
+    assert (
+        agreement["no T^2"] == "loss off by 7.5e-01, dX off by 7.5e-01, dW or dbias off by 7.5e-01"
+    )
+    assert agreement["half of dW"] == "dW or dbias off by 5.0e-01"
+    assert agreement["half of dX"] == "dX off by 1.0e+00"
+    assert agreement["NaN"] == "loss off by nan, dX off by inf, dW or dbias off by inf"
+    assert agreement["forgets the bias"].startswith("loss off by ")
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status["crash"] == "failed: RuntimeError: no such luck"
+    assert status["out of memory"] == "failed: out of memory"
+    assert status["absent"] == "skipped: no-such-distribution is not installed"
+    # The bare products choose their chunk alone, and are then timed in the rounds of all others.
+    assert result["rounds"][0] == ["64"]
+    timed = {name for name, row in rows.items() if row["time_ms"]}
+    assert set(result["rounds"][1]) == timed >= {"bare products", "right", "takes no bias"}
+
+
+def test_linear_measures_the_peak_by_rows(tmp_path: Path) -> None:
+    path = tmp_path / "memory.csv"
+    small = "--device cpu --width 16 --vocab 2048 --rows 256 2048 --dtype fp32".split()
+    only = ["--only", "distilfast auto", "eager, fp32"]
+    done = python("linear.py", "--memory", *small, *only, "--csv", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["rows"] for row in rows] == [256, 256, 2048, 2048]
+    assert all(row["status"] == row["agreement"] == "ok" for row in rows)
+    if Path("/proc/self/clear_refs").exists():
+        # N x V in fp32, at least the student's and the teacher's, and not the gradients.
+        peaks = {row["rows"]: row["peak_mib"] for row in rows if "eager" in row["contestant"]}
+        assert peaks[2048] > 2 * 2048 * 2048 * 4 / 2**20 > peaks[256]
+
+
 def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     small = "--shape minilm --sequences 1 --length 8 --seconds 0 --dtype fp32".split()
