@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
 	@echo "make test          linters, types and tests"
-	@echo "make bench         the losses next to PyTorch, alone and in a step; the driver next to a plain loop"
+	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 $(VENV)/demo: $(SOURCES)
@@ -47,6 +47,8 @@ test: lint
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/losses.py
+	$(BIN)/python bench/linear.py
+	$(BIN)/python bench/linear.py --memory
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/overhead.py
 

@@ -4,8 +4,8 @@
 #     bash bench/gpu.sh FOLDER
 #
 # Parity of the compiled kernels on full shapes, compute-sanitizer on small ones, the tuning of tiles
-# and warps, a whole training step, the losses against the peers that are installed, a kernel
-# profile. Every step writes a log and its tables to FOLDER; a step that fails does not stop the next,
+# and warps, a whole training step, the losses and the fused head against the peers that are installed,
+# the head's peak memory, a kernel profile. Every step writes a log and its tables to FOLDER; a step that fails does not stop the next,
 # and is named at the end. It needs torch with CUDA, triton, transformers, pytest, hypothesis and
 # matplotlib; nothing has to be installed of the project itself. PYTHON says which python.
 set -uo pipefail
@@ -31,7 +31,7 @@ step() { # name, seconds, command ...
 
 tests="tests/test_losses.py tests/test_losses_edges.py tests/test_hidden_cosine.py
     tests/test_combine_teachers.py tests/test_linear.py tests/test_operators.py tests/test_triton.py"
-step machine 60 "$python" bench/measure.py --device cuda
+step machine 30 "$python" bench/measure.py --device cuda
 # shellcheck disable=SC2086
 step parity 150 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1) &&
@@ -41,10 +41,14 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-s
 else
     echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi
-step tune 100 "$python" bench/tune.py --seconds 70 --csv "$folder/tune.csv"
-step step 60 "$python" bench/step.py --device cuda --seconds 12 --csv "$folder/step.csv"
-step losses 130 "$python" bench/losses.py --device cuda --seconds 95 --csv "$folder/losses.csv" \
+step tune 80 "$python" bench/tune.py --seconds 50 --csv "$folder/tune.csv"
+step step 50 "$python" bench/step.py --device cuda --seconds 10 --csv "$folder/step.csv"
+step losses 95 "$python" bench/losses.py --device cuda --seconds 65 --csv "$folder/losses.csv" \
     --json "$folder/losses.json" --plot "$folder/losses.png" --profile "$folder/trace.json"
+step linear 90 "$python" bench/linear.py --device cuda --seconds 65 --csv "$folder/linear.csv" \
+    --json "$folder/linear.json" --plot "$folder/linear.png"
+step memory 25 "$python" bench/linear.py --memory --device cuda --seconds 15 \
+    --csv "$folder/memory.csv"
 
 echo "results in $folder after $SECONDS s"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" && exit 1; }
