@@ -386,7 +386,7 @@ def plot(
             if mine:
                 x = [places.index(place_of(row)) for row in mine]
                 points = sorted(zip(x, (float(row[column]) for row in mine), strict=True))
-                agrees = all(row["agreement"] == "ok" for row in mine)
+                agrees = all(row["agreement"] in ("ok", "") for row in mine)
                 style = {"marker": "o" if agrees else "x", "color": f"C{number % 10}"}
                 dashes = "-" if number < 10 else "--"
                 handles[name], *_ = axis.plot(*zip(*points, strict=True), dashes, **style)
