@@ -1,6 +1,6 @@
 """The one door to the implementations of the losses. A new backend is one entry in BACKENDS.
 
-A backend is four functions, three of them named and defined as in `reference.py`, written by row:
+A backend is five functions, three of them named and defined as in `reference.py`, written by row:
 (N, V) logits in, (4, N) parts out, gradients into tensors that the caller gives. Shapes,
 reductions, autograd, torch.compile and errors are not its business; they live in `losses.py`.
 """
@@ -24,6 +24,13 @@ from distilfast.reference import Options
 logger = logging.getLogger("distilfast")
 
 
+def _torch_accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
+    if begun:
+        total += share
+    else:
+        total.copy_(share)
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the losses.
@@ -33,6 +40,7 @@ class Backend:
     ``combine_teachers`` writes into its last argument, (N, vocab_size), which may be the first of
     the logits. ``scale`` multiplies (N, M)
     by () or (N,), in place, computing in fp32 at least. What is written to is dense along its rows.
+    ``accumulate`` adds (N, M) to an fp32 sum that holds something if told that it has begun.
     ``adds_bias``: whether ``distillation`` takes heads with a bias, and faster than a pass over the
     products that adds it.
     """
@@ -44,6 +52,7 @@ class Backend:
     hidden_cosine: Callable[..., Tensor]
     combine_teachers: Callable[..., None]
     scale: Callable[[Tensor, Tensor], None]
+    accumulate: Callable[[Tensor, Tensor, bool], None] = _torch_accumulate
     adds_bias: bool = False
 
 
@@ -142,6 +151,7 @@ BACKENDS: dict[str, Backend] = {
         hidden_cosine=_kernels("cpp", "hidden_cosine"),
         combine_teachers=_kernels("cpp", "combine_teachers"),
         scale=_kernels("cpp", "scale"),
+        accumulate=_kernels("cpp", "accumulate"),
         adds_bias=True,
     ),
     "torch": Backend(

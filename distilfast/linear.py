@@ -14,8 +14,9 @@ fp16, where the gradient of a mean is too small to be stored before the loss sca
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +50,6 @@ from distilfast.reference import PARTS, Head, Options
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 # Rows of logits begin at multiples of so many elements, as products and kernels want them.
 ALIGNMENT = 64
-# On a CPU the products go by blocks of so many rows of the weight: what comes out is in its caches
-# still when the bias, or the gradient so far, is added.
-BLOCK_ROWS = 4096
 LARGE_BYTES = 16 << 20  # memory for which the size of its pages shows
 
 
@@ -90,49 +88,41 @@ class Side(NamedTuple):
         out = out[: hidden.shape[0], : self.weight.shape[0]]
         if self.bias is None:
             return torch.mm(hidden, self.weight.T, out=out)
-        if out.is_cuda:  # a bias costs nothing there
-            return torch.addmm(self.bias, hidden, self.weight.T, out=out)
-        for block in _blocks(self.weight.shape[0]):
-            torch.mm(hidden, self.weight[block].T, out=out[:, block]).add_(self.bias[block])
-        return out
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
 
 class WeightGradient:
     """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        rows, width = weight.shape
-        self.total = _scratch(rows, width, dtype, weight.device)
-        self.keep = 0  # what is there so far: nothing
+    def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str):
+        self.total = _scratch(weight.shape, dtype, weight.device)
+        self.begun = False
+        self.accumulate = backends.BACKENDS[backend].accumulate
+        self.share = None
+        if dtype != weight.dtype and not weight.is_cuda:
+            self.share = _scratch(weight.shape, weight.dtype, weight.device)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        total = self.total
-        if total.dtype == gradient.dtype:
-            torch.addmm(total, gradient.T, hidden, beta=self.keep, out=total)
-        elif total.is_cuda:
-            into: dict[str, Any] = {"out_dtype": total.dtype, "out": total}
-            torch.addmm(total, gradient.T, hidden, beta=self.keep, **into)
-        else:  # no CPU product of 16 bits sums in fp32 from call to call: each is rounded first
-            product = hidden.new_empty(BLOCK_ROWS, hidden.shape[1])
-            for block in _blocks(total.shape[0]):
-                some = product[: block.stop - block.start]
-                torch.mm(gradient[:, block].T, hidden, out=some)
-                total[block].add_(some) if self.keep else total[block].copy_(some)
-        self.keep = 1
+        if self.share is not None:
+            # No CPU's product of 16 bits adds to fp32, so a chunk's own is rounded.
+            self.accumulate(self.total, torch.mm(gradient.T, hidden, out=self.share), self.begun)
+        else:
+            how: dict[str, Any] = {"beta": int(self.begun), "out": self.total}
+            if self.total.dtype != gradient.dtype:
+                how["out_dtype"] = self.total.dtype
+            torch.addmm(self.total, gradient.T, hidden, **how)
+        self.begun = True
 
     def like(self, weight: Tensor, vocab_size: int) -> Tensor:
         """The sum in the shape and dtype of the weight."""
-        total = self.total if self.keep else self.total.zero_()
+        total = self.total if self.begun else self.total.zero_()
+        self.share = None
         if (total.shape, total.dtype) == (weight.shape, weight.dtype):
             return total
         result = torch.empty_like(weight)
         result[:vocab_size] = total[:vocab_size]
         result[vocab_size:] = 0
         return result
-
-
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(i, min(i + BLOCK_ROWS, n)) for i in range(0, n, BLOCK_ROWS))
 
 
 class Target:
@@ -178,19 +168,19 @@ class Target:
 
 
 def _rows_of_logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _scratch(rows, -(-width // ALIGNMENT) * ALIGNMENT, dtype, device)
+    return _scratch((rows, -(-width // ALIGNMENT) * ALIGNMENT), dtype, device)
 
 
-def _scratch(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that is given back soon. From a CPU's system it comes untouched, and being given page
     after page of 4 KiB takes as long as some of the work: asks for pages of 2 MiB."""
-    n_bytes = rows * width * dtype.itemsize
+    n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(rows, width, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 # --- The operator ---------------------------------------------------------------------------------
@@ -258,7 +248,7 @@ def linear_distillation_op(
 
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
     d_hidden = torch.zeros_like(student_hidden) if want_hidden else student_hidden.new_empty(0)
-    weight_gradient = WeightGradient(student.weight, accum_dtype) if want_weight else None
+    weight_gradient = WeightGradient(student.weight, accum_dtype, backend) if want_weight else None
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     for chunk in chunks:
         hidden = student_hidden[chunk]

@@ -827,10 +827,12 @@ def test_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 STRUCTURES = {
     "distilfast_matrix": cpp._Matrix,
+    "distilfast_head": cpp._Head,
     "distilfast_distillation_args": cpp._DistillationArguments,
     "distilfast_cosine_args": cpp._CosineArguments,
     "distilfast_ensemble_args": cpp._EnsembleArguments,
     "distilfast_scale_args": cpp._ScaleArguments,
+    "distilfast_accumulate_args": cpp._AccumulateArguments,
 }
 
 
@@ -842,6 +844,7 @@ def test_library_refuses_a_level_above_the_best_and_below_the_first() -> None:
         ("hidden_cosine", cpp._CosineArguments),
         ("combine_teachers", cpp._EnsembleArguments),
         ("scale", cpp._ScaleArguments),
+        ("accumulate", cpp._AccumulateArguments),
     ):
         nothing = ctypes.byref(structure())  # no rows
         function = getattr(library, f"distilfast_{name}")
@@ -988,7 +991,7 @@ def declared_functions() -> set[str]:
 @needs_library
 def test_library_shows_the_functions_of_its_header_and_nothing_else() -> None:
     # neither weak nor unique: those the loader would take from whoever came first
-    assert len(declared_functions()) == 6
+    assert len(declared_functions()) == 7
     shown = symbols("-D", "--defined-only", str(cpp.LIBRARY))
     assert sorted(shown) == sorted(("T", name) for name in declared_functions())
 
@@ -1026,7 +1029,7 @@ def test_no_function_of_a_level_can_stand_in_for_anothers(built: Path) -> None:
         if level == "dispatch":
             assert names == sorted(declared_functions())
         else:
-            assert len(names) == 4
+            assert len(names) == 5
             assert all(f"_{level}" in name for name in names)
 
 
@@ -1111,6 +1114,26 @@ def test_install_without_a_compiler_computes_with_torch_and_says_so_once(
     assert found["auto"] == [found["wanted"]] * 3
     said = [line for line in done.stderr.splitlines() if line.strip()]
     assert said == [f"backend auto: torch on cpu, as cpp cannot be used: {found['unavailable']}"]
+
+
+# accumulate
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 64, 131])
+def test_accumulate_adds_in_fp32_inside_wider_rows(
+    level: str, dtype: torch.dtype, width: int
+) -> None:
+    wide = torch.full((5, width + 3), 7.0)
+    total, share = wide[:, :width], torch.randn(5, width + 1).to(dtype)[:, :width]
+    total.copy_(torch.randn(5, width))
+    before = total.clone()
+    cpp.accumulate(total, share, True)
+    assert torch.equal(total, before + share.float())
+    total.fill_(NAN)  # what is there before the first share is not read
+    cpp.accumulate(total, share, False)
+    assert torch.equal(total, share.float())
+    assert (wide[:, width:] == 7).all()
 
 
 # scale

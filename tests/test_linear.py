@@ -1145,9 +1145,9 @@ def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n
     made = []
     scratch = linear._scratch
 
-    def record(rows, width, dtype, where):
-        made.append((rows, width, dtype))
-        return scratch(rows, width, dtype, where)
+    def record(shape, dtype, where):
+        made.append((*shape, dtype))
+        return scratch(shape, dtype, where)
 
     monkeypatch.setattr(linear, "_scratch", record)
     student, _ = sides(device=device, dtype=BF16)

@@ -2194,6 +2194,7 @@ KERNELS = {
     "hidden_cosine": "cosine",
     "combine_teachers": "ensemble",
     "scale": "scale",
+    "accumulate": "accumulate",
 }
 
 

@@ -78,12 +78,12 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
-    Mutation("the last chunk alone", "torch", "self.keep = 1", "self.keep = 0", MEAN),
+    Mutation("the last chunk alone", "torch", "self.begun = True", "self.begun = False", MEAN),
     Mutation(
         "sums in the products' dtype",
         "torch",
-        "(student.weight, accum_dtype)",
-        "(student.weight, student.weight.dtype)",
+        "(student.weight, accum_dtype, backend)",
+        "(student.weight, student.weight.dtype, backend)",
         IN_FP32,
     ),
     Mutation(
@@ -94,10 +94,10 @@ MUTATIONS = [
         IN_FP32,
     ),
     Mutation(
-        "the last chunk alone, in blocks",
-        "torch",
-        "total[block].add_(some) if self.keep",
-        "total[block].copy_(some) if self.keep",
+        "shares after the first are forgotten",
+        "cpp",
+        "out=self.share), self.begun)",
+        "out=self.share), False)",
         IN_FP32,
     ),
     Mutation(
@@ -117,7 +117,13 @@ MUTATIONS = [
     Mutation(
         "no chunk, no zeros", "torch", "else self.total.zero_()", "else self.total.fill_(1)", UNUSED
     ),
-    Mutation("no bias in the products", "torch", ".add_(self.bias[block])", "", BIASES["student"]),
+    Mutation(
+        "no bias in the products",
+        "torch",
+        "torch.addmm(self.bias, hidden, self.weight.T, out=out)",
+        "torch.mm(hidden, self.weight.T, out=out)",
+        BIASES["student"],
+    ),
     Mutation(
         "no bias in the kernel", "cpp", "head._replace(bias=in_fp32)", "head", BIASES["teacher"]
     ),

@@ -8,7 +8,8 @@
     int distillation_##level(const distilfast_distillation_args*, int); \
     int hidden_cosine_##level(const distilfast_cosine_args*, int);      \
     int combine_teachers_##level(const distilfast_ensemble_args*, int); \
-    int scale_##level(const distilfast_scale_args*, int);
+    int scale_##level(const distilfast_scale_args*, int);               \
+    int accumulate_##level(const distilfast_accumulate_args*, int);
 
 DECLARE(plain)
 #if defined(__x86_64__)
@@ -42,7 +43,8 @@ extern "C" {
 int64_t distilfast_abi(void) {
     return DISTILFAST_ABI * 1000000 + sizeof(distilfast_matrix) +
            sizeof(distilfast_distillation_args) + sizeof(distilfast_cosine_args) +
-           sizeof(distilfast_ensemble_args) + sizeof(distilfast_scale_args);
+           sizeof(distilfast_ensemble_args) + sizeof(distilfast_scale_args) +
+           sizeof(distilfast_accumulate_args);
 }
 
 int distilfast_best_level(void) {
@@ -70,4 +72,7 @@ int distilfast_combine_teachers(const distilfast_ensemble_args* args, int level,
     CHOOSE(combine_teachers)
 }
 int distilfast_scale(const distilfast_scale_args* args, int level, int threads) { CHOOSE(scale) }
+int distilfast_accumulate(const distilfast_accumulate_args* args, int level, int threads) {
+    CHOOSE(accumulate)
+}
 }

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 // To be raised with every change of a structure or its meaning, here and in cpp.py.
-#define DISTILFAST_ABI 2
+#define DISTILFAST_ABI 3
 #define DISTILFAST_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -75,6 +75,12 @@ typedef struct {
     int64_t by_stride, n_rows, n_cols;
 } distilfast_scale_args;
 
+typedef struct {
+    float* total;  // (n_rows, n_cols) by stride_total; holds nothing yet unless begun
+    distilfast_matrix share;
+    int64_t stride_total, n_rows, n_cols, begun;
+} distilfast_accumulate_args;
+
 // Differs where the structures above do: whoever calls has to have been made with the same.
 DISTILFAST_API int64_t distilfast_abi(void);
 // The best level that this machine runs.
@@ -84,6 +90,7 @@ DISTILFAST_API int distilfast_distillation(const distilfast_distillation_args*, 
 DISTILFAST_API int distilfast_hidden_cosine(const distilfast_cosine_args*, int level, int threads);
 DISTILFAST_API int distilfast_combine_teachers(const distilfast_ensemble_args*, int level, int threads);
 DISTILFAST_API int distilfast_scale(const distilfast_scale_args*, int level, int threads);
+DISTILFAST_API int distilfast_accumulate(const distilfast_accumulate_args*, int level, int threads);
 
 #ifdef __cplusplus
 }

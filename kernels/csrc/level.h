@@ -1,5 +1,6 @@
 // The kernels for one instruction set, under its name: distillation_avx2 and so on. Everything in the
 // headers has internal linkage, so that no function of one level can stand in for another's.
+#include "accumulate.h"
 #include "distillation.h"
 #include "ensemble.h"
 #include "hidden_cosine.h"
@@ -18,3 +19,6 @@ int JOIN(combine_teachers, LEVEL)(const distilfast_ensemble_args* a, int threads
     return combine_teachers(*a, threads);
 }
 int JOIN(scale, LEVEL)(const distilfast_scale_args* a, int threads) { return scale(*a, threads); }
+int JOIN(accumulate, LEVEL)(const distilfast_accumulate_args* a, int threads) {
+    return accumulate(*a, threads);
+}

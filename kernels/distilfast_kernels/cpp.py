@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 # The instruction sets, worst first. DISTILFAST_CPU_LEVEL asks for one by name.
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
-ABI = 2
+ABI = 3
 
 
 # --- The declarations of kernels/csrc/distilfast.h -----------------------------------------------
@@ -85,11 +85,20 @@ class _ScaleArguments(ctypes.Structure):
     )
 
 
+class _AccumulateArguments(ctypes.Structure):
+    _fields_ = (
+        ("total", c_void_p),
+        ("share", _Matrix),
+        *((name, c_int64) for name in ("stride_total", "n_rows", "n_cols", "begun")),
+    )
+
+
 _ARGUMENTS = {
     "distillation": _DistillationArguments,
     "hidden_cosine": _CosineArguments,
     "combine_teachers": _EnsembleArguments,
     "scale": _ScaleArguments,
+    "accumulate": _AccumulateArguments,
 }
 
 
@@ -285,3 +294,11 @@ def scale(gradient: Tensor, by: Tensor) -> None:
     by = by.to(torch.float32).contiguous()
     arguments = _ScaleArguments(_matrix(gradient), _pointer(by), _stride(by), *gradient.shape)
     _call("scale", arguments)
+
+
+def accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
+    """total, (N, M) fp32, plus share; without ``begun`` what total holds is not read."""
+    arguments = _AccumulateArguments(
+        _pointer(total), _matrix(share), total.stride(0), *share.shape, begun
+    )
+    _call("accumulate", arguments)
