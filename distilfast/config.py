@@ -310,15 +310,22 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """DeepSpeed's partitioning of the optimiser's state.
+    """DeepSpeed's partitioning over the ranks.
 
     Args:
-        stage: 0 keeps everything on every rank, 1 splits the optimiser's state over the ranks.
-        offload: none.
+        stage: 0 keeps everything on every rank, 1 splits the optimiser's state, 2 the gradients
+            too, 3 the weights too.
+        offload: what is kept in the host's memory, at stages 1 to 3: the optimizer's state, or
+            (stage 3) the parameters and the optimizer's state.
     """
 
-    stage: Literal[0, 1] = 1
-    offload: Literal["none"] = "none"
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+
+    def __post_init__(self) -> None:
+        lowest = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        why = f"{lowest} or more with zero.offload {self.offload} (only what is split can be moved)"
+        expect(self.stage >= lowest, "zero.stage", why, self.stage)
 
 
 @dataclass(frozen=True)
@@ -398,7 +405,7 @@ class Config:
         expect(
             self.precision == "fp32" or self.zero.stage >= 1,
             "zero.stage",
-            "1 with precision bf16 (DeepSpeed sums bf16 gradients in bf16 at stage 0)",
+            "1, 2 or 3 with precision bf16 (DeepSpeed sums bf16 gradients in bf16 at stage 0)",
             self.zero.stage,
         )
         ensemble = len(self.teachers) > 1 and self.loss.ensemble == "probability"

@@ -362,6 +362,10 @@ class MicroBatch:
         moved = (x.to(device, non_blocking=True) for x in vars(self).values())
         return MicroBatch(*moved)
 
+    def without_labels(self) -> MicroBatch:
+        labels = torch.full_like(self.labels, IGNORE_INDEX)
+        return dataclasses.replace(self, masked=self.masked[:0], labels=labels)
+
 
 class Batches:
     """The micro-batches of a step: a pure function of (seed, step), whatever ran before it.
@@ -404,10 +408,18 @@ class Batches:
     def heldout(
         self, rank: int, ranks: int, micro_sequences: int, limit: int | None
     ) -> Iterator[MicroBatch]:
-        """This rank's share of the held-out examples, masked the same way every time."""
+        """This rank's share of the held-out examples, masked the same way every time.
+
+        Under ZeRO-3 the ranks go through a forward together, so all get as many micro-batches:
+        whoever has no share left gets one example again, without labels.
+        """
         by_length = self.lengths["heldout"][:limit].argsort(stable=True)
-        for part in by_length.split(micro_sequences)[rank::ranks]:
-            yield self._micro_batch("heldout", part, EVALUATION_EPOCH)
+        parts = by_length.split(micro_sequences)
+        for number in range(rank, -(-len(parts) // ranks) * ranks, ranks):
+            spare = number >= len(parts)
+            part = parts[0][:1] if spare else parts[number]
+            batch = self._micro_batch("heldout", part, EVALUATION_EPOCH)
+            yield batch.without_labels() if spare else batch
 
     def _micro_batch(self, split: str, examples: Tensor, epochs: Tensor | int) -> MicroBatch:
         rows = self.store.rows(split, examples)

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from distilfast.config import Config, ConfigError, OptimizerConfig
 
 Result = TypeVar("Result")
+# At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.
+PERSISTENT = 100_000
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -181,8 +183,8 @@ class Engine:
     def __init__(self, module: nn.Module, config: Config, world: World):
         self.config, self.world = config, world
         dtype = DTYPES[config.precision]
-        # One process has nothing to split, and stage 1 would copy every gradient for it.
-        alone = world.ranks == 1 and dtype == torch.float32
+        # One process has nothing to split, and ZeRO would copy every gradient for it.
+        alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
         self.stage = 0 if alone else config.zero.stage
         accumulation = config.batch.accumulation(world.ranks)
         options = config.optimizer
@@ -197,10 +199,11 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": options.max_grad_norm,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": _partitioning(self.stage, config.zero.offload),
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
+            "zero_force_ds_cpu_optimizer": False,  # its own Adam would have to be compiled
             "steps_per_print": 2**31,
         }
         deepspeed = _import_deepspeed()
@@ -214,11 +217,24 @@ class Engine:
                 dist_init_required=False,
             )
 
-        if world.ranks == 1:
+        # Nothing to send. But at stages 2 and 3 and with offload this is also how gradients get to
+        # where they are added up.
+        if world.ranks == 1 and self.stage < 2 and config.zero.offload == "none":
             self.deepspeed.enable_backward_allreduce = False
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.deepspeed(*arguments)
+        with _alone():  # at ZeRO 3 it reads LOCAL_RANK in every forward
+            return self.deepspeed(*arguments)
+
+    @torch.no_grad()
+    def predict(self, batch: Any) -> Any:
+        """What the module makes of a batch alone, in eval mode. Every rank has to ask as often:
+        at ZeRO 3 the weights are gathered on the way."""
+        self.deepspeed.eval()
+        try:
+            return self(batch)
+        finally:
+            self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
         # The ranks' gradients will be averaged; we want their sum.
@@ -232,6 +248,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.stage == 0:
+            for weight in self.deepspeed.module.parameters():
+                if weight.requires_grad and weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)  # ZeRO's; weight decay goes with it
             norm = float(self._stage_0_norm())
             if math.isfinite(norm):
                 self.deepspeed.step()
@@ -251,6 +270,18 @@ class Engine:
         if self.stage == 0:
             return {name: p.detach().float().cpu() for name, p in named}
         return {name: safe_get_full_fp32_param(p).cpu() for name, p in named}
+
+
+def _partitioning(stage: int, offload: str) -> dict[str, Any]:
+    """DeepSpeed's zero_optimization."""
+    settings: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        settings["stage3_param_persistence_threshold"] = PERSISTENT
+    if offload != "none":
+        settings["offload_optimizer"] = {"device": "cpu"}
+    if offload == "parameters":
+        settings["offload_param"] = {"device": "cpu"}
+    return settings
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -323,7 +354,12 @@ def load(engine: Engine, folder: Path, step: int) -> None:
 
 
 def _layout(config: Config, world: World) -> dict[str, Any]:
-    return {"ranks": world.ranks, "zero.stage": config.zero.stage, "precision": config.precision}
+    return {
+        "ranks": world.ranks,
+        "zero.stage": config.zero.stage,
+        "zero.offload": config.zero.offload,
+        "precision": config.precision,
+    }
 
 
 def _complete(folder: Path) -> list[int]:

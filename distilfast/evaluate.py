@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distilfast import models
 from distilfast.data import Batches, MicroBatch
 from distilfast.engine import World
+
+Predict = Callable[[MicroBatch], Tensor]  # the logits at the masked positions, (masked, V)
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,22 @@ class Evaluator:
         )
         self.guesses: list[Tensor] | None = None
 
-    def teacher(self, model: Any) -> Scores:
+    def teacher(self, predict: Predict) -> Scores:
         """Score the teacher and keep its guesses for `student`."""
         self.guesses = []
-        return self._score(model, self.guesses)
+        return self._score(predict, self.guesses)
 
-    def student(self, model: Any) -> Scores:
-        return self._score(model, None)
+    def student(self, predict: Predict) -> Scores:
+        return self._score(predict, None)
 
     @torch.no_grad()
-    def _score(self, model: Any, keep: list[Tensor] | None) -> Scores:
+    def _score(self, predict: Predict, keep: list[Tensor] | None) -> Scores:
         """Every rank scores its own batches; the sums are everybody's."""
         device = self.world.device
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, agreeing, tokens
-        parts, training = models.family(model), model.training
-        model.eval()
         for i, batch in enumerate(self.batches):
             batch = batch.to(device)
-            hidden = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
-            logits = parts.head(model)(parts.features(model, hidden[batch.masked])).float()
+            logits = predict(batch).float()
             labels, guess = batch.labels[batch.masked], logits.argmax(-1)
             if keep is not None:
                 keep.append(guess)
@@ -69,7 +67,6 @@ class Evaluator:
                     loss.new_tensor(len(labels)),
                 ]
             ).double()
-        model.train(training)
         loss, right, agreeing, tokens = self.world.sum(sums).tolist()
         tokens = max(tokens, 1)
         known = self.guesses is not None and keep is None

@@ -6,6 +6,7 @@ layers. Everything else about a model is transformers'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Family:
     layers: prefix of the layers' names in the state dict.
     head_prefix: prefix of the head's own names.
     n_layers, dropouts: names in the model's config.
+    logit_scale, logit_softcap: of the model's config; the product is multiplied by the scale, and
+        with a softcap c becomes c tanh(product / c).
     """
 
     hidden: Callable[[Any, Tensor, Tensor], Tensor]
@@ -38,6 +41,8 @@ class Family:
     transform: tuple[str, ...]
     n_layers: str
     dropouts: tuple[str, str]
+    logit_scale: Callable[[Any], float] = lambda config: 1.0
+    logit_softcap: Callable[[Any], float | None] = lambda config: None
 
 
 def _distilbert_features(model: Any, hidden: Tensor) -> Tensor:
@@ -70,6 +75,98 @@ FAMILIES = {
 
 def family(model: Any) -> Family:
     return FAMILIES[model.config.model_type]
+
+
+def logit_scaling(model: Any) -> tuple[float, float | None]:
+    """The scale and the softcap of its logits."""
+    parts = family(model)
+    return parts.logit_scale(model.config), parts.logit_softcap(model.config)
+
+
+def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+    """The logits at some of the B x L positions, (n, V), by way of `Family`: what
+    `linear_distillation_loss` computes chunk by chunk, with the head's weight read as it is
+    there."""
+    parts = family(model)
+    hidden = parts.hidden(model, input_ids, attention_mask).flatten(0, 1)
+    head = parts.head(model)
+    logits = nn.functional.linear(parts.features(model, hidden[rows]), head.weight, head.bias)
+    scale, softcap = logit_scaling(model)
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+# --- That a family's head is all there is between hidden states and logits ------------------------
+
+# Of the largest logit. The same head in another order of summation differs by 6e-7 (measured up to
+# 768 wide); a softcap c shows once the largest logit is beyond c / 180.
+HEAD_TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def check_head(what: str, model: Any, tokenizer: Any) -> None:
+    """That `logits_at` gives the model's own logits, tried on 13 tokens: a head that does more
+    would be distilled wrongly, in silence.
+
+    Args:
+        what: the model's name in the error.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    width = min(8, model.config.max_position_embeddings)
+    input_ids = torch.linspace(0, len(tokenizer) - 1, 2 * width).long().view(2, width)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, -3:] = 0
+    rows = attention_mask.flatten().nonzero()[:, 0]
+    training = model.training
+    model.eval()
+    own = model(input_ids, attention_mask=attention_mask).logits.flatten(0, 1)[rows]
+    ours = logits_at(model, input_ids, attention_mask, rows)
+    model.train(training)
+    if not own.isfinite().all():
+        raise ConfigError(f"{what}: expected finite logits, got NaN or inf")
+    difference = _difference(own, ours)
+    if not difference <= HEAD_TOLERANCE:
+        raise ConfigError(
+            f"{what}: expected the logits of a {model.config.model_type} to be its head's product, "
+            f"got a difference of {difference:.1e} of the largest logit, probably "
+            f"{_cause(own, ours)}; its row of FAMILIES in distilfast/models.py has to say so"
+        )
+
+
+def _difference(own: Tensor, ours: Tensor) -> float:
+    """The largest, over the largest logit."""
+    return float((own - ours).abs().max() / own.abs().max())
+
+
+def _cause(own: Tensor, ours: Tensor) -> str:
+    """What explains the difference."""
+    scale = float((own * ours).sum() / (ours * ours).sum())
+    softcap = _softcap(own, ours)
+    explained = {
+        f"a logit_scale of {scale:.4g}": ours * scale,
+        f"a logit_softcap of {softcap:.4g}": softcap * torch.tanh(ours / softcap),
+        "a bias added after the product": ours + (own - ours).mean(0),
+    }
+    for cause, logits in explained.items():
+        if _difference(own, logits) <= HEAD_TOLERANCE:
+            return cause
+    return "another layer before the product, such as a norm, or several things at once"
+
+
+def _softcap(own: Tensor, ours: Tensor) -> float:
+    """The c for which c tanh(product / c) is the model's own logit where the product is largest,
+    by bisection: it rises with c."""
+    place = ours.abs().argmax()
+    product, logit = float(ours.abs().flatten()[place]), float(own.abs().flatten()[place])
+    low, high = 1e-3 * product, 1e3 * product
+    for _ in range(60):
+        middle = (low + high) / 2
+        capped = middle * math.tanh(product / middle)
+        low, high = (middle, high) if capped < logit else (low, middle)
+    return high
 
 
 @dataclass(frozen=True)
@@ -182,7 +279,8 @@ def start_transform(model: Any) -> None:
     with torch.no_grad():
         nn.init.eye_(dense.weight)
         for zero in (dense.bias, norm.bias, family(model).head(model).bias):
-            zero.zero_()
+            if zero is not None:
+                zero.zero_()
         norm.weight.fill_(1)
 
 

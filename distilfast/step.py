@@ -64,6 +64,13 @@ class TeacherSide:
         self.models = [t.model.to(device, dtype) for t in teachers]
         self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
         self.heads = [models.family(m).head(m) for m in self.models]
+        biases = [head.bias for head in self.heads]
+        self.biases = None  # or one for each: a head without gets zeros where others have one
+        if any(bias is not None for bias in biases):
+            self.biases = [
+                head.weight.new_zeros(len(head.weight)) if bias is None else bias
+                for head, bias in zip(self.heads, biases, strict=True)
+            ]
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Targets:
@@ -78,12 +85,21 @@ class TeacherSide:
                 features.append(parts.features(model, states[rows]))
         return Targets(hidden, features)
 
+    @torch.no_grad()
+    def predict(self, batch: MicroBatch) -> Tensor:
+        """The first teacher's logits at the masked positions, (masked, V)."""
+        inputs = batch.input_ids, batch.attention_mask, batch.masked
+        return models.logits_at(self.models[0], *inputs)
+
 
 class Distillation(nn.Module):
     """The student with the loss it learns from.
 
     forward(batch, targets, normalizers) -> the loss, 0-d, and the (6,) detached PARTS. Summed over
     the micro-batches of a step, on all ranks, they are the loss of the step.
+
+    forward(batch) -> the student's logits at the masked positions, (masked, V): evaluation, too,
+    has to read the head in here.
     """
 
     def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
@@ -93,11 +109,17 @@ class Distillation(nn.Module):
         self.teacher = teacher  # no module, so no part of this one
 
     def forward(
-        self, batch: MicroBatch, targets: Targets | None, normalizers: Normalizers
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: MicroBatch,
+        targets: Targets | None = None,
+        normalizers: Normalizers | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        inputs = batch.input_ids, batch.attention_mask
+        if normalizers is None:
+            return models.logits_at(self.student, *inputs, batch.masked)
         config = self.config
         parts = models.family(self.student)
-        hidden = parts.hidden(self.student, batch.input_ids, batch.attention_mask).flatten(0, 1)
+        hidden = parts.hidden(self.student, *inputs).flatten(0, 1)
         loss = hidden.new_zeros((), dtype=torch.float32)
         values = dict.fromkeys(PARTS, loss)
         if config.vocabulary or config.ce_weight:
@@ -121,6 +143,9 @@ class Distillation(nn.Module):
         config, parts = self.config, models.family(self.student)
         rows, head = vocabulary_rows(batch, config), parts.head(self.student)
         soft = self._soft(targets) if config.vocabulary else {}
+        scale, softcap = models.logit_scaling(self.student)
+        # One for all: `train.check_teachers`.
+        teacher_scale, teacher_softcap = models.logit_scaling(self.teacher.models[0])
         widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(
             parts.features(self.student, hidden[rows]),
@@ -129,6 +154,8 @@ class Distillation(nn.Module):
             soft.pop("teacher_weight", None),
             batch.labels[rows],
             student_bias=head.bias,
+            logit_scale=(scale, teacher_scale),
+            logit_softcap=(softcap, teacher_softcap),
             temperature=config.temperature,
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
@@ -149,7 +176,7 @@ class Distillation(nn.Module):
         return {
             "teacher_hidden": targets.features,
             "teacher_weight": [head.weight for head in self.teacher.heads],
-            "teacher_bias": [head.bias for head in self.teacher.heads],
+            "teacher_bias": self.teacher.biases,
             "teacher_weights": self.teacher.weights,
             "ensemble": self.config.ensemble,
         }

@@ -133,6 +133,9 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
     teachers, tokenizer = models.load_teachers(config.teachers)
     check_teachers(config, teachers)
     student = models.make_student(teachers[0].model, config.student, config.seed)
+    for teacher in teachers:
+        models.check_head(f"teacher {teacher.name!r}", teacher.model, tokenizer)
+    models.check_head("student", student, tokenizer)
     return teachers, tokenizer, student
 
 
@@ -155,6 +158,11 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
                 f"teacher: {teacher.name!r} has no masked-LM head, which kd, logit_cos and mse "
                 "need; train one first with those weights at 0, as configs/demo-teacher.yaml does"
             )
+    scalings = [models.logit_scaling(t.model) for t in teachers]
+    if config.loss.vocabulary and len(set(scalings)) > 1:
+        raise ConfigError(
+            f"teacher: expected one (logit_scale, logit_softcap) in an ensemble, got {scalings}"
+        )
     widths = {t.model.config.hidden_size for t in teachers}
     if config.loss.hidden_cos_weight and len(widths) > 1:
         raise ConfigError(
@@ -237,7 +245,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     if setup.teachers[0].has_head:
         # Of an ensemble, agreement and figures are those of its first teacher, by name.
         shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
-        scores[shown] = asdict(evaluator.teacher(teacher.models[0]))
+        scores[shown] = asdict(evaluator.teacher(teacher.predict))
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
     name = f"{Path(config.output).name:>12}"
     with (
@@ -246,7 +254,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     ):
 
         def evaluate(step: int) -> None:
-            line = {"step": step, **asdict(evaluator.student(setup.student))}
+            line = {"step": step, **asdict(evaluator.student(runner.predict))}
             progress.evaluated(step, line)
             if metrics:
                 metrics.write(line)

@@ -1,0 +1,305 @@
+"""ZeRO 0 to 3 with and without offload, on two ranks and on one, against one process at stage 0.
+
+This file is also the program of the two ranks, which go through all layouts in one launch. Weights
+of any size are partitioned at stage 3: by default models as small as these would stay whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_teacher
+from torch import Tensor
+
+from distilfast import config as configs
+from distilfast import engine, train
+from distilfast.evaluate import Evaluator
+from distilfast.step import Distillation, TeacherSide
+
+LAYOUTS = [
+    *((stage, "none") for stage in range(4)),
+    *((stage, "optimizer") for stage in (1, 2, 3)),
+    (3, "parameters"),
+]
+MODELS = ("tied", "untied")  # one teacher and all tokens; an ensemble and the masked tokens alone
+SMALL_SUM = 512  # micro-batches of 2^-9 each: bf16 would stand still at a half
+
+
+class Aligned(torch.nn.Module):
+    """Whose gradient is what is asked for, in each weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(64, 64))
+
+    def forward(self, gradient: float) -> Tensor:
+        return self.weight.float().sum() * gradient
+
+
+class Run:
+    """A run in the hands of the test."""
+
+    def __init__(self, world: engine.World, recipe: Path, *changes: str):
+        self.config = configs.parse(["--config", str(recipe), *changes])
+        self.world, self.setup = world, train.prepare(self.config, world)
+        dtype = engine.DTYPES[self.config.precision]
+        loss = self.config.loss
+        self.teacher = TeacherSide(self.setup.teachers, loss, world.device, dtype)
+        module = Distillation(self.setup.student, loss, self.teacher)
+        self.engine = engine.Engine(module, self.config, world)
+        self.evaluator = Evaluator(self.setup.batches, world, 5, 15)  # three batches: the ranks have different shares
+        self.stop = train.Stop()
+
+    def steps(self, first: int, last: int) -> list[float]:
+        """Loss and gradient norm of each."""
+        values = []
+        for step in range(first, last):
+            things = self.config, self.world, self.setup, self.engine, self.teacher
+            line, _ = train.optimiser_step(*things, step, self.stop)
+            values += [line["loss"], line["grad_norm"]]
+        return values
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.clone() for name, weight in self.engine.weights().items()}
+
+    def score(self) -> dict[str, Any]:
+        return asdict(self.evaluator.student(self.engine.predict))
+
+
+def layout_changes(layout: tuple[int, str]) -> tuple[str, str]:
+    return f"--zero.stage={layout[0]}", f"--zero.offload={layout[1]}"
+
+
+def train_and_score(world: engine.World, recipe: Path, *changes: str) -> dict[str, Any]:
+    """Three steps, scored before, between and after."""
+    run = Run(world, recipe, *changes)
+    run.evaluator.teacher(run.teacher.predict)
+    scores, values, weights = [run.score()], [], []
+    for step in range(3):
+        values += run.steps(step, step + 1)
+        weights.append(run.weights())
+        scores.append(run.score())
+    return {"scores": scores, "values": values, "weights": weights}
+
+
+def stop_and_resume(world: engine.World, recipe: Path, folder: Path, *changes: str) -> bool:
+    """Whether two steps after a checkpoint end with the same bits when it is gone on from. With
+    dropout, and an evaluation in between."""
+    changes = (*changes, "--student.dropout=0.1")
+    run = Run(world, recipe, *changes)
+    run.steps(0, 2)
+    engine.save(run.engine, folder, 2, 1)
+    straight = run.steps(2, 4), run.weights()
+    run = Run(world, recipe, *changes)
+    engine.load(run.engine, folder, 2)
+    run.score()
+    values, weights = run.steps(2, 4), run.weights()
+    same = all(torch.equal(weights[name], straight[1][name]) for name in weights)
+    return same and values == straight[0]
+
+
+def sums(world: engine.World, layout: tuple[int, str]) -> tuple[float, float]:
+    """The gradient's norm over sqrt(n): of many small micro-batches, and of ranks whose shares are
+    far apart, in bf16."""
+    norms = []
+    for steps in (SMALL_SUM, 1):
+        config = configs.Config(
+            batch=configs.BatchConfig(sequences=steps * world.ranks, micro_sequences=1),
+            zero=configs.ZeroConfig(*layout),
+            steps=1,
+        )
+        runner = engine.Engine(Aligned(), config, world)
+        for _ in range(steps):
+            far = 1.0 if world.rank == 0 else 2**-9
+            runner.backward(runner(1 / SMALL_SUM if steps > 1 else far))
+        norms.append(runner.step(1e-3) / 64)
+    return norms[0], norms[1]
+
+
+def overflow(world: engine.World, recipe: Path, *changes: str) -> bool:
+    """Whether a gradient that overflows on the last rank stops every rank with its weights kept."""
+    run = Run(world, recipe, *changes)
+    run.steps(0, 1)
+    before, backward = run.weights(), run.engine.backward
+    huge = 1e30 if world.rank == world.ranks - 1 else 1.0
+    run.engine.backward = lambda loss: backward(loss * huge * huge)
+    try:
+        run.steps(1, 2)
+    except train.TrainingError:
+        after = run.weights()
+        return all(torch.equal(before[name], after[name]) for name in before)
+    return False
+
+
+def everything(world: engine.World, folder: Path) -> dict[Any, Any]:
+    """All that is compared, by what it is."""
+    found: dict[Any, Any] = {"ranks": world.ranks}
+    for layout in LAYOUTS:
+        changes = layout_changes(layout)
+        for name in MODELS:
+            found[name, *layout] = train_and_score(world, folder / f"{name}.yaml", *changes)
+        if layout[0] > 0:
+            bf16 = (*changes, "--precision=bf16")
+            found["bf16", *layout] = train_and_score(world, folder / "tied.yaml", *bf16)
+            found["sums", *layout] = sums(world, layout)
+        gc.collect()  # DeepSpeed collects at every start, ever more slowly
+        if layout in ((2, "none"), (3, "none"), (1, "optimizer"), (3, "parameters")):
+            recipe = folder / "tied.yaml"
+            found["overflow", *layout] = overflow(world, recipe, *changes)
+            for precision in ("fp32", "bf16"):
+                place = folder / f"checkpoints-{world.ranks}-{precision}-{layout[0]}-{layout[1]}"
+                both = (*changes, f"--precision={precision}")
+                found["resume", precision, *layout] = stop_and_resume(world, recipe, place, *both)
+    return found
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("error")
+    engine.PERSISTENT = 0
+    world = engine.start()
+    found = everything(world, folder)
+    if world.rank == 0:
+        torch.save(found, folder / "ranks.pt")
+    engine.finish()
+
+
+# --- The tests ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("zero")
+    for i in range(2):
+        place = make_teacher(folder / f"untied-{i}")
+        config = transformers.BertConfig.from_pretrained(place, tie_word_embeddings=False)
+        torch.manual_seed(i)
+        transformers.BertForMaskedLM(config).save_pretrained(place)
+    teachers = {
+        "tied": str(teacher),
+        "untied": f"[{folder / 'untied-0'}, {{name: {folder / 'untied-1'}, weight: 3.0}}]",
+    }
+    for name in MODELS:
+        text = f"""\
+teacher: {teachers[name]}
+student: {{dropout: 0}}
+data: {{source: {corpus}, prepared: {folder / "tokens"}, max_length: 24, heldout: 0.1}}
+masking: {{probability: 0.3}}
+loss: {{kd_rows: {"all" if name == "tied" else "masked"}}}
+optimizer: {{learning_rate: 1.0e-3, max_grad_norm: 1.0, weight_decay: 0.01}}
+batch: {{sequences: 16, micro_sequences: 4}}
+steps: 10
+precision: fp32
+output: {folder / "run"}
+"""
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[Any, Any]:
+    """One process. Alone in fp32 and without offload it is at stage 0 whatever is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "PERSISTENT", 0)
+        return everything(engine.start(), folder)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[Any, Any]) -> dict[Any, Any]:
+    """Two ranks (after ``one``, which has tokenised)."""
+    torchrun = Path(sys.executable).parent / "torchrun"
+    port = str(engine._free_port())
+    done = subprocess.run(
+        [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return torch.load(folder / "ranks.pt", weights_only=False)
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])
+def found(request: pytest.FixtureRequest, one: dict[Any, Any]) -> dict[Any, Any]:
+    return one if request.param == 1 else request.getfixturevalue("two")
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The norm of the difference over the norm, all parameters together."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name] - b[name]).double().square().sum()) for name in b)
+    return math.sqrt(difference / sum(float(x.double().square().sum()) for x in b.values()))
+
+
+def assert_same_scores(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> None:
+    for a, b in zip(got["scores"], wanted["scores"], strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_does_not_change_the_weights(
+    found: dict[Any, Any], one: dict[Any, Any], model: str, layout: tuple[int, str]
+) -> None:
+    """After one, two and three steps: what goes wrong under ZeRO-3 often starts at the second."""
+    got, wanted = found[model, *layout], one[model, 0, "none"]
+    for a, b in zip(got["weights"], wanted["weights"], strict=True):
+        assert distance(a, b) <= 1e-6
+    assert distance(wanted["weights"][0], wanted["weights"][2]) > 1e-3
+    assert got["values"] == pytest.approx(wanted["values"], rel=1e-6)
+    assert_same_scores(got, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_layout_changes_bf16_by_its_rounding_alone(
+    found: dict[Any, Any], one: dict[Any, Any], layout: tuple[int, str]
+) -> None:
+    got, wanted = found["bf16", *layout], one["bf16", 1, "none"]
+    for a, b in zip(got["weights"], wanted["weights"], strict=True):
+        assert distance(a, b) <= 3e-4
+    assert got["values"] == pytest.approx(wanted["values"], rel=2e-2)
+    assert_same_scores(got, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_bf16_sum_loses_nothing(found: dict[Any, Any], layout: tuple[int, str]) -> None:
+    """Over micro-batches, and over ranks: 1 + 2^-9 is 1 in bf16."""
+    ranks, (micro_batches, across) = found["ranks"], found["sums", *layout]
+    assert micro_batches == pytest.approx(ranks, rel=1e-6)
+    assert across == pytest.approx(1 + (ranks - 1) * 2**-9, rel=1e-6)
+
+
+def test_resume_is_to_the_bit(found: dict[Any, Any]) -> None:
+    resumed = {key: same for key, same in found.items() if key[0] == "resume"}
+    assert len(resumed) == 8
+    assert all(resumed.values()), resumed
+
+
+def test_overflow_on_one_rank_reaches_no_weight(found: dict[Any, Any]) -> None:
+    stopped = {key: kept for key, kept in found.items() if key[0] == "overflow"}
+    assert len(stopped) == 4
+    assert all(stopped.values()), stopped
+
+
+def test_ranks_have_different_shares_of_the_heldout_texts(
+    folder: Path, one: dict[Any, Any]
+) -> None:
+    """Or the scores above would not show that the ranks take as many forwards."""
+    run = Run(engine.World(0, 1, torch.device("cpu")), folder / "tied.yaml")
+    assert len(run.evaluator.batches) % 2 == 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
