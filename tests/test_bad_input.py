@@ -185,8 +185,8 @@ WRONG_TYPE = [
     ("student.init", "magic", "'teacher', 'random'"),
     ("data.txt_rows", "word", "'line', 'paragraph', 'document'"),
     ("loss.backend", "cuda", "'auto', 'triton', 'cpp', 'torch'"),
-    ("zero.stage", 2, "0, 1"),
-    ("zero.offload", "cpu", "'none'"),
+    ("zero.stage", 4, "0, 1, 2, 3"),
+    ("zero.offload", "cpu", "'none', 'optimizer', 'parameters'"),
 ]
 
 
@@ -337,8 +337,20 @@ def test_one_of_steps_and_epochs_is_needed(base: Path, refuse: Refuse) -> None:
 
 def test_bf16_is_refused_at_stage_0(base: Path, refuse: Refuse) -> None:
     message = refuse(*arguments(base, precision="bf16", zero__stage=0))
-    assert message.startswith("zero.stage: expected 1 with precision bf16")
+    assert message.startswith("zero.stage: expected 1, 2 or 3 with precision bf16")
     assert message.endswith("got 0")
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "lowest"),
+    [(0, "optimizer", 1), (0, "parameters", 3), (1, "parameters", 3), (2, "parameters", 3)],
+)
+def test_offload_is_refused_where_nothing_is_split(
+    stage: int, offload: str, lowest: int, base: Path, refuse: Refuse
+) -> None:
+    message = refuse(*arguments(base, zero__stage=stage, zero__offload=offload))
+    assert message.startswith(f"zero.stage: expected {lowest} or more with zero.offload {offload}")
+    assert message.endswith(f"got {stage}")
 
 
 @pytest.mark.parametrize(

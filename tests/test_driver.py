@@ -115,22 +115,28 @@ def test_micro_batches_do_not_change_the_curve(
 
 
 @pytest.mark.parametrize(
-    ("name", "micro", "stage"), [("deepspeed", 2, 1), ("torchrun", 8, 0)], ids=["1", "0"]
+    ("name", "micro", "stage"),
+    [("deepspeed", 2, 1), ("torchrun", 8, 0), ("torchrun", 4, 3)],
+    ids=["1", "0", "3"],
 )
 def test_ranks_and_stages_do_not_change_the_curve(
     whole: tuple[list[str], Path], tmp_path: Path, name: str, micro: int, stage: int
 ) -> None:
-    """Both launchers, two ranks, ZeRO 1 and 0. Nothing is compiled on the way: the folder for
-    DeepSpeed's operators stays empty."""
+    """Both launchers, two ranks, ZeRO 1, 0 and 3 with offload. Nothing is compiled on the way: the
+    folder for DeepSpeed's operators stays empty."""
     recipe, folder = whole
     changes = (
         f"--output={tmp_path / 'run'}",
         f"--batch.micro_sequences={micro}",
         f"--zero.stage={stage}",
+        f"--zero.offload={'parameters' if stage == 3 else 'none'}",
     )
     extensions = tmp_path / "extensions"
     run_processes(launcher(name, 2), recipe, *changes, TORCH_EXTENSIONS_DIR=str(extensions))
     assert_same_curve(folder, tmp_path / "run")
+    one, other = weights(folder), weights(tmp_path / "run")
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
     assert not extensions.exists() or not any(extensions.iterdir())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +35,7 @@ from distilfast.config import (
 )
 from distilfast.engine import World, learning_rate
 from distilfast.evaluate import Evaluator, Scores
+from distilfast.losses import combine_teachers, distillation_loss
 from distilfast.masking import Masker
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -116,6 +119,11 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def tokenizer(bert_folder: str) -> Any:
+    return models.load_teachers([TeacherSpec(bert_folder)])[1]
+
+
+@pytest.fixture(scope="module")
 def bert(bert_folder: str) -> models.Teacher:
     return load(bert_folder)[0]
 
@@ -149,10 +157,10 @@ def logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
 def family_logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """The same by way of Family, as the driver computes them."""
     ids, mask = inputs
-    parts, training = models.family(model), model.training
-    hidden = parts.hidden(model.eval(), ids, mask)[mask.bool()]
+    training = model.training
+    made = models.logits_at(model.eval(), ids, mask, mask.flatten().nonzero()[:, 0])
     model.train(training)
-    return parts.head(model)(parts.features(model, hidden))
+    return made
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -557,6 +565,160 @@ def test_ensemble_of_padded_vocabularies_is_refused_or_works(
         assert torch.isfinite(value)
 
 
+# --- Heads that do more, or less ------------------------------------------------------------------
+
+
+def more(model: Any, what: Callable[[Tensor], Tensor]) -> Any:
+    """The model with something more done to its logits."""
+    forward = model.forward
+
+    def changed(*arguments: Any, **keywords: Any) -> Any:
+        out = forward(*arguments, **keywords)
+        out.logits = what(out.logits)
+        return out
+
+    model.forward = changed
+    return model
+
+
+class ExtraNorm(torch.nn.Module):
+    """A product with a norm before it, which `Family.features` knows nothing of."""
+
+    def __init__(self, transform: torch.nn.Module, width: int) -> None:
+        super().__init__()
+        self.transform = transform
+        self.norm = torch.nn.RMSNorm(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.transform(hidden))
+
+
+HEADS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "scale": (lambda x: x * 0.125, "a logit_scale of 0.125;"),
+    "small scale": (lambda x: x * 1.001, "a logit_scale of 1.001;"),
+    "softcap": (lambda x: 3 * torch.tanh(x / 3), "a logit_softcap of 3;"),
+    "wide softcap": (lambda x: 100 * torch.tanh(x / 100), "a logit_softcap of 100;"),
+    "bias": (lambda x: x + torch.arange(x.shape[-1]) * 0.01, "a bias added after the product;"),
+    "softmax": (lambda x: x.log_softmax(-1), "another layer before the product"),
+}
+
+
+@pytest.mark.parametrize("make", [make_bert, make_distilbert])
+@pytest.mark.parametrize("head", HEADS)
+def test_head_that_does_more_is_refused_with_its_cause(
+    make: Any, head: str, tokenizer: Any
+) -> None:
+    what, cause = HEADS[head]
+    model = make().train()
+    models.check_head("teacher 'x'", model, tokenizer)
+    with pytest.raises(ConfigError) as refused:
+        models.check_head("teacher 'x'", more(model, what), tokenizer)
+    message = str(refused.value)
+    assert message.startswith("teacher 'x': expected the logits of a ")
+    assert f"probably {cause}" in message
+    assert "\n" not in message
+    assert model.training
+
+
+def test_head_with_a_norm_of_its_own_is_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the model and not in its row of FAMILIES."""
+    model = make_bert()
+    transform = model.cls.predictions.transform
+    model.cls.predictions.transform = ExtraNorm(transform, 32)
+    models.check_head("student", model, tokenizer)  # the row's features go through it
+    row = dataclasses.replace(
+        models.FAMILIES["bert"], features=lambda m, h: m.cls.predictions.transform.transform(h)
+    )
+    monkeypatch.setitem(models.FAMILIES, "bert", row)
+    with pytest.raises(ConfigError, match=r"^student: .* probably another layer before the prod"):
+        models.check_head("student", model, tokenizer)
+
+
+def test_head_of_nan_is_refused(tokenizer: Any) -> None:
+    model = make_bert()
+    with torch.no_grad():
+        models.family(model).head(model).bias.fill_(math.nan)
+    with pytest.raises(ConfigError, match=r"^teacher: expected finite logits"):
+        models.check_head("teacher", model, tokenizer)
+
+
+def test_driver_checks_every_head(bert_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of teachers and student."""
+    config = Config(teacher=[bert_folder, bert_folder], data=DataConfig(max_length=16), steps=1)
+    checked: list[str] = []
+    monkeypatch.setattr(models, "check_head", lambda what, *_: checked.append(what))
+    train.load_models(config)
+    assert checked == [f"teacher {bert_folder!r}"] * 2 + ["student"]
+
+
+def one_step(
+    teachers: list[Any], student: Any, loss: LossConfig, inputs: Any
+) -> tuple[float, float]:
+    """The driver's loss of a batch, and the same from whole logits."""
+    ids, mask = inputs
+    labels = torch.full((ids.numel(),), -100)
+    labels[2] = 7
+    rows = mask.flatten().nonzero()[:, 0]
+    batch = data.MicroBatch(ids, mask, rows, torch.tensor([2]), labels)
+    loaded = [models.Teacher(str(i), i + 1.0, t.eval(), True) for i, t in enumerate(teachers)]
+    side = step.TeacherSide(loaded, loss, torch.device("cpu"), torch.float32)
+    counts = step.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
+    value, _ = step.Distillation(student.eval(), loss, side)(batch, side(batch), counts)
+    targets = [t(ids, attention_mask=mask).logits.detach() for t in teachers]
+    target = combine_teachers(targets, side.weights, temperature=loss.temperature)
+    wanted = distillation_loss(
+        student(ids, attention_mask=mask).logits,
+        target,
+        labels.view_as(ids),
+        kd_weight=loss.kd_weight,
+        ce_weight=loss.ce_weight,
+        mask=mask.bool(),
+    )
+    return value.item(), wanted.loss.item()
+
+
+@pytest.mark.parametrize("without", [(0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+def test_heads_without_bias_are_heads(without: Any, inputs: tuple[Tensor, Tensor]) -> None:
+    """Of one teacher, of all, of the student too."""
+    made = [make_bert(initializer_range=0.3), make_bert(), make_distilbert()]
+    for i in without:
+        models.family(made[i]).head(made[i]).bias = None
+    value, wanted = one_step(made[:2], made[2], LossConfig(hidden_cos_weight=0), inputs)
+    assert value == pytest.approx(wanted, rel=1e-5)
+
+
+def test_family_with_scale_and_softcap_is_a_row(
+    inputs: tuple[Tensor, Tensor], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teachers' differs from the student's, and evaluation goes by it, too."""
+    row = dataclasses.replace(
+        models.FAMILIES["bert"],
+        logit_scale=lambda config: config.hidden_size / 64,
+        logit_softcap=lambda config: 2.0,
+    )
+    monkeypatch.setitem(models.FAMILIES, "bert", row)
+    made = [more(make_bert(), lambda x: 2 * torch.tanh(x / 4)) for _ in range(2)]
+    models.check_head("teacher", made[0], tokenizer)
+    assert close(family_logits(made[0], inputs), logits(made[0], inputs))
+    for teachers, student in ((made, make_distilbert()), ([make_distilbert()], made[0])):
+        value, wanted = one_step(teachers, student, LossConfig(hidden_cos_weight=0), inputs)
+        assert value == pytest.approx(wanted, rel=1e-5)
+
+
+def test_teachers_of_different_softcaps_are_refused(
+    bert: models.Teacher, distilbert: models.Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = dataclasses.replace(models.FAMILIES["bert"], logit_softcap=lambda config: 30.0)
+    monkeypatch.setitem(models.FAMILIES, "bert", row)
+    config = Config(data=DataConfig(max_length=16), steps=1)
+    with pytest.raises(ConfigError, match=r"^teacher: expected one \(logit_scale, logit_softcap"):
+        train.check_teachers(config, [bert, distilbert])
+    apart = Config(loss=LossConfig(kd_weight=0), data=DataConfig(max_length=16), steps=1)
+    train.check_teachers(apart, [bert, distilbert])  # nobody reads their logits
+
+
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
@@ -620,30 +782,40 @@ def direct_scores(model: Any, teacher: Any, held: Held) -> Scores:
     return Scores(loss / total, right / total, agreeing / total)
 
 
+def predict(model: Any) -> Any:
+    """The model's guesses as the driver asks for them."""
+
+    def logits_of(batch: data.MicroBatch) -> Tensor:
+        inputs = batch.input_ids, batch.attention_mask, batch.masked
+        return models.logits_at(model.eval(), *inputs)
+
+    return logits_of
+
+
 def test_scores_equal_a_direct_computation(held: Held) -> None:
-    """Whatever the micro-batches; the student stays in training."""
+    """Whatever the micro-batches."""
     wanted = {name: direct_scores(getattr(held, name), held.teacher, held) for name in SIDES}
     assert wanted["teacher"].eval_agreement == 1
     assert 0.1 < wanted["student"].eval_agreement < 0.9
     assert wanted["student"].eval_accuracy > 0
     for micro in (1, 5, 1000):
         evaluator = Evaluator(held.batches, ALONE, micro, None)
-        got = {name: getattr(evaluator, name)(getattr(held, name)) for name in SIDES}
+        got = {name: getattr(evaluator, name)(predict(getattr(held, name))) for name in SIDES}
         for name in SIDES:
             assert got[name].eval_loss == pytest.approx(wanted[name].eval_loss, rel=1e-5)
             assert got[name].eval_accuracy == pytest.approx(wanted[name].eval_accuracy, abs=1e-12)
         agreement = wanted["student"].eval_agreement
         assert got["student"].eval_agreement == pytest.approx(agreement, abs=1e-12)
-        assert held.student.training
-        assert not held.teacher.training
 
 
 def test_agreement_of_the_teacher_with_itself_is_one(held: Held) -> None:
     evaluator = Evaluator(held.batches, ALONE, 4, None)
-    assert evaluator.student(held.student).eval_agreement is None  # nobody to agree with yet
-    before = evaluator.teacher(held.teacher)
-    assert evaluator.student(held.teacher).eval_agreement == 1.0
-    assert evaluator.student(held.teacher).eval_loss == before.eval_loss
+    assert (
+        evaluator.student(predict(held.student)).eval_agreement is None
+    )  # nobody to agree with yet
+    before = evaluator.teacher(predict(held.teacher))
+    assert evaluator.student(predict(held.teacher)).eval_agreement == 1.0
+    assert evaluator.student(predict(held.teacher)).eval_loss == before.eval_loss
 
 
 def test_scores_of_ranks_sum_to_those_of_one(held: Held) -> None:
@@ -657,12 +829,12 @@ def test_scores_of_ranks_sum_to_those_of_one(held: Held) -> None:
     sums: list[Tensor] = []
     for rank in range(2):
         evaluator = Evaluator(held.batches, Half(rank, 2, torch.device("cpu")), 3, None)
-        evaluator.teacher(held.teacher)
-        evaluator.student(held.student)
+        evaluator.teacher(predict(held.teacher))
+        evaluator.student(predict(held.student))
     together = sums[1] + sums[3]
     evaluator = Evaluator(held.batches, ALONE, 7, None)
-    evaluator.teacher(held.teacher)
-    wanted = evaluator.student(held.student)
+    evaluator.teacher(predict(held.teacher))
+    wanted = evaluator.student(predict(held.student))
     loss, right, agreeing, total = together.tolist()
     assert loss / total == pytest.approx(wanted.eval_loss, rel=1e-5)
     assert right / total == pytest.approx(wanted.eval_accuracy)
