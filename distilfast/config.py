@@ -315,8 +315,8 @@ class ZeroConfig:
     Args:
         stage: 0 keeps everything on every rank, 1 splits the optimiser's state, 2 the gradients
             too, 3 the weights too.
-        offload: what is kept in the host's memory, at stages 1 to 3: the optimizer's state, or
-            (stage 3) the parameters and the optimizer's state.
+        offload: what is kept in the host's memory, and the optimizer's step taken there: none,
+            the optimizer's state (stages 1 to 3), or the parameters and that state (stage 3).
     """
 
     stage: Literal[0, 1, 2, 3] = 1

@@ -223,7 +223,8 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False
 
     def __call__(self, *arguments: Any) -> Any:
-        with _alone():  # at ZeRO 3 it reads LOCAL_RANK in every forward
+        # At ZeRO 3 it reads LOCAL_RANK in every forward.
+        with _alone() if self.stage == 3 else contextlib.nullcontext():
             return self.deepspeed(*arguments)
 
     @torch.no_grad()
@@ -339,7 +340,7 @@ def check_layout(folder: Path, step: int, config: Config, world: World) -> None:
     path = folder / f"step-{step}"
     manifest = json.loads((path / "manifest.json").read_text())
     for key, value in _layout(config, world).items():
-        if manifest[key] != value:
+        if manifest.get(key, value) != value:
             raise ConfigError(
                 f"resume: expected {key} = {manifest[key]}, as {path} was written with, got {value}"
             )

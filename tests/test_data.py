@@ -735,7 +735,7 @@ def deal(
     """The held-out batches in the order of the rounds, as many for each rank, and those beyond."""
     shares = [list(batches.heldout(rank, ranks, micro, limit)) for rank in range(ranks)]
     rounds = [batch for turn in zip(*shares, strict=True) for batch in turn]
-    n_parts = -(-len(batches.store.heldout[:limit]) // micro)
+    n_parts = -(-len(batches.lengths["heldout"][:limit]) // micro)
     return rounds[:n_parts], rounds[n_parts:]
 
 
