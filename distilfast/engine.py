@@ -238,8 +238,8 @@ class Engine:
             self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
-        # The ranks' gradients will be averaged; we want their sum. (One rank needs the product, too:
-        # at stage 0 DeepSpeed divides the gradient of its own output by the accumulation.)
+        # The ranks' gradients will be averaged; we want their sum. One rank needs the product, too:
+        # at stage 0 DeepSpeed divides the gradient of its own output by the accumulation.
         self.deepspeed.backward(loss * self.world.ranks, scale_wrt_gas=False)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
