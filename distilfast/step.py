@@ -64,13 +64,6 @@ class TeacherSide:
         self.models = [t.model.to(device, dtype) for t in teachers]
         self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
         self.heads = [models.family(m).head(m) for m in self.models]
-        biases = [head.bias for head in self.heads]
-        self.biases = None  # or one for each: a head without gets zeros where others have one
-        if any(bias is not None for bias in biases):
-            self.biases = [
-                head.weight.new_zeros(len(head.weight)) if bias is None else bias
-                for head, bias in zip(self.heads, biases, strict=True)
-            ]
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Targets:
@@ -176,7 +169,7 @@ class Distillation(nn.Module):
         return {
             "teacher_hidden": targets.features,
             "teacher_weight": [head.weight for head in self.teacher.heads],
-            "teacher_bias": self.teacher.biases,
+            "teacher_bias": [head.bias for head in self.teacher.heads],
             "teacher_weights": self.teacher.weights,
             "ensemble": self.config.ensemble,
         }
