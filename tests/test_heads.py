@@ -140,6 +140,16 @@ def test_parity_with_the_oracle(backend, device, name, divergence, dtype):
     check(backend, student, teacher, labels, mask, heads, divergence=divergence, **ALL_PARTS)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP16, BF16)], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_dtypes_of_the_sides_may_differ(backend, device, name, dtypes):
+    vocab = 50
+    pair = logits_pair((4, vocab), device=device)
+    student, teacher = (x.to(dtype) for x, dtype in zip(pair, dtypes, strict=True))
+    labels = make_labels((4,), vocab, "some", device)
+    check(backend, student, teacher, labels, None, heads_for(backend, name, vocab, device))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
 @pytest.mark.parametrize("name", HEADS)
 def test_parity_at_every_temperature_beside_padding(backend, device, name, temperature):

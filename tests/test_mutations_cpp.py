@@ -216,6 +216,18 @@ def test_scaled_rows_inside_wider_ones_are_scaled_whole(backend: str, dtype: tor
         assert_nothing_else_was_written(gradient)
 
 
+def test_shares_inside_wider_rows_are_added_whole(backend: str) -> None:
+    # all widths of a vector's rest; what is beside the rows stays
+    for width in (1, 7, 16, 33):
+        wide = torch.full((3, width + 5), 7.0)
+        total, share = wide[:, :width], torch.randn(3, width + 2)[:, :width]
+        cpp.accumulate(total.fill_(NAN), share, False)
+        assert torch.equal(total, share)
+        cpp.accumulate(total, share, True)
+        assert torch.equal(total, 2 * share)
+        assert (wide[:, width:] == 7).all()
+
+
 def test_operands_of_any_stride_are_taken(backend: str) -> None:
     student, teacher = logits_pair((4, 9))
     arguments = (
@@ -544,6 +556,11 @@ HEAD = {
     name: call(heads.test_parity_with_the_oracle, name=name, divergence="forward_kl", dtype=FP32)
     for name in heads.HEADS
 }
+HEAD_BF16 = call(
+    heads.test_parity_with_the_oracle, name="bias", divergence="forward_kl", dtype=BF16
+)
+HEAD_MIXED = call(heads.test_dtypes_of_the_sides_may_differ, name="bias", dtypes=(BF16, FP32))
+ACCUMULATED = call(test_shares_inside_wider_rows_are_added_whole)
 SOFTCAP = call(heads.test_softcap_of_large_small_and_infinite_products, softcap=30.0)
 BIAS_OF_MANY_ROWS = call(heads.test_bias_gradient_is_added_to_and_not_only_by_whole_blocks)
 SCALED = call(test_scaled_rows_inside_wider_ones_are_scaled_whole, dtype=FP32)
@@ -659,6 +676,7 @@ SILENT_TEACHER = call(
 )
 
 D, R, V, H, E, L = "distillation.h", "rows.h", "vec.h", "hidden_cosine.h", "ensemble.h", "cpp.py"
+A = "accumulate.h"
 MUTATIONS = [
     # distillation.h: exponentials
     Mutation("no square", AVX2, D, "power > 1 ? e * e : e", "power > 2 ? e * e : e", AT[2.0]),
@@ -2106,34 +2124,66 @@ MUTATIONS = [
         "one bias for both sides",
         AVX512,
         D,
-        "biased(t, teacher_head.bias)",
-        "biased(t, student_head.bias)",
-        HEAD["bias"],
+        "a.teacher.stride, teacher_head.bias}",
+        "a.teacher.stride, student_head.bias}",
+        HEAD_BF16,
+    ),
+    Mutation(
+        "the biases of other dtypes",
+        AVX2,
+        D,
+        "a.teacher.dtype == DISTILFAST_BF16;",
+        "true;",
+        HEAD_MIXED,
     ),
     Mutation(
         "a cap without its bias",
         PLAIN,
         D,
-        "Biased<E>{x, head.bias}",
-        "Biased<E>{x, nullptr}",
+        "head.bias ? product + get(head.bias + i, n, 0.f) : product",
+        "product",
         HEAD["all"],
     ),
     Mutation(
         "no bias",
         AVX2,
         R,
-        "x.bias ? product + get(x.bias, n, 0.f) : product",
-        "product",
-        HEAD["bias"],
+        "get(x.p, n, other) + get(x.bias, n, 0.f)",
+        "get(x.p, n, other)",
+        HEAD_BF16,
     ),
-    Mutation("the label has no bias", AVX512, R, "(bias ? bias[i] : 0)", "0", HEAD["bias"]),
+    Mutation("the label has no bias", AVX512, R, "widen(p[i]) + bias[i]", "widen(p[i])", HEAD_BF16),
     Mutation(
         "the first columns' bias for all",
-        AVX512,
+        AVX512_BF16,
         R,
-        "bias ? bias + i : nullptr",
-        "bias",
-        HEAD["bias"],
+        "{p + i, bias + i}",
+        "{p + i, bias}",
+        HEAD_BF16,
+    ),
+    Mutation(
+        "shares are not added",
+        AVX2,
+        A,
+        "a.begun ? get(total + i, n, 0.f) + share : share",
+        "share",
+        ACCUMULATED,
+    ),
+    Mutation(
+        "the first share is added to what is there",
+        AVX512,
+        A,
+        "a.begun ? get(total + i, n, 0.f) + share : share",
+        "get(total + i, n, 0.f) + share",
+        ACCUMULATED,
+    ),
+    Mutation(
+        "rows of the sum lie side by side",
+        PLAIN,
+        A,
+        "r * a.stride_total",
+        "r * a.n_cols",
+        ACCUMULATED,
     ),
     Mutation(
         "heads change sides",

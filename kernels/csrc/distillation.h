@@ -55,11 +55,6 @@ inline Vec tanh(Vec y) {
     return select(greater(y2, 0.0625f), far, near);
 }
 
-template <class E>
-Biased<E> biased(const E* p, const float* bias) {
-    return {p, bias};
-}
-
 // What makes logits of a head's products.
 struct Head {
     float scale, softcap, inverse;
@@ -67,6 +62,7 @@ struct Head {
     explicit Head(const distilfast_head& head)
         : scale(float(head.scale)), softcap(float(head.softcap)), inverse(1 / softcap), bias(head.bias) {}
     bool linear() const { return scale == 1 && softcap == 0; }
+    bool plain() const { return linear() && !bias; }
     Vec logits(Vec x) const {
         return softcap != 0 ? tanh(x * scale * Vec(inverse)) * softcap : x * scale;
     }
@@ -111,7 +107,7 @@ struct Row {
 };
 
 template <class S, class T>
-void find_tops(Row& row, Biased<S> s, Biased<T> t, bool kd, int64_t n_cols) {
+void find_tops(Row& row, S s, T t, bool kd, int64_t n_cols) {
     Top top_s, top_t;
     sweep(n_cols, [&](int64_t i, auto n, auto k) {
         top_s.add(k, get(s + i, n, -INF));
@@ -121,24 +117,24 @@ void find_tops(Row& row, Biased<S> s, Biased<T> t, bool kd, int64_t n_cols) {
 }
 
 template <int KD, bool CE, class S, class T>
-void add_up(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64_t n_cols) {
+void add_up(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols) {
     Sum l_s, l_t, d, l_1;
     const auto at = [&](int64_t i, auto n, auto k) {
         prefetch(s + i, k);
         const Vec logit_s = get(s + i, n, -INF), x_s = row.x_s(logit_s);
-        const Vec e_s = exponential<S>(logit_s - row.top_s, row.scale);
+        const Vec e_s = exponential<Element<S>>(logit_s - row.top_s, row.scale);
         store(scratch.e_s + i, e_s);
         if constexpr (KD != NO_KD) {
             prefetch(t + i, k);
             const Vec logit_t = get(t + i, n, -INF), x_t = row.x_t(logit_t);
-            const Vec e_t = exponential<S>(logit_t - row.top_t, row.scale);
+            const Vec e_t = exponential<Element<S>>(logit_t - row.top_t, row.scale);
             store(scratch.e_t + i, e_t);
             l_s.add(k, e_s);
             l_t.add(k, e_t);
             if constexpr (KD == FORWARD_KL) d.add(k, e_t, gap(x_t, x_s));
             if constexpr (KD == REVERSE_KL) d.add(k, e_s, gap(x_s, x_t));
         }
-        if constexpr (CE) l_1.add(k, row.template e_1<S>(e_s, logit_s));
+        if constexpr (CE) l_1.add(k, row.template e_1<Element<S>>(e_s, logit_s));
     };
     sum_up(n_cols, at, l_s, l_t, d, l_1);
     row.l_s = l_s.total(), row.l_t = l_t.total(), row.d = d.total(), row.l_1 = l_1.total();
@@ -146,7 +142,7 @@ void add_up(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64_t 
 
 // JSD: against M = beta p_t + (1 - beta) p_s, times l_s. Leaves log2(p_s / M) over e_t.
 template <class S, class T>
-double add_jsd(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64_t n_cols, double beta) {
+double add_jsd(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, double beta) {
     const float share_s = float(1 - beta), share_t = float(beta * row.l_s / row.l_t);
     Sum a, b;
     const auto at = [&](int64_t i, auto n, auto k) {
@@ -166,7 +162,7 @@ double add_jsd(Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, int64
 // Cosine and MSE, whose gradient waits in scratch.extra: their part of the losses and of a.rows.
 template <class S, class T>
 void add_cosine_and_mse(
-    const distilfast_distillation_args& a, int64_t r, Biased<S> s, Biased<T> t, const Scratch& scratch,
+    const distilfast_distillation_args& a, int64_t r, S s, T t, const Scratch& scratch,
     double weight, double scale) {
     const Products found = add_products<true>(s, t, a.n_cols);
     float by_cos = 0, ratio = 0, by_gap = 0;
@@ -191,7 +187,7 @@ void add_cosine_and_mse(
 
 template <int KD, bool CE, class S, class T, class N>
 inline Vec gradient_at(
-    const Row& row, Biased<S> s, Biased<T> t, const Scratch& scratch, bool extra, int64_t i, N n) {
+    const Row& row, S s, T t, const Scratch& scratch, bool extra, int64_t i, N n) {
     Vec g(0.f);
     if constexpr (KD == FORWARD_KL)
         g = fma(load(scratch.e_t + i), -row.ratio, load(scratch.e_s + i)) * Vec(row.by_s);
@@ -202,37 +198,45 @@ inline Vec gradient_at(
     if constexpr (KD == JSD)
         g = load(scratch.e_s + i) * (load(scratch.e_t + i) - Vec(row.mean)) * Vec(row.by_s);
     if constexpr (CE)
-        g = fma(row.template e_1<S>(load(scratch.e_s + i), get(s + i, n, -INF)), row.by_1, g);
+        g = fma(row.template e_1<Element<S>>(load(scratch.e_s + i), get(s + i, n, -INF)), row.by_1, g);
     if (extra) g = g + load(scratch.extra + i);
     return g;
 }
 
 template <int KD, bool CE, class S, class T, class G>
 void write_gradient(
-    const Row& row, const Head& head, Biased<S> s, Biased<T> t, G* g, const Scratch& scratch, bool extra,
+    const Row& row, const Head& head, S s, T t, G* g, const Scratch& scratch, bool extra,
     bool streamed, int64_t n_cols, int64_t label, double by) {
     float* const sums = scratch.bias_gradient;
     float at_label = 0;  // before the row is overwritten, if g is s
     const float sum_at_label = sums ? sums[label] : 0;
     if constexpr (CE) {
         // p - 1 from their difference: it is what is left to learn once p is nearly 1.
-        const Vec e_s = load(scratch.e_s + label), e_1 = row.template e_1<S>(e_s, widen(s[label]));
+        const Vec e_s = load(scratch.e_s + label), e_1 = row.template e_1<Element<S>>(e_s, widen(s[label]));
         const double ce = by * (first(e_1) - row.l_1) / row.l_1;
         at_label = float(ce + first(gradient_at<KD, false>(row, s, t, scratch, extra, label, 1)));
         if (!head.linear()) at_label *= first(head.slope(widen(s[label])));
     }
-    const auto at = [&](int64_t i, auto n, auto) {
-        Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
-        if (!head.linear()) x = x * head.slope(get(s + i, n, 0.f));
-        if (sums) put(sums + i, get(sums + i, n, 0.f) + x, n);
-        if (is_whole<decltype(n)> && streamed)
-            stream(g + i, x);
-        else
-            put(g + i, x, n);
+    const auto write = [&](auto of_a_head) {
+        return [&](int64_t i, auto n, auto) {
+            Vec x = gradient_at<KD, CE>(row, s, t, scratch, extra, i, n);
+            if constexpr (of_a_head) {
+                if (!head.linear()) x = x * head.slope(get(s + i, n, 0.f));
+                if (sums) put(sums + i, get(sums + i, n, 0.f) + x, n);
+            }
+            if (is_whole<decltype(n)> && streamed)
+                stream(g + i, x);
+            else
+                put(g + i, x, n);
+        };
     };
     // Vectors at multiples of their size in memory, which streaming needs.
     const int64_t past = int64_t(uintptr_t(g) / sizeof(G) % WIDTH);
-    sweep(n_cols, at, past && streamed ? WIDTH - past : 0);
+    const int64_t first_ones = past && streamed ? WIDTH - past : 0;
+    if (sums || !head.linear())
+        sweep(n_cols, write(std::true_type()), first_ones);
+    else
+        sweep(n_cols, write(std::false_type()), first_ones);
     if (streamed) end_streaming();
     if constexpr (CE) {
         narrow(g[label], at_label);
@@ -259,7 +263,7 @@ void dispatched(int kind, bool labelled, F f) {
 
 template <class S, class T, class G>
 void distil_row(
-    const distilfast_distillation_args& a, int64_t r, Biased<S> s, Biased<T> t, G* g,
+    const distilfast_distillation_args& a, int64_t r, S s, T t, G* g,
     const Scratch& scratch) {
     const int64_t n_cols = a.n_cols;
     const double weight = a.mask ? a.mask[r] : 1;
@@ -335,10 +339,10 @@ void distil_row(
 // The logits of a row in fp32.
 void widen_row(const distilfast_matrix& m, int64_t r, int64_t n_cols, const Head& head, float* wide) {
     typed(m, r, [&](auto* x) {
-        using E = std::remove_pointer_t<decltype(x)>;
         sweep(n_cols, [&](int64_t i, auto n, auto k) {
             prefetch(x + i, k);
-            store(wide + i, head.logits(get(Biased<E>{x, head.bias} + i, n, 0.f)));
+            const Vec product = get(x + i, n, 0.f);
+            store(wide + i, head.logits(head.bias ? product + get(head.bias + i, n, 0.f) : product));
         });
     });
 }
@@ -358,10 +362,15 @@ void add_blocks(float* to, const float* sums, int64_t n_blocks, int64_t n_cols, 
 
 int distillation(const distilfast_distillation_args& a, int threads) {
     const Head student_head(a.student_head), teacher_head(a.teacher_head);
-    const bool linear = student_head.linear() && teacher_head.linear();
+    const bool plain = student_head.plain() && teacher_head.plain();
+    // A row is made into logits first, in scratch, but for the common case, where that happens on
+    // the way: both heads have a bias and nothing else, and products in bf16.
+    const bool biased = student_head.linear() && teacher_head.linear() && student_head.bias &&
+                        teacher_head.bias && a.student.dtype == DISTILFAST_BF16 &&
+                        a.teacher.dtype == DISTILFAST_BF16;
     const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
     const bool soft = extra || a.divergence != NO_KD;
-    const int n_wide = linear ? a.student.dtype != a.teacher.dtype : 2;
+    const int n_wide = biased ? 0 : plain ? a.student.dtype != a.teacher.dtype : 2;
     if (a.gradient.data != a.student.data) prefer_large_pages(a.gradient, a.n_rows);
     const int64_t room = room_for(a.n_cols), block = (a.n_rows + BLOCKS - 1) / BLOCKS;
     const bool summed = a.bias_gradient && a.gradient.data && a.n_rows;
@@ -369,9 +378,7 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     float* const sums = summed ? lines(room * n_blocks) : nullptr;
     if (summed && !sums) return ENOMEM;
 
-    const auto gradient_like = [&](const auto* s) {
-        return (std::remove_const_t<std::remove_pointer_t<decltype(s)>>*)a.gradient.data;
-    };
+    const auto gradient_like = [&](auto s) { return (Element<decltype(s)>*)a.gradient.data; };
     const auto at_row = [&](int64_t r, auto buffer) {
         const bool needed = soft && (!a.mask || a.mask[r] != 0);
         Scratch scratch = {buffer(0), buffer(1), extra ? buffer(2) : nullptr, nullptr};
@@ -383,17 +390,23 @@ int distillation(const distilfast_distillation_args& a, int threads) {
         const auto distil = [&](auto s, auto t, auto* g_data) {
             distil_row(a, r, s, t, a.gradient.data ? g_data + r * a.gradient.stride : nullptr, scratch);
         };
-        if (linear) {
+        if (plain) {
             typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](const auto* s, const auto* t) {
-                distil(biased(s, student_head.bias), biased(t, teacher_head.bias), gradient_like(s));
+                distil(s, t, gradient_like(s));
             });
+            return;
+        }
+        if (biased) {
+            const Biased<bf16> s = {(const bf16*)a.student.data + r * a.student.stride, student_head.bias};
+            const Biased<bf16> t = {(const bf16*)a.teacher.data + r * a.teacher.stride, teacher_head.bias};
+            distil(s, t, (bf16*)a.gradient.data);
             return;
         }
         float* const wide_t = buffer(3 + extra);
         widen_row(a.student, r, a.n_cols, student_head, wide);
         if (needed) widen_row(a.teacher, r, a.n_cols, teacher_head, wide_t);
         typed(a.student, 0, [&](auto* s) {
-            distil(biased(wide, nullptr), biased(wide_t, nullptr), gradient_like(s));
+            distil((const float*)wide, (const float*)wide_t, gradient_like(s));
         });
     };
     const int failed = for_rows(

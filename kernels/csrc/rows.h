@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include <type_traits>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -58,19 +59,26 @@ inline Vec get(const E* p, N n, float other) {
         return load(p, n, other);
 }
 
-// A row of a head's products that is read as what its bias makes of them.
+// A row of a head's products that is read as what its bias makes of them, where a pointer to the
+// row's elements would be, too.
 template <class E>
 struct Biased {
     const E* p;
-    const float* bias;  // or null
-    Biased operator+(int64_t i) const { return {p + i, bias ? bias + i : nullptr}; }
-    float operator[](int64_t i) const { return widen(p[i]) + (bias ? bias[i] : 0); }
+    const float* bias;
+    Biased operator+(int64_t i) const { return {p + i, bias + i}; }
+    float operator[](int64_t i) const { return widen(p[i]) + bias[i]; }
 };
 template <class E, class N>
 inline Vec get(Biased<E> x, N n, float other) {
-    const Vec product = get(x.p, n, other);
-    return x.bias ? product + get(x.bias, n, 0.f) : product;
+    return get(x.p, n, other) + get(x.bias, n, 0.f);
 }
+template <class E>
+E element_of(const E*);
+template <class E>
+E element_of(Biased<E>);
+template <class Row>
+using Element = decltype(element_of(std::declval<Row>()));
+
 template <class E, class N>
 inline void put(E* p, Vec x, N n) {
     if constexpr (is_whole<N>)
