@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 import distilfast
+from distilfast.memory import Scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -177,7 +178,9 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     try:
-        # What earlier calls left in the heap would be used again and not be seen.
+        # What earlier calls left in the heap, or in our own scratch, would be used again and not be
+        # seen.
+        Scratch()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident_kib("VmRSS")

@@ -13,9 +13,6 @@ fp16, where the gradient of a mean is too small to be stored before the loss sca
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +39,7 @@ from distilfast.losses import (
     reduce_parts,
     scale_gradient,
 )
+from distilfast.memory import Scratch
 from distilfast.reference import PARTS, Head, Options
 
 # What the logits of a chunk may take up, all sides together. A product is as fast as it gets from
@@ -50,7 +48,6 @@ from distilfast.reference import PARTS, Head, Options
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 # Rows of logits begin at multiples of so many elements, as products and kernels want them.
 ALIGNMENT = 64
-LARGE_BYTES = 16 << 20  # memory for which the size of its pages shows
 
 
 # --- The products ---------------------------------------------------------------------------------
@@ -94,13 +91,20 @@ class Side(NamedTuple):
 class WeightGradient:
     """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str):
-        self.total = _scratch(weight.shape, dtype, weight.device)
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, like: Tensor, backend: str, scratch: Scratch
+    ):
+        shape, device = weight.shape, weight.device
+        # What is handed out in the end, or what it is rounded from.
+        self.is_result = (shape, dtype) == (like.shape, like.dtype)
+        empty = torch.empty if self.is_result else scratch.empty
+        self.total = empty(shape, dtype=dtype, device=device)
+        self.like = like
         self.begun = False
         self.accumulate = backends.BACKENDS[backend].accumulate
         self.share = None
         if dtype != weight.dtype and not weight.is_cuda:
-            self.share = _scratch(weight.shape, weight.dtype, weight.device)
+            self.share = scratch.empty(shape, weight.dtype, device)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.share is not None:
@@ -113,13 +117,12 @@ class WeightGradient:
             torch.addmm(self.total, gradient.T, hidden, **how)
         self.begun = True
 
-    def like(self, weight: Tensor, vocab_size: int) -> Tensor:
-        """The sum in the shape and dtype of the weight."""
+    def result(self, vocab_size: int) -> Tensor:
+        """The sum in the shape and dtype of ``like``."""
         total = self.total if self.begun else self.total.zero_()
-        self.share = None
-        if (total.shape, total.dtype) == (weight.shape, weight.dtype):
+        if self.is_result:
             return total
-        result = torch.empty_like(weight)
+        result = torch.empty_like(self.like)
         result[:vocab_size] = total[:vocab_size]
         result[vocab_size:] = 0
         return result
@@ -144,10 +147,12 @@ class Target:
         if len(sides) > 1:
             self.dtypes.append(reference.accumulation_dtype(*(side.weight for side in sides)))
 
-    def allocate(self, rows: int) -> None:
+    def allocate(self, rows: int, scratch: Scratch) -> None:
         """Memory for chunks of so many rows."""
         device, width = self.sides[0].weight.device, self.options.vocab_size
-        self.buffers = [_rows_of_logits(rows, width, dtype, device) for dtype in self.dtypes]
+        self.buffers = [
+            _rows_of_logits(rows, width, dtype, device, scratch) for dtype in self.dtypes
+        ]
 
     def __call__(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Head]:
         vocab_size, mixed = self.options.vocab_size, 0.0
@@ -167,20 +172,10 @@ class Target:
         return z, Head()
 
 
-def _rows_of_logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _scratch((rows, -(-width // ALIGNMENT) * ALIGNMENT), dtype, device)
-
-
-def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that is given back soon. From a CPU's system it comes untouched, and being given page
-    after page of 4 KiB takes as long as some of the work: asks for pages of 2 MiB."""
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or n_bytes < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+def _rows_of_logits(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device, scratch: Scratch
+) -> Tensor:
+    return scratch.empty((rows, -(-width // ALIGNMENT) * ALIGNMENT), dtype, device)
 
 
 # --- The operator ---------------------------------------------------------------------------------
@@ -242,13 +237,18 @@ def linear_distillation_op(
     dtypes = [student_hidden.dtype, *target.dtypes]
     chunks = _chunks(student_hidden, needed, chunk_rows, vocab_size, dtypes)
     most = max((_length(chunk) for chunk in chunks), default=0)
-    logits = _rows_of_logits(most, vocab_size, student_hidden.dtype, device)
+    scratch = Scratch()
+    logits = _rows_of_logits(most, vocab_size, student_hidden.dtype, device, scratch)
     if teachers:
-        target.allocate(most)
+        target.allocate(most, scratch)
 
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
     d_hidden = torch.zeros_like(student_hidden) if want_hidden else student_hidden.new_empty(0)
-    weight_gradient = WeightGradient(student.weight, accum_dtype, backend) if want_weight else None
+    weight_gradient = None
+    if want_weight:
+        weight_gradient = WeightGradient(
+            student.weight, accum_dtype, student_weight, backend, scratch
+        )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     for chunk in chunks:
         hidden = student_hidden[chunk]
@@ -273,14 +273,14 @@ def linear_distillation_op(
             d_hidden[chunk] = s @ student.weight
         if weight_gradient:
             weight_gradient.add(s, hidden)
-    del logits, target  # before the weight's gradient is there twice
 
     loss, parts = reduce_parts(rows, kd_scale, ce_scale, options, reduction)
     bias_like = student_weight if student_bias is None else student_bias
     d_weight = student_weight.new_empty(0)
     if weight_gradient:
-        d_weight = weight_gradient.like(student_weight, vocab_size)
+        d_weight = weight_gradient.result(vocab_size)
     d_bias = bias_like.new_empty(0) if d_bias is None else d_bias.to(bias_like.dtype)
+    scratch.keep()
     return loss, parts, d_hidden, d_weight, d_bias
 
 

@@ -1143,13 +1143,13 @@ def test_rows_left_in_a_chunk_contribute_nothing_if_not_needed(backend, device, 
 def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n_teachers):
     # the student's, a teacher's and the mixture, however many teachers there are
     made = []
-    scratch = linear._scratch
+    empty = linear.Scratch.empty
 
-    def record(shape, dtype, where):
+    def record(scratch, shape, dtype, where):
         made.append((*shape, dtype))
-        return scratch(shape, dtype, where)
+        return empty(scratch, shape, dtype, where)
 
-    monkeypatch.setattr(linear, "_scratch", record)
+    monkeypatch.setattr(linear.Scratch, "empty", record)
     student, _ = sides(device=device, dtype=BF16)
     teachers = [Side(5 + k, seed=k, device=device, dtype=BF16) for k in range(n_teachers)]
     with torch.no_grad():

@@ -82,8 +82,8 @@ MUTATIONS = [
     Mutation(
         "sums in the products' dtype",
         "torch",
-        "(student.weight, accum_dtype, backend)",
-        "(student.weight, student.weight.dtype, backend)",
+        "student.weight, accum_dtype, student_weight",
+        "student.weight, student.weight.dtype, student_weight",
         IN_FP32,
     ),
     Mutation(
@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "the sum is rounded",
         "torch",
-        "result = torch.empty_like(weight)",
-        "result = torch.empty_like(weight)\n        total = total.bfloat16()",
+        "result = torch.empty_like(self.like)",
+        "total = total.bfloat16()\n        result = torch.empty_like(self.like)",
         PADDED,
     ),
     Mutation(
