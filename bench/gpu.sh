@@ -5,9 +5,10 @@
 #
 # Parity of the compiled kernels on full shapes, compute-sanitizer on small ones, the tuning of tiles
 # and warps, a whole training step, the losses and the fused head against the peers that are installed,
-# the head's peak memory, a kernel profile. Every step writes a log and its tables to FOLDER; a step that fails does not stop the next,
-# and is named at the end. It needs torch with CUDA, triton, transformers, pytest, hypothesis and
-# matplotlib; nothing has to be installed of the project itself. PYTHON says which python.
+# the head's peak memory and its chunks, a kernel profile. Every step writes a log and its tables to
+# FOLDER; a step that fails does not stop the next, and is named at the end. It needs torch with CUDA,
+# triton, transformers, pytest, hypothesis and matplotlib; nothing has to be installed of the project
+# itself. PYTHON says which python.
 set -uo pipefail
 folder=$(mkdir -p "${1:?usage: bash bench/gpu.sh FOLDER}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -30,7 +31,8 @@ step() { # name, seconds, command ...
 }
 
 tests="tests/test_losses.py tests/test_losses_edges.py tests/test_hidden_cosine.py
-    tests/test_combine_teachers.py tests/test_linear.py tests/test_operators.py tests/test_triton.py"
+    tests/test_combine_teachers.py tests/test_heads.py tests/test_linear.py tests/test_operators.py
+    tests/test_triton.py"
 step machine 30 "$python" bench/measure.py --device cuda
 # shellcheck disable=SC2086
 step parity 150 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $tests
@@ -41,14 +43,15 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-s
 else
     echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi
-step tune 80 "$python" bench/tune.py --seconds 50 --csv "$folder/tune.csv"
+step tune 75 "$python" bench/tune.py --seconds 45 --csv "$folder/tune.csv"
 step step 50 "$python" bench/step.py --device cuda --seconds 10 --csv "$folder/step.csv"
-step losses 95 "$python" bench/losses.py --device cuda --seconds 65 --csv "$folder/losses.csv" \
+step losses 80 "$python" bench/losses.py --device cuda --seconds 50 --csv "$folder/losses.csv" \
     --json "$folder/losses.json" --plot "$folder/losses.png" --profile "$folder/trace.json"
 step linear 90 "$python" bench/linear.py --device cuda --seconds 65 --csv "$folder/linear.csv" \
     --json "$folder/linear.json" --plot "$folder/linear.png"
 step memory 25 "$python" bench/linear.py --memory --device cuda --seconds 15 \
     --csv "$folder/memory.csv"
+step chunks 25 "$python" bench/chunks.py --device cuda --seconds 8 --csv "$folder/chunks.csv"
 
 echo "results in $folder after $SECONDS s"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" && exit 1; }

@@ -45,6 +45,7 @@ DTYPES = {"bf16": 2, "fp32": 4}
 H200 = {"sms": 132, "ghz": 1.98, "tb_per_s": 4.8, "l2_mib": 50}
 
 FORWARD = {"kd_weight": 1.0}
+CAPPED = "forward KL + CE, softcap"  # of both sides, as a fused head leaves it to the kernel
 LOSSES: dict[str, dict[str, Any]] = {
     "forward KL": FORWARD,
     "forward KL + CE": {**FORWARD, "ce_weight": 1.0},
@@ -55,6 +56,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "CE": {"ce_weight": 1.0},
     "cosine": {"cos_weight": 1.0},
     "all": {**FORWARD, "ce_weight": 1.0, "cos_weight": 1.0, "mse_weight": 1.0},
+    CAPPED: {**FORWARD, "ce_weight": 1.0},
 }
 
 
@@ -111,9 +113,11 @@ def compiled(
     pointers = {"s_ptr": dtype, "t_ptr": dtype, "g_ptr": dtype, "labels_ptr": "i64"}
     floats = ("temperature", "beta", *(f"{p}_weight" for p in ("kd", "ce", "cos", "mse")))
 
-    def type_of(name: str) -> str:
+    def type_of(name: str) -> str | tuple[str, ...]:
         if name in constants:
             return "constexpr"
+        if name == "heads":
+            return ("fp32",) * 4
         if name.endswith("_ptr"):
             return "*" + pointers.get(name, "fp32")
         return "fp32" if name in floats else "i32"
@@ -184,7 +188,10 @@ def report(
 ) -> Report:
     chosen = options(vocab, **LOSSES[loss])
     itemsizes = [DTYPES[dtype]] * 2
-    variant = distillation.variant(chosen, bool(chosen.ce_weight), mask, gradient, itemsizes, True)
+    labels = bool(chosen.ce_weight)
+    variant = distillation.variant(
+        chosen, labels, mask, gradient, itemsizes, True, heads=loss == CAPPED
+    )
     usage, code = disassembled(compiled(variant, dtype, target)["cubin"])
     if variant.WHOLE:
         _, code = disassembled(compiled(variant, dtype, target, power=2)["cubin"])

@@ -6,6 +6,8 @@ A step is the teacher's forward, the student's forward, KL at T = 2 on all rows 
 them, and the backward; weights are random, of the published shapes. The same step without a loss (a
 gradient of the logits that is already there) is the floor. The contestants take turns, a step each.
 
+"fused head" takes the hidden states instead, as the driver does, and never holds the logits.
+
 Beside the whole step stands the call of the loss inside it, and the same call on its own, on the
 same logits, right after: if two thread pools fought for the cores, inside would cost more. Ours
 compute the gradient in that call; the others compute it in the backward, so for them only the
@@ -26,6 +28,8 @@ import transformers
 from measure import Spread, figure
 from torch import Tensor
 
+from distilfast import linear_distillation_loss, models
+
 CSV = Path(__file__).parent / "results" / "step.csv"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABULARY = 30522
@@ -34,6 +38,7 @@ SHAPES = {  # teacher's layers, student's layers, width, heads
     "minilm": (6, 3, 384, 12),  # the demo's
 }
 SECONDS = 25.0  # for the rounds of a shape
+FUSED = "distilfast, fused head"
 
 
 def masked_lm(layers: int, width: int, heads: int, like: Tensor) -> torch.nn.Module:
@@ -61,6 +66,30 @@ class Step:
         self.labels = torch.full((rows,), peers.IGNORED, device=like.device)
         self.labels[chosen] = torch.randint(VOCABULARY, (len(chosen),), device=like.device)
         self.gradient = torch.randn((rows, VOCABULARY), device=like.device).to(like.dtype) / rows
+
+    def run_fused(self) -> dict[str, float]:
+        """The same step through the fused head."""
+        parts, began = models.family(self.student), now(self.tokens.device)
+
+        def features(model: Any) -> Tensor:
+            return parts.features(model, parts.hidden(model, self.tokens, None).flatten(0, 1))
+
+        with torch.no_grad():
+            target = features(self.teacher)
+        student, teacher = parts.head(self.student), parts.head(self.teacher)
+        linear_distillation_loss(
+            features(self.student),
+            student.weight,
+            target,
+            teacher.weight,
+            self.labels,
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+            ce_weight=1.0,
+        ).loss.backward()
+        found = {"step_ms": (now(self.tokens.device) - began) * 1e3}
+        self.student.zero_grad()
+        return found
 
     def run(self, loss: peers.Loss | None) -> dict[str, float]:
         """One step: its time in ms, that of the loss inside it, and of the loss alone after it."""
@@ -101,13 +130,17 @@ def measure_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any
     like = torch.empty(0, dtype=dtype, device=device)
     step = Step(shape, options.sequences, options.length, like)
     case = peers.Case("kl_ce", len(step.labels), VOCABULARY, "some", dtype)
-    losses: dict[str, peers.Loss | None] = {"no loss": None}
+    losses: dict[str, peers.Loss | None] = {"no loss": None, FUSED: None}
     for c in peers.contestants():
         wanted = not options.only or any(part.lower() in c.name.lower() for part in options.only)
         if wanted and c.skip(case, device) is None and not c.slow and not c.overwrites:
             losses[c.name] = c.build(case)
-    for loss in losses.values():  # what is compiled first is no part of the times
-        step.run(loss)
+
+    def run(name: str) -> dict[str, float]:
+        return step.run_fused() if name == FUSED else step.run(losses[name])
+
+    for name in losses:  # what is compiled first is no part of the times
+        run(name)
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in losses}
     names, began = list(losses), time.perf_counter()
     for number in range(measure.MOST_ROUNDS):
@@ -115,7 +148,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> list[dict[str, Any
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            for column, value in step.run(losses[name]).items():
+            for column, value in run(name).items():
                 samples[name].setdefault(column, []).append(value)
     rows = []
     for name, found in samples.items():

@@ -46,6 +46,9 @@ from distilfast.reference import PARTS, Head, Options
 # some hundred rows on (a CPU) or some thousand (a GPU), and each further chunk reads and writes the
 # weight's gradient once more: docs/kernels.md.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+# What there may be, on a CPU, of a chunk's share of the weight's gradient before it is added to the
+# sum: a large head's goes by parts.
+SHARE_BYTES = 64 << 20
 # Rows of logits begin at multiples of so many elements, as products and kernels want them.
 ALIGNMENT = 64
 
@@ -104,12 +107,17 @@ class WeightGradient:
         self.accumulate = backends.BACKENDS[backend].accumulate
         self.share = None
         if dtype != weight.dtype and not weight.is_cuda:
-            self.share = scratch.empty(shape, weight.dtype, device)
+            rows = max(1, SHARE_BYTES // (shape[1] * weight.dtype.itemsize))
+            self.share = scratch.empty((min(rows, shape[0]), shape[1]), weight.dtype, device)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.share is not None:
             # No CPU's product of 16 bits adds to fp32, so a chunk's own is rounded.
-            self.accumulate(self.total, torch.mm(gradient.T, hidden, out=self.share), self.begun)
+            most = len(self.share)
+            parts = zip(gradient.split(most, dim=1), self.total.split(most), strict=True)
+            for some, total in parts:
+                share = torch.mm(some.T, hidden, out=self.share[: len(total)])
+                self.accumulate(total, share, self.begun)
         else:
             how: dict[str, Any] = {"beta": int(self.begun), "out": self.total}
             if self.total.dtype != gradient.dtype:

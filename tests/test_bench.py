@@ -274,13 +274,34 @@ def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with path.open(newline="", encoding="utf-8") as file:
         rows = {row["contestant"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["no loss", "distilfast torch", "PyTorch eager, same dtype"]
+    fused = "distilfast, fused head"
+    assert list(rows) == ["no loss", fused, "distilfast torch", "PyTorch eager, same dtype"]
+    assert float(rows[fused]["step_ms"]) > 0
     assert rows["no loss"]["loss_inside_ms"] == ""
     for name in ("distilfast torch", "PyTorch eager, same dtype"):
         row = rows[name]
         assert 0 < float(row["loss_inside_ms"]) < float(row["step_ms"])
         assert float(row["loss_alone_ms"]) > 0
         assert f"| {name}" in done.stdout
+
+
+def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
+    path = tmp_path / "chunks.csv"
+    small = "--rows 256 --width 8 --vocab 50 --seconds 0 --device cpu".split()
+    done = python("chunks.py", *small, "--csv", str(path))
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    timed = {name for name, row in rows.items() if row["time_ms"]}
+    assert {"products, chunks of 128", "fused, chunks of 256", "fused, auto"} <= timed
+    assert min(float(rows[name]["of_best_products"]) for name in timed if "products" in name) == 1
+    errors = {
+        name: float(row["d_weight_error"]) for name, row in rows.items() if row["d_weight_error"]
+    }
+    # bf16 logits and gradients; four chunks summed in bf16 are worse
+    assert 0 < errors["fused, auto"] < 0.02
+    assert errors["fused, chunks of 64, sums in bf16"] > errors["fused, chunks of 64"]
+    assert "error of dW" in done.stdout
 
 
 def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:

@@ -609,6 +609,18 @@ def test_fp32_parameters_under_autocast_get_an_fp32_sum(backend, device, chunk_r
     assert (d_bias != d_bias.to(BF16)).float().mean() > 0.5
 
 
+def test_large_heads_share_goes_by_parts(backend, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("a GPU's product adds to the sum itself")
+    student, teacher = sides(dtype=BF16)
+    keywords = {"chunk_rows": 4, "backend": backend}
+    whole = gradients(call(student, teacher, **keywords).loss, student)
+    for rows in (1, 7, VOCAB):  # of the weight, each of 8 numbers of 2 bytes
+        monkeypatch.setattr(linear, "SHARE_BYTES", rows * 16)
+        parts = gradients(call(student, teacher, **keywords).loss, student)
+        torch.testing.assert_close(parts, whole)
+
+
 @pytest.mark.parametrize("value", [FP16, torch.int64, "fp32", FP64])
 def test_accum_dtype_is_fp32_or_the_inputs(spoil, value):
     spoil("accum_dtype", value, accum_dtype=value)

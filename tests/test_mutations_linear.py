@@ -27,6 +27,7 @@ PADDED = call(
     bad=NAN,
     logit_softcap=None,
 )
+IN_PARTS = call(tests.test_large_heads_share_goes_by_parts)
 MEAN, NONE = (
     call(tests.test_any_chunk_equals_materialised_logits, reduction=reduction, chunk_rows=3)
     for reduction in ("mean", "none")
@@ -94,10 +95,17 @@ MUTATIONS = [
         IN_FP32,
     ),
     Mutation(
+        "every part of a share is the first's",
+        "cpp",
+        "torch.mm(some.T, hidden, out=self.share[: len(total)])",
+        "torch.mm(gradient[:, : len(total)].T, hidden, out=self.share[: len(total)])",
+        IN_PARTS,
+    ),
+    Mutation(
         "shares after the first are forgotten",
         "cpp",
-        "out=self.share), self.begun)",
-        "out=self.share), False)",
+        "self.accumulate(total, share, self.begun)",
+        "self.accumulate(total, share, False)",
         IN_FP32,
     ),
     Mutation(

@@ -27,6 +27,7 @@ ALLOWED = {
     "forward KL + CE, T = 7.3": (6, 0),
     "reverse KL + CE": (3, 0),
     "JSD": (6, 2),
+    "forward KL + CE, softcap": (8, 0),
 }
 
 # Imports the script by its path, and prints what it sees in kernels that are known to be worse.
