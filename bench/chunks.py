@@ -103,7 +103,7 @@ def contestants(head: Head) -> dict[str, Callable[[int], Any]]:
     products = Products(head, max(sizes))
 
     def without_scratch(_: int) -> None:
-        Scratch()  # forgets what is kept
+        Scratch.release()
         head.gradients()
 
     calls: dict[str, Callable[[int], Any]] = {}

@@ -39,7 +39,8 @@ step parity 150 "$python" -m pytest -q -p no:cacheprovider -k "triton or cuda" $
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1) &&
     [ -n "$sanitizer" ]; then
     step sanitizer 70 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x \
-        -p no:cacheprovider tests/test_triton.py -k "poisoned or label or boundary"
+        -p no:cacheprovider tests/test_triton.py tests/test_heads.py \
+        -k "poisoned or label or boundary or (triton and temperature)"
 else
     echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi

@@ -11,9 +11,10 @@ already, nothing added up, at the chunk size that is best here. `gemm_ratio` is 
 over that of these products in the same rounds. CE alone needs only the rows with a label.
 
 The peak is the memory that a call needs above the inputs, less the bytes of the gradients that it
-gives back; what it keeps from call to call is not in it. Loss and gradients of that very call are
-compared with a reference: fp32 products and the fp64 loss on its rows, in blocks; 64 rows of each
-gradient. Data are random, so a contestant which skips negligible gradients finds few to skip.
+gives back; scratch that ours would keep from an earlier call is given up before. Loss and gradients
+of that very call are compared with a reference: fp32 products and the fp64 loss on its rows, in
+blocks; 64 rows of each gradient. Data are random, so a contestant which skips negligible gradients
+finds few to skip.
 
 Heads have a bias at V = 30,522, as BERT's have, and none at other V; --bias and --no-bias make it
 so everywhere. Without --loss, --vocab, --width, --rows or --labels a plan is measured, the most
@@ -189,17 +190,24 @@ class BareProducts:
         if case.needed_rows < case.rows:
             hidden = hidden[x.labels != peers.IGNORED]
         self.hidden, self.teacher_weight = hidden, x.teacher_weight
+        columns = case.columns
+        if hidden.is_cuda and columns % 64:  # a GPU's products are at their best with whole 64s
+            columns += -columns % 64
+            padding = (0, 0, 0, columns - case.columns)
+            self.weight = torch.nn.functional.pad(self.weight, padding)
+            if x.teacher_weight is not None:
+                self.teacher_weight = torch.nn.functional.pad(x.teacher_weight, padding)
         self.teacher_hidden = x.teacher_hidden
         self.rows = len(hidden)
         self.sizes = [n for n in CHUNKS if n <= self.rows] or [self.rows]
         sides = 2 if case.teacher else 1
         room = measure.free_bytes(hidden.device) // 4
         while len(self.sizes) > 1 and (
-            sides * self.sizes[-1] * case.columns * case.dtype.itemsize > room
+            sides * self.sizes[-1] * columns * case.dtype.itemsize > room
         ):
             self.sizes.pop()
         # Zeros: a gradient of whatever was in memory may be full of NaN or slow subnormals.
-        self.logits = [hidden.new_zeros(self.sizes[-1], case.columns) for _ in range(sides)]
+        self.logits = [hidden.new_zeros(self.sizes[-1], columns) for _ in range(sides)]
         self.d_hidden, self.d_weight = torch.empty_like(hidden), torch.empty_like(self.weight)
 
     def run(self, chunk: int) -> None:

@@ -180,7 +180,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     try:
         # What earlier calls left in the heap, or in our own scratch, would be used again and not be
         # seen.
-        Scratch()
+        Scratch.release()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident_kib("VmRSS")

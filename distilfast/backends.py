@@ -97,8 +97,11 @@ def _torch_distillation(
 
 
 def _torch_combine_teachers(*arguments: Any) -> None:
-    *inputs, z = arguments
-    z.copy_(reference.combine_teachers(*inputs))
+    logits, *others, z = arguments
+    block = max(1, BLOCK_ELEMENTS.get(z.device.type, 1 << 26) // max(1, z.shape[1]))
+    for start in range(0, z.shape[0], block):
+        part = slice(start, start + block)
+        z[part] = reference.combine_teachers([t[part] for t in logits], *others)
 
 
 def _torch_scale(gradient: Tensor, by: Tensor) -> None:

@@ -75,7 +75,7 @@ class Side(NamedTuple):
     ) -> Side:
         def fit(x: Tensor) -> Tensor:
             x = x[:vocab_size].to(dtype)
-            missing = -vocab_size % ALIGNMENT if x.is_cuda else 0
+            missing = _padded(vocab_size) - vocab_size if x.is_cuda else 0
             return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
         if bias is not None and bias_in_kernel:
@@ -112,7 +112,7 @@ class WeightGradient:
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.share is not None:
-            # No CPU's product of 16 bits adds to fp32, so a chunk's own is rounded.
+            # PyTorch has no product of 16 bits that adds to fp32 on a CPU: a chunk's is rounded.
             most = len(self.share)
             parts = zip(gradient.split(most, dim=1), self.total.split(most), strict=True)
             for some, total in parts:
@@ -130,7 +130,7 @@ class WeightGradient:
         total = self.total if self.begun else self.total.zero_()
         if self.is_result:
             return total
-        result = torch.empty_like(self.like)
+        result = self.like.new_empty(self.like.shape)
         result[:vocab_size] = total[:vocab_size]
         result[vocab_size:] = 0
         return result
@@ -152,8 +152,9 @@ class Target:
         self.ensemble, self.options = ensemble, options
         self.combine = backends.BACKENDS[backend].combine_teachers
         self.dtypes = list({side.weight.dtype for side in sides})
-        if len(sides) > 1:
-            self.dtypes.append(reference.accumulation_dtype(*(side.weight for side in sides)))
+        if len(sides) > 1:  # the mixture, and where products are not logits a teacher's logits
+            compute = reference.accumulation_dtype(*(side.weight for side in sides))
+            self.dtypes += [compute] * (1 if all(side.head.plain for side in sides) else 2)
 
     def allocate(self, rows: int, scratch: Scratch) -> None:
         """Memory for chunks of so many rows."""
@@ -166,10 +167,12 @@ class Target:
         vocab_size, mixed = self.options.vocab_size, 0.0
         if len(self.sides) == 1:
             return self.sides[0].products(hidden[0], self.buffers[0]), self.sides[0].head
-        z = self.buffers[-1][: hidden[0].shape[0], :vocab_size]
+        part = slice(hidden[0].shape[0]), slice(vocab_size)
+        z = self.buffers[-1][part]
         for side, share, h in zip(self.sides, self.shares, hidden, strict=True):
-            buffer = self.buffers[self.dtypes.index(side.weight.dtype)]
-            logits = side.head.logits_(side.products(h, buffer))[:, :vocab_size]
+            logits = side.products(h, self.buffers[self.dtypes.index(side.weight.dtype)])[part]
+            if not side.head.plain:
+                logits = side.head.logits_(self.buffers[-2][part].copy_(logits))
             if mixed:
                 shares = [mixed / (mixed + share), share / (mixed + share)]
                 temperature = self.options.temperature
@@ -183,7 +186,11 @@ class Target:
 def _rows_of_logits(
     rows: int, width: int, dtype: torch.dtype, device: torch.device, scratch: Scratch
 ) -> Tensor:
-    return scratch.empty((rows, -(-width // ALIGNMENT) * ALIGNMENT), dtype, device)
+    return scratch.empty((rows, _padded(width)), dtype, device)
+
+
+def _padded(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
 
 
 # --- The operator ---------------------------------------------------------------------------------
@@ -251,20 +258,24 @@ def linear_distillation_op(
         target.allocate(most, scratch)
 
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
-    d_hidden = torch.zeros_like(student_hidden) if want_hidden else student_hidden.new_empty(0)
+    d_hidden = student_hidden.new_zeros(student_hidden.shape if want_hidden else 0)
     weight_gradient = None
     if want_weight:
+        if len(chunks) == 1 and student_weight.dtype == student.weight.dtype:
+            accum_dtype = student_weight.dtype  # nothing is added up
         weight_gradient = WeightGradient(
             student.weight, accum_dtype, student_weight, backend, scratch
         )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     for chunk in chunks:
         hidden = student_hidden[chunk]
-        if needed is not None:  # a row that nothing needs must not reach the weight's gradient
+        if needed is not None and isinstance(chunk, slice):
+            # A row that nothing needs must not reach the weight's gradient.
             hidden = torch.where(needed[chunk, None], hidden, 0)
         s = student.products(hidden, logits)
-        # Without a teacher nothing reads it.
-        t, t_head = target([teacher_hidden[k][chunk] for k in used]) if teachers else (s, Head())
+        t, t_head = s, student.head  # without a teacher nothing reads it
+        if teachers:
+            t, t_head = target([teacher_hidden[k][chunk] for k in used])
         rows[:, chunk] = distillation(
             s,
             t,
@@ -299,7 +310,8 @@ def _needed_rows(labels: Tensor | None, mask: Tensor | None, options: Options) -
         return None
     wanted = [] if not soft or mask is None else [mask != 0]
     wanted += [] if labels is None else [labels != options.ignore_index]
-    return torch.stack(wanted).any(0)
+    needed = torch.stack(wanted).any(0)
+    return None if not needed.is_cuda and needed.all() else needed
 
 
 def _chunks(
@@ -313,17 +325,17 @@ def _chunks(
     CPU the rows that nothing needs are left out altogether; on a GPU counting them would wait for
     the device."""
     selected = None
-    if needed is not None and not hidden.is_cuda and not needed.all():
+    if needed is not None and not hidden.is_cuda:
         selected = needed.nonzero()[:, 0]
     n = hidden.shape[0] if selected is None else len(selected)
     if n == 0:
         return []
     if not rows:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        row_bytes = vocab_size * sum(dtype.itemsize for dtype in dtypes)
+        row_bytes = _padded(vocab_size) * sum(dtype.itemsize for dtype in dtypes)
         most = max(1, budget // row_bytes // ALIGNMENT) * ALIGNMENT
         rows = -(-n // -(-n // most))  # as many chunks as it takes, of one size
-        rows = -(-rows // ALIGNMENT) * ALIGNMENT
+        rows = _padded(rows)
     if selected is not None:
         return selected.split(rows)
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
@@ -345,8 +357,8 @@ def _(
     return (
         kd_scale.new_empty(n_rows),
         kd_scale.new_empty([len(PARTS), *n_rows]),
-        torch.empty_like(student_hidden) if wanted[0] else student_hidden.new_empty(0),
-        torch.empty_like(student_weight) if wanted[1] else student_weight.new_empty(0),
+        student_hidden.new_empty(student_hidden.shape if wanted[0] else 0),
+        student_weight.new_empty(student_weight.shape if wanted[1] else 0),
         bias_like.new_empty(student_weight.shape[0] if wanted[2] else 0),
     )
 
@@ -449,8 +461,8 @@ def linear_distillation_loss(
         teacher_weights, ensemble: as ``weights`` and ``mode`` of `combine_teachers`.
         chunk_rows: rows a chunk, or "auto": what fits a fixed memory budget (CHUNK_BYTES).
         accum_dtype: what the shares of the chunks in the weight's gradient are summed in: None is
-            fp32 (fp64 for fp64); the dtype of the hidden states saves its V D 4 bytes, and rounds
-            at every chunk.
+            fp32 (fp64 for fp64); the dtype of the hidden states saves V D 4 bytes, and rounds at
+            every chunk (docs/kernels.md has the error).
         inplace_backward: accepted, without effect: there are no logits to overwrite.
 
     The other keywords are those of `distillation_loss`. Under autocast the products run in its
@@ -527,7 +539,9 @@ def linear_distillation_loss(
 
     if torch.is_autocast_enabled(device.type):  # the operator casts the heads
         dtype = torch.get_autocast_dtype(device.type)
-        student_hidden, t_hidden = student_hidden.to(dtype), [h.to(dtype) for h in t_hidden]
+        student_hidden, *t_hidden = (
+            h if h.dtype == torch.float64 else h.to(dtype) for h in (student_hidden, *t_hidden)
+        )
     else:
         _check_one_dtype("student", student_hidden, student_weight, student_bias)
         for h, w, b in zip(t_hidden, t_weight, t_bias, strict=True):

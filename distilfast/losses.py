@@ -404,7 +404,12 @@ def scale_gradient(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: s
 def scale_gradient_inplace_op(gradient: Tensor, grad_loss: Tensor, backend: str) -> None:
     """gradient *= grad_loss, () or (N,), rounded once."""
     rows = gradient if gradient.ndim == 2 else gradient.reshape(1, -1)
-    backends.BACKENDS[backend].scale(rows, grad_loss)
+    if rows.shape[1] < 2 or rows.stride(1) == 1:
+        backends.BACKENDS[backend].scale(rows, grad_loss)
+    else:
+        dense = rows.contiguous()
+        backends.BACKENDS[backend].scale(dense, grad_loss)
+        rows.copy_(dense)
 
 
 @torch.library.custom_op("distilfast::scale_gradient", mutates_args=())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 LARGE_BYTES = 16 << 20  # from here on it shows
+KEPT_BYTES = 1 << 30  # at most, whatever a call has used
 PAGE_BYTES = 2 << 20
 
 
@@ -26,7 +28,10 @@ def _block(n_bytes: int) -> Tensor:
     n_bytes = -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{n_bytes} bytes of scratch memory") from error
     with contextlib.suppress(OSError):  # a system that has no larger ones
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -35,8 +40,8 @@ def _block(n_bytes: int) -> Tensor:
 class Scratch:
     """Memory for the length of a call, from Scratch() to keep(), that the next call may have.
 
-    What a call used stays with the process until one that uses other sizes. Two calls at a time, in
-    two threads, have each their own.
+    What a call used stays with the process, up to KEPT_BYTES, until one that uses other sizes or
+    `release`. Two calls at a time, in two threads, have each their own.
     """
 
     _kept: ClassVar[list[Tensor]] = []
@@ -58,5 +63,25 @@ class Scratch:
         return self.used[-1][:n_bytes].view(dtype).view(*shape)
 
     def keep(self) -> None:
+        """The call is over."""
+        kept, room = [], KEPT_BYTES
+        for block in sorted(self.used, key=len):
+            room -= len(block)
+            if room >= 0:
+                kept.append(block)
         with Scratch._lock:
-            Scratch._kept = self.used
+            Scratch._kept = kept
+
+    @staticmethod
+    def release() -> None:
+        """Give back to the system what is kept."""
+        with Scratch._lock:
+            Scratch._kept = []
+
+
+def _after_fork() -> None:
+    Scratch._lock = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

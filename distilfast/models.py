@@ -138,7 +138,8 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
 
 def _difference(own: Tensor, ours: Tensor) -> float:
     """The largest, over the largest logit."""
-    return float((own - ours).abs().max() / own.abs().max())
+    smallest = torch.finfo(own.dtype).tiny
+    return float((own - ours).abs().max() / own.abs().max().clamp_min(smallest))
 
 
 def _cause(own: Tensor, ours: Tensor) -> str:

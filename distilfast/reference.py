@@ -178,7 +178,7 @@ def distillation(
         gradient: (N, V_s) to be overwritten with the gradient, may be ``student`` itself; or None.
         heads: of student and teacher.
         bias_gradient: (vocab_size,), in the dtype computed in, to add the sum of ``gradient`` over
-            the rows to, before it is rounded; or None.
+            the rows to, before it is rounded (triton: after); or None.
 
     Returns:
         (4, N): kd, ce, cos and mse, the first, third and fourth times the mask. A row that a part

@@ -15,9 +15,9 @@ LARGE = (LARGE_BYTES // 4 // 1000 + 1, 1000)
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    Scratch()
+    Scratch.release()
     yield
-    Scratch()
+    Scratch.release()
 
 
 def take(*shapes, dtype=torch.float32):
@@ -67,6 +67,21 @@ def test_call_that_fails_keeps_nothing():
     scratch.empty(LARGE, torch.float32, CPU)
     del scratch
     assert Scratch._kept == []
+
+
+def test_no_more_is_kept_than_the_limit(monkeypatch):
+    monkeypatch.setattr("distilfast.memory.KEPT_BYTES", 3 * LARGE_BYTES)
+    rows, width = LARGE
+    large, *_ = take((4 * rows, width), LARGE)
+    assert [x.data_ptr() for x in Scratch._kept] != [large]
+    assert 0 < sum(len(x) for x in Scratch._kept) <= 3 * LARGE_BYTES
+    Scratch.release()
+    assert Scratch._kept == []
+
+
+def test_system_that_has_no_memory_left_is_a_memory_error():
+    with pytest.raises(MemoryError, match="bytes of scratch memory"):
+        Scratch().empty((1 << 62,), torch.uint8, CPU)
 
 
 def test_calls_at_the_same_time_share_nothing():

@@ -111,8 +111,8 @@ MUTATIONS = [
     Mutation(
         "the sum is rounded",
         "torch",
-        "result = torch.empty_like(self.like)",
-        "total = total.bfloat16()\n        result = torch.empty_like(self.like)",
+        "result = self.like.new_empty(self.like.shape)",
+        "total = total.bfloat16()\n        result = self.like.new_empty(self.like.shape)",
         PADDED,
     ),
     Mutation(
@@ -146,8 +146,8 @@ MUTATIONS = [
     Mutation(
         "an ensemble's heads are plain",
         "torch",
-        "side.head.logits_(side.products(h, buffer))",
-        "side.products(h, buffer)",
+        "if not side.head.plain:",
+        "if False:",
         PADDED_TEACHERS,
     ),
     Mutation(
@@ -192,7 +192,7 @@ MUTATIONS = [
         "[]",
         PROJECTED,
     ),
-    Mutation("every row is projected", "torch", "and not needed.all():", "and False:", PROJECTED),
+    Mutation("every row is projected", "torch", "and not hidden.is_cuda:", "and False:", PROJECTED),
     Mutation("the mask needs every row", "torch", "[mask != 0]", "[mask == mask]", PROJECTED),
     Mutation(
         "the rest of the rows is left out",
@@ -250,7 +250,7 @@ MUTATIONS = [
         LATE,
     ),
     Mutation(
-        "gradients change places",
+        "a gradient is doubled",
         "torch",
         "return loss, parts, d_hidden, d_weight, d_bias\n\n\ndef _needed",
         "return loss, parts, d_hidden * 2, d_weight, d_bias\n\n\ndef _needed",

@@ -566,7 +566,7 @@ def variant(
     if kd and (cos or mse):
         # Their sums take some 100 registers, 32 warps have 64.
         warps = min(warps, 16 if gradient else 8)
-    elif gradient and warps == 16 and (kd == DIVERGENCES["jsd"] or (ce and not whole)):
+    elif gradient and warps == 16 and (heads or kd == DIVERGENCES["jsd"] or (ce and not whole)):
         warps = 32  # 16 would be given 64 registers and a spill, one program of 32 is not
     vector = 16 // min(itemsizes)
     return Variant(
@@ -605,6 +605,8 @@ def distillation(
     The bias' gradient is a pass of its own over the gradient, 2 bytes a logit in bf16: a program
     has one row, and partial sums in fp32 would be 8 bytes of traffic for each.
     """
+    if any(head[2] is not None for head in heads):
+        raise ValueError("heads: expected none with a bias")
     student = student if student.stride(1) == 1 else student.contiguous()
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     n_rows = student.shape[0]
