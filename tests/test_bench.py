@@ -298,9 +298,9 @@ def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
     errors = {
         name: float(row["d_weight_error"]) for name, row in rows.items() if row["d_weight_error"]
     }
-    # bf16 logits and gradients; four chunks summed in bf16 are worse
-    assert 0 < errors["fused, auto"] < 0.02
-    assert errors["fused, chunks of 64, sums in bf16"] > errors["fused, chunks of 64"]
+    # of bf16 logits and gradients
+    assert len(errors) == 4
+    assert all(0 < error < 0.02 for error in errors.values())
     assert "error of dW" in done.stdout
 
 
