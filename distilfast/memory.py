@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 LARGE_BYTES = 16 << 20  # from here on it shows
-KEPT_BYTES = 1 << 30  # at most, whatever a call has used
+KEPT_BYTES = 4 << 30  # at most, whatever a call has used
 PAGE_BYTES = 2 << 20
 
 
