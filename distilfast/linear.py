@@ -608,7 +608,8 @@ def _accum_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     if wanted is None:
         return widest
     if wanted not in (widest, dtype):
-        raise ValueError(f"accum_dtype: expected None, {widest} or {dtype}, got {wanted!r}")
+        known = " or ".join(str(x) for x in dict.fromkeys((None, widest, dtype)))
+        raise ValueError(f"accum_dtype: expected {known}, got {wanted!r}")
     return wanted
 
 
