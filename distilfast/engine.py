@@ -133,9 +133,10 @@ def finish() -> None:
 def _alone() -> Iterator[None]:
     """The variables of a launcher, for one process without one; gone again afterwards, or the next
     program started from here would take itself for a part of this one."""
-    needed = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    needed["MASTER_PORT"] = str(_free_port())
-    ours = {} if "WORLD_SIZE" in os.environ else needed
+    ours = {}
+    if "WORLD_SIZE" not in os.environ:
+        ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        ours["MASTER_PORT"] = str(_free_port())
     os.environ.update(ours)
     try:
         yield

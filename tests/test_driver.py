@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, make_teacher
 
 from distilfast import config as configs
-from distilfast import data, engine, train
+from distilfast import data, engine, linear, train
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
@@ -481,3 +481,27 @@ def test_ensemble_of_two_teachers_differs(
     config.write_text("\n".join(text))
     other = run(["--config", str(config)], f"--output={tmp_path / 'run'}", "--loss.kd_rows=masked")
     assert metrics(other)[1]["kd"] != pytest.approx(metrics(folder)[1]["kd"], rel=1e-2)
+
+
+def test_masked_rows_alone_are_projected(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in student and teacher: the counts of every micro-batch, in the order of their products
+    projected: list[int] = []
+    products = linear.Side.products
+
+    def count(side: linear.Side, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        projected.append(len(hidden))
+        return products(side, hidden, out)
+
+    monkeypatch.setattr(linear.Side, "products", count)
+    rows = {}
+    for kd_rows in ("all", "masked"):
+        projected.clear()
+        changes = [f"--output={tmp_path / kd_rows}", f"--loss.kd_rows={kd_rows}", "--steps=1"]
+        run(recipe, *changes)
+        assert projected[0::2] == projected[1::2]  # student, teacher
+        rows[kd_rows] = sum(projected[0::2])
+    line = metrics(tmp_path / "all")[1]
+    assert rows["all"] == line["tokens"]
+    assert 0.2 < rows["masked"] / rows["all"] < 0.4  # masking.probability is 0.3
