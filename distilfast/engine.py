@@ -177,8 +177,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Engine:
     """A module and its optimiser under DeepSpeed.
 
-    A step is `accumulation` times backward(loss), then step(rate). ``loss`` is a share of the
-    step's loss: gradients add up over micro-batches and ranks.
+    A step is any number of backward(loss), then step(rate). ``loss`` is a share of the step's
+    loss: gradients add up over micro-batches and ranks. At stages 2 and 3 every rank has to come
+    as often.
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World):
@@ -187,7 +188,6 @@ class Engine:
         # One process has nothing to split, and ZeRO would copy every gradient for it.
         alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
         self.stage = 0 if alone else config.zero.stage
-        accumulation = config.batch.accumulation(world.ranks)
         options = config.optimizer
         optimizer = torch.optim.AdamW(
             _groups(module, options.weight_decay),
@@ -197,8 +197,8 @@ class Engine:
             fused=True,
         )
         settings = {
-            "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
-            "gradient_accumulation_steps": accumulation,
+            "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
+            "managed_gradient_accumulation": False,  # a step is over when we say so
             "gradient_clipping": options.max_grad_norm,
             "zero_optimization": _partitioning(self.stage, config.zero.offload),
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -218,9 +218,11 @@ class Engine:
                 dist_init_required=False,
             )
 
-        # Nothing to send. But at stages 2 and 3 and with offload this is also how gradients get to
+        # At stage 0 `step` reduces, to know the norm before anything is applied. One process has
+        # nothing to send; but at stages 2 and 3 and with offload this is also how gradients get to
         # where they are added up.
-        if world.ranks == 1 and self.stage < 2 and config.zero.offload == "none":
+        alone = world.ranks == 1 and self.stage < 2 and config.zero.offload == "none"
+        if self.stage == 0 or alone:
             self.deepspeed.enable_backward_allreduce = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -239,11 +241,8 @@ class Engine:
             self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
-        # The ranks' gradients will be averaged; we want their sum. One rank needs the product, too:
-        # at stage 0 DeepSpeed divides the gradient of its own output by the accumulation.
+        # The ranks' gradients will be averaged; we want their sum.
         self.deepspeed.backward(loss * self.world.ranks, scale_wrt_gas=False)
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()
 
     def step(self, rate: float) -> float:
         """Apply the gradients and return their norm before clipping. Where it is not finite,
@@ -254,6 +253,8 @@ class Engine:
             for weight in self.deepspeed.module.parameters():
                 if weight.requires_grad and weight.grad is None:
                     weight.grad = torch.zeros_like(weight)  # ZeRO's; weight decay goes with it
+            if self.world.ranks > 1:
+                self.deepspeed.buffered_allreduce_fallback()
             norm = float(self._stage_0_norm())
             if math.isfinite(norm):
                 self.deepspeed.step()
