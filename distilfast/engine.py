@@ -1,4 +1,4 @@
-"""DeepSpeed, made exact: processes, the optimiser step, checkpoints.
+"""DeepSpeed, made exact: processes, the optimiser step, its state.
 
 What is done here and nowhere else:
 
@@ -6,7 +6,7 @@ What is done here and nowhere else:
   counts of the whole step, so gradients are to be summed.
 - Gradients accumulate in fp32, whatever the precision.
 - Nothing is compiled: a first run neither waits for a build nor hangs on a stale lock.
-- A checkpoint appears under its name when it is complete, and not before.
+- Masters and moments are found by parameter name in every layout, and put back into any other.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import contextlib
 import datetime
 import functools
 import io
-import json
 import logging
 import math
 import os
-import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +28,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from distilfast.checkpoint import Piece, Saved
 from distilfast.config import Config, ConfigError, OptimizerConfig
 
 Result = TypeVar("Result")
 # At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.
 PERSISTENT = 100_000
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -189,7 +189,7 @@ class Engine:
         alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
         self.stage = 0 if alone else config.zero.stage
         options = config.optimizer
-        optimizer = torch.optim.AdamW(
+        self.adam = torch.optim.AdamW(
             _groups(module, options.weight_decay),
             lr=options.learning_rate,
             betas=options.betas,
@@ -213,7 +213,7 @@ class Engine:
             warnings.simplefilter("ignore", DeprecationWarning)
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module.to(world.device),
-                optimizer=optimizer,
+                optimizer=self.adam,
                 config=settings,
                 dist_init_required=False,
             )
@@ -275,6 +275,82 @@ class Engine:
             return {name: p.detach().float().cpu() for name, p in named}
         return {name: safe_get_full_fp32_param(p).cpu() for name, p in named}
 
+    # --- The state of training, in pieces ---------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of masters and moments: the ranks' pieces together are all of it,
+        once. Views, for use between two steps."""
+        made = []
+        for name, _, at in self._slices():
+            state = self.adam.state[at.flat]
+            tensors = {"weight": at.flat, **{kind: state[kind] for kind in MOMENTS}}
+            made.append(Piece(name, at.start, {k: at.of(t) for k, t in tensors.items()}))
+        # At stage 0 everybody holds everything.
+        return made[self.world.rank :: self.world.ranks] if self.stage == 0 else made
+
+    @torch.no_grad()
+    def restore(self, saved: Saved) -> None:
+        """The state that was saved, whatever the layout. For an engine that has not stepped yet."""
+        for name, _, at in self._slices():
+            if at.flat not in self.adam.state:
+                zeros = {kind: torch.zeros_like(at.flat) for kind in MOMENTS}
+                step = torch.tensor(float(saved.step), device=at.flat.device)
+                self.adam.state[at.flat] = {"step": step, **zeros}
+            tensors = {"weight": at.flat, **self.adam.state[at.flat]}
+            for kind in ("weight", *MOMENTS):
+                at.of(tensors[kind]).copy_(saved.read(name, kind, at.start, at.start + at.length))
+        # The weights that are computed with are copies, but at stage 0.
+        for name, weight in self.deepspeed.module.named_parameters():
+            if not weight.requires_grad:
+                continue
+            if self.stage == 3:
+                _set_partition(weight, saved, name)
+            if self.stage < 3 or weight.numel() == weight.ds_numel:
+                weight.copy_(saved.read(name, "weight", 0, weight.numel()).view_as(weight))
+
+    def _slices(self) -> Iterator[tuple[str, nn.Parameter, Slice]]:
+        """Every trained parameter that this rank has optimiser state of, and where that is."""
+        zero = self.deepspeed.optimizer
+        for name, weight in self.deepspeed.module.named_parameters():
+            if not weight.requires_grad:
+                continue
+            if self.stage == 0:
+                yield name, weight, Slice(weight, 0, weight.numel(), 0)
+            elif self.stage == 3:
+                group, offset, length = zero.grad_position[zero.get_param_id(weight)]
+                start = length * self.world.rank
+                length = min(length, weight.ds_numel - start)  # what is beyond is padding
+                if length > 0:
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield name, weight, Slice(flat, offset, length, start)
+            elif (link := weight._hp_mapping) is not None:
+                flat = self.adam.param_groups[link.param_group_index]["params"][0]
+                at = link.hp_fragment_address
+                yield name, weight, Slice(flat, at.start, at.numel, link.lp_fragment_address.start)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where elements of a parameter are in one of the tensors that the optimiser is given."""
+
+    flat: Tensor  # masters, fp32
+    offset: int  # in it
+    length: int
+    start: int  # in the flattened parameter
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements, 1-D, of ``flat`` or of something of its shape."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def _set_partition(weight: Any, saved: Saved, name: str) -> None:
+    """This rank's part of a weight that ZeRO 3 has partitioned."""
+    part = weight.ds_tensor
+    start = part.ds_numel * torch.distributed.get_rank()
+    length = min(part.ds_numel, weight.ds_numel - start)
+    if length > 0:
+        part.data.view(-1)[:length].copy_(saved.read(name, "weight", start, start + length))
+
 
 def _partitioning(stage: int, offload: str) -> dict[str, Any]:
     """DeepSpeed's zero_optimization."""
@@ -298,101 +374,7 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-TAG = "state"  # DeepSpeed's name for what is inside a checkpoint of ours
-
-
-def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
-    """Write ``folder``/step-N, complete or not at all, and drop all but the newest ``keep``."""
-    scratch, target = folder / f"tmp-step-{step}", folder / f"step-{step}"
-    world = engine.world
-    world.first(lambda: shutil.rmtree(scratch, ignore_errors=True))
-    engine.deepspeed.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
-    torch.distributed.barrier()
-
-    def publish() -> None:
-        files = sorted(p for p in scratch.rglob("*") if p.is_file())
-        sizes = {str(p.relative_to(scratch)): p.stat().st_size for p in files}
-        manifest = scratch / "manifest.json"
-        manifest.write_text(
-            json.dumps({"step": step, **_layout(engine.config, world), "files": sizes}, indent=1)
-        )
-        for path in (*files, manifest):
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch, target)
-        _sync(folder)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old}")
-
-    world.first(publish)
-
-
-def newest(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint."""
-    return max(_complete(folder), default=None)
-
-
-def check_layout(folder: Path, step: int, config: Config, world: World) -> None:
-    """That `load` can read the checkpoint.
-
-    Raises:
-        ConfigError: it is of another number of ranks, stage or precision.
-    """
-    path = folder / f"step-{step}"
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest = {"zero.offload": "none", **manifest}  # as it was before there was a choice
-    for key, value in _layout(config, world).items():
-        if manifest[key] != value:
-            raise ConfigError(
-                f"resume: expected {key} = {manifest[key]}, as {path} was written with, got {value}"
-            )
-
-
-def load(engine: Engine, folder: Path, step: int) -> None:
-    """Weights and optimiser as they were after ``step`` steps."""
-    path = folder / f"step-{step}"
-    loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
-    if loaded is None:
-        raise RuntimeError(f"resume: {path} cannot be loaded")
-
-
-def _layout(config: Config, world: World) -> dict[str, Any]:
-    return {
-        "ranks": world.ranks,
-        "zero.stage": config.zero.stage,
-        "zero.offload": config.zero.offload,
-        "precision": config.precision,
-    }
-
-
-def _complete(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first; a damaged one is passed over by name."""
-    steps = []
-    for path in folder.glob("step-*"):
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            wrong = [
-                name
-                for name, size in manifest["files"].items()
-                if (path / name).stat().st_size != size
-            ]
-        except (OSError, ValueError, KeyError) as error:
-            wrong = [str(error)]
-        if wrong:
-            logging.getLogger("distilfast").warning(f"{path} is damaged, passed over: {wrong}")
-        else:
-            steps.append(int(manifest["step"]))
-    return sorted(steps)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- For reports ----------------------------------------------------------------------------------
 
 
 def describe(world: World) -> Sequence[str]:

@@ -48,6 +48,10 @@ class Metrics:
                 if name != "step" and value is not None:
                     self.writer.add_scalar(name, value, line["step"])
 
+    def sync(self) -> None:
+        """Everything written so far to the disk: a checkpoint must not be ahead of its lines."""
+        os.fsync(self.file.fileno())
+
     def lines(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
 

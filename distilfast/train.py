@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distilfast import checkpoint, data, engine, export, models
 from distilfast import config as configs
-from distilfast import data, engine, export, models
+from distilfast.checkpoint import Checkpoints, Saved
 from distilfast.config import Config, ConfigError
 from distilfast.engine import Engine, World
 from distilfast.evaluate import Evaluator
@@ -86,7 +87,7 @@ def run(config: Config) -> bool:
     if world.first(lambda: (output / "summary.json").is_file()):
         world.first(lambda: print(f"{output} is complete"))
         return True
-    start = world.first(lambda: claim(config, world, output))
+    start = world.first(lambda: claim(config, output))
     with Stop() as stop:
         complete = train(config, world, setup, output, start, stop)
     if not complete:
@@ -207,13 +208,11 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[s
     return keys
 
 
-def claim(config: Config, world: World, output: Path) -> int:
+def claim(config: Config, output: Path) -> int:
     """Make the folder this run's, clear away what a killed one left half-written, and return the
     step to go on from."""
     checkpoints = output / "checkpoints"
-    start = (engine.newest(checkpoints) or 0) if config.resume == "auto" else 0
-    if start:
-        engine.check_layout(checkpoints, start, config, world)
+    start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
     output.mkdir(parents=True, exist_ok=True)
     temporary = output / "config.yaml.tmp"
     temporary.write_text(configs.to_yaml(config), encoding="utf-8")
@@ -234,9 +233,10 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
         setup.teachers, config.loss, world.device, engine.DTYPES[config.precision]
     )
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
-    checkpoints = output / "checkpoints"
+    folder, keep = output / "checkpoints", config.checkpoint.keep
     if start:
-        engine.load(runner, checkpoints, start)
+        runner.restore(Saved(folder, start))
+    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep)
 
     evaluator = Evaluator(
         setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples
@@ -272,9 +272,13 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
                 evaluate(done)
             due = config.checkpoint.every and done % config.checkpoint.every == 0
             if done < setup.steps and (due or stopping):
-                engine.save(runner, checkpoints, done, config.checkpoint.keep)
+                if metrics:
+                    metrics.sync()
+                checkpoints.save(done, runner.pieces())
             if done < setup.steps and stopping:
+                checkpoints.wait()
                 return False
+        checkpoints.wait()
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:

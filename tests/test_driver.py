@@ -21,8 +21,8 @@ import pytest
 import torch
 from conftest import ROOT, make_teacher
 
+from distilfast import checkpoint, data, engine, linear, train
 from distilfast import config as configs
-from distilfast import data, engine, linear, train
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
@@ -252,11 +252,14 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over(
     folder = run(recipe, *changes)
     checkpoints = folder / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-6", "step-8"]
-    shard = next((checkpoints / "step-8").rglob("*.pt"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    shard = next((checkpoints / "step-8").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
     (checkpoints / "tmp-step-9").mkdir()
-    assert engine.newest(checkpoints) == 6
-    assert "step-8 is damaged" in caplog.text
+    assert checkpoint.newest(checkpoints) == 6
+    assert "step-8 is damaged (state-00000-of-00001.safetensors was changed)" in caplog.text
+    assert sorted(p.name for p in checkpoints.glob("*step-8")) == ["damaged-step-8"]
 
 
 def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path: Path) -> None:
@@ -281,8 +284,8 @@ def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path:
         process.kill()
     assert process.returncode == 0, err
     assert "goes on from" in out
-    step = engine.newest(folder / "checkpoints")
-    assert step is not None
+    step = checkpoint.newest(folder / "checkpoints")
+    assert step > 0
     assert metrics(folder)[-1]["step"] == step
 
 
@@ -313,26 +316,21 @@ def test_complete_run_is_left_alone(
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_other_layout_is_refused_on_resume(
-    whole: tuple[list[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+def test_run_of_two_ranks_goes_on_in_another_layout(
+    whole: tuple[list[str], Path], tmp_path: Path, ranks: int, stage: int
 ) -> None:
-    recipe, _ = whole
-    output = f"--output={tmp_path / 'run'}"
-    step = train.optimiser_step
-
-    def stop_at_once(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(train, "optimiser_step", stop_at_once)
-    folder = run(recipe, output)
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert train.main([*recipe, output, "--zero.stage=0"]) == 2
-    assert "resume: expected zero.stage = 1" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The same command with other ranks, another stage and other micro-batches."""
+    recipe, folder = whole
+    output = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
+    first = ("--batch.micro_sequences=4", "--zero.stage=2")
+    run_processes(launcher("torchrun", 2), recipe, *output, *first)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-8")
+    (tmp_path / "run" / "summary.json").unlink()
+    second = ("--batch.micro_sequences=8", f"--zero.stage={stage}")
+    run_processes(launcher("torchrun", ranks), recipe, *output, *second)
+    assert_same_curve(folder, tmp_path / "run")
 
 
 # --- What can go wrong while it runs --------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distilfast import config as configs
 from distilfast import engine, train
+from distilfast.checkpoint import Checkpoints, Saved
 from distilfast.evaluate import Evaluator
 from distilfast.step import Distillation, TeacherSide
 
@@ -100,14 +101,29 @@ def stop_and_resume(world: engine.World, recipe: Path, folder: Path, *changes: s
     changes = (*changes, "--student.dropout=0.1")
     run = Run(world, recipe, *changes)
     run.steps(0, 2)
-    engine.save(run.engine, folder, 2, 1)
+    save(world, run, folder, 2)
     straight = run.steps(2, 4), run.weights()
     run = Run(world, recipe, *changes)
-    engine.load(run.engine, folder, 2)
+    run.engine.restore(Saved(folder, 2))
     run.score()
     values, weights = run.steps(2, 4), run.weights()
     same = all(torch.equal(weights[name], straight[1][name]) for name in weights)
     return same and values == straight[0]
+
+
+def go_on(world: engine.World, recipe: Path, folder: Path, *changes: str) -> dict[str, Tensor]:
+    """Weights after steps 3 and 4, from a checkpoint after step 2."""
+    run = Run(world, recipe, *changes)
+    run.engine.restore(Saved(folder, 2))
+    run.steps(2, 4)
+    return run.weights()
+
+
+def save(world: engine.World, run: Run, folder: Path, step: int) -> None:
+    checkpoints = Checkpoints(folder, world.rank, world.ranks, 1)
+    checkpoints.save(step, run.engine.pieces())
+    checkpoints.wait()
+    world.first(lambda: None)
 
 
 def sums(world: engine.World, layout: tuple[int, str]) -> tuple[float, float]:
@@ -155,13 +171,21 @@ def everything(world: engine.World, folder: Path) -> dict[Any, Any]:
             found["bf16", *layout] = train_and_score(world, folder / "tied.yaml", *bf16)
             found["sums", *layout] = sums(world, layout)
         gc.collect()  # DeepSpeed collects at every start, ever more slowly
+        recipe = folder / "tied.yaml"
         if layout in ((2, "none"), (3, "none"), (1, "optimizer"), (3, "parameters")):
-            recipe = folder / "tied.yaml"
             found["overflow", *layout] = overflow(world, recipe, *changes)
-            for precision in ("fp32", "bf16"):
-                place = folder / f"checkpoints-{world.ranks}-{precision}-{layout[0]}-{layout[1]}"
-                both = (*changes, f"--precision={precision}")
-                found["resume", precision, *layout] = stop_and_resume(world, recipe, place, *both)
+        for precision in ("fp32", "bf16") if layout[0] > 0 else ("fp32",):
+            place = folder / f"checkpoints-{world.ranks}-{precision}-{layout[0]}-{layout[1]}"
+            both = (*changes, f"--precision={precision}")
+            found["resume", precision, *layout] = stop_and_resume(world, recipe, place, *both)
+        place = folder / f"elastic-{world.ranks}-{layout[0]}-{layout[1]}"
+        run = Run(world, recipe, *changes)
+        run.steps(0, 2)
+        save(world, run, place, 2)
+        other = folder / f"elastic-{3 - world.ranks}-{layout[0]}-{layout[1]}"
+        if other.exists():  # of one process; it comes first
+            found["elastic", *layout] = go_on(world, recipe, other, *changes)
+        gc.collect()
     return found
 
 
@@ -283,8 +307,24 @@ def test_bf16_sum_loses_nothing(found: dict[Any, Any], layout: tuple[int, str]) 
 
 def test_resume_is_to_the_bit(found: dict[Any, Any]) -> None:
     resumed = {key: same for key, same in found.items() if key[0] == "resume"}
-    assert len(resumed) == 8
+    assert len(resumed) == 8 + 7
     assert all(resumed.values()), resumed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_checkpoint_is_gone_on_with_on_other_ranks(
+    folder: Path, one: dict[Any, Any], two: dict[Any, Any], layout: tuple[int, str]
+) -> None:
+    """Of one process by two ranks, and the other way round, in every layout."""
+    wanted = one["tied", 0, "none"]["weights"]  # after one, two, three steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "PERSISTENT", 0)
+        place = folder / f"elastic-2-{layout[0]}-{layout[1]}"
+        run = Run(engine.start(), folder / "tied.yaml", *layout_changes(layout))
+        run.engine.restore(Saved(place, 2))
+        assert distance(run.weights(), wanted[1]) <= 1e-6
+        run.steps(2, 4)
+    assert distance(run.weights(), two["elastic", *layout]) <= 1e-6
 
 
 def test_overflow_on_one_rank_reaches_no_weight(found: dict[Any, Any]) -> None:

@@ -1,0 +1,315 @@
+"""Checkpoints: the state of a run by parameter name, in one format for every layout.
+
+A checkpoint is a folder step-N. Each rank writes what it holds, fp32 weights and both moments of
+its part of each parameter, to a safetensors file of its own; manifest.json says which elements are
+where, and has the size and the SHA-256 of every file. So another number of ranks, another ZeRO
+stage or another machine can read it, and nothing in it is executed.
+
+A folder gets its name when it is complete and on disk, and not before. What is saved is copied in
+memory first, and written by a thread while training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import torch
+from torch import Tensor
+
+from distilfast.config import ConfigError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 16 << 20  # written and hashed at a time
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a parameter, as views of the state itself.
+
+    ``tensors``: by kind ("weight", "exp_avg", "exp_avg_sq"), 1-D fp32 of one length: the elements
+    of the flattened parameter from ``start``.
+    """
+
+    name: str
+    start: int
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return len(self.tensors["weight"])
+
+
+def mark(point: str) -> None:
+    """Called at every point of a save at which being killed must do no harm. Tests kill here."""
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of a run, as one of its ranks writes them.
+
+    `save` returns when the state is copied. The copy's memory is kept for the next one; a save
+    waits until the one before it is on disk.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, keep: int):
+        self.folder, self.rank, self.ranks, self.keep = folder, rank, ranks, keep
+        self.saved: int | None = None  # the step of the last save, perhaps still being written
+        self._copy: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, pieces: Sequence[Piece]) -> None:
+        """Save the state after ``step`` steps. Every rank has to.
+
+        Raises:
+            OSError: the save before this one could not be written.
+        """
+        self.wait()
+        if step == self.saved:
+            return
+        self.saved = step
+        header, data = self._snapshot(pieces)
+        parts = {p.name: [p.start, p.start + p.length] for p in pieces}
+        manifest = {"format": FORMAT, "step": step, "ranks": self.ranks}
+        # A daemon: the program may end in the middle of a write as it may be killed there.
+        self._thread = threading.Thread(
+            target=self._write, args=(manifest, parts, header, data), daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save is known to have failed; `wait` raises the reason."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is on disk; on rank 0, until all of it is."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            raise self._error
+
+    def _snapshot(self, pieces: Sequence[Piece]) -> tuple[bytes, Tensor]:
+        """The header of a safetensors file, and a copy of the tensors: its data, as bytes."""
+        entries, end = {}, 0
+        for piece in pieces:
+            for kind in piece.tensors:
+                begin, end = end, end + 4 * piece.length
+                entry = {"dtype": "F32", "shape": [piece.length], "data_offsets": [begin, end]}
+                entries[f"{kind}/{piece.name}"] = entry
+        if self._copy is None or len(self._copy) < end:
+            on_gpu = any(t.is_cuda for p in pieces for t in p.tensors.values())
+            self._copy = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        place = self._copy[:end].view(torch.float32)
+        for tensor in (t for p in pieces for t in p.tensors.values()):
+            place[: len(tensor)].copy_(tensor, non_blocking=True)
+            place = place[len(tensor) :]
+        if self._copy.is_pinned():
+            torch.cuda.synchronize()
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text, self._copy[:end]
+
+    # --- In the thread: it talks to no other rank but through files -------------------------------
+
+    def _write(
+        self, manifest: dict[str, Any], parts: dict[str, Any], header: bytes, data: Tensor
+    ) -> None:
+        scratch = self.folder / f"tmp-step-{manifest['step']}"
+        said = scratch / f"rank-{self.rank}.json"
+        try:
+            mark("begin")
+            scratch.mkdir(parents=True, exist_ok=True)
+            name = f"state-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
+            entry = {**_write_hashed(scratch / name, header, data), "parts": parts}
+            mark("written")
+            _replace(said, json.dumps({name: entry}))
+            mark("said")
+            if self.rank == 0:
+                self._publish(scratch, manifest)
+        except Exception as error:
+            self._error = error
+            if self.rank:
+                _replace(said, json.dumps({"error": f"rank {self.rank}: {error}"}))
+
+    def _publish(self, scratch: Path, manifest: dict[str, Any]) -> None:
+        """Wait for every rank's file, and give the folder its name."""
+        files: dict[str, Any] = {}
+        for rank in range(self.ranks):
+            said = scratch / f"rank-{rank}.json"
+            while not said.exists():
+                time.sleep(POLL_S)
+            entry = json.loads(said.read_text())
+            if "error" in entry:
+                raise OSError(entry["error"])
+            files |= entry
+            said.unlink()
+        manifest["files"] = files
+        manifest["sha256"] = _digest(manifest)
+        _replace(scratch / MANIFEST, json.dumps(manifest))
+        mark("manifest")
+        target = self.folder / f"step-{manifest['step']}"
+        os.rename(scratch, target)
+        mark("renamed")
+        _sync(self.folder)
+        for step in _steps(self.folder)[: -self.keep]:
+            # Removed under another name: half of it must not look like a damaged one.
+            doomed = self.folder / f"tmp-old-step-{step}"
+            os.rename(self.folder / f"step-{step}", doomed)
+            mark("pruning")
+            shutil.rmtree(doomed)
+
+
+def _write_hashed(path: Path, header: bytes, data: Tensor) -> dict[str, Any]:
+    """Header and data to disk; size and hash of the file."""
+    digest, n_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in (header, *map(_view, data.split(CHUNK_BYTES))):
+            file.write(piece)
+            digest.update(piece)
+            n_bytes += len(piece)
+            mark("writing")
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": n_bytes, "sha256": digest.hexdigest()}
+
+
+def _view(data: Tensor) -> Any:
+    return memoryview(cast(Any, data.numpy()))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text on disk, or what was there before."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of everything in a manifest but this."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of all checkpoints, sound or not, oldest first."""
+    names = (p.name.removeprefix("step-") for p in folder.glob("step-*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest sound checkpoint, 0 where there is none. A damaged one is named and
+    set aside. One rank decides this for all.
+
+    Raises:
+        ConfigError: all are damaged, or the newest is of an unknown format.
+    """
+    damaged = []
+    for step in reversed(_steps(folder)):
+        path = folder / f"step-{step}"
+        wrong = _what_is_wrong(path, step)
+        if wrong is None:
+            return step
+        aside = folder / f"damaged-step-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        logging.getLogger("distilfast").warning(f"{path} is damaged ({wrong}): now {aside.name}")
+        damaged.append(step)
+    if damaged:
+        raise ConfigError(
+            f"resume: expected a sound checkpoint in {str(folder)!r}, got damaged ones only (steps "
+            f"{', '.join(map(str, damaged))}); to begin anew, remove the run's folder"
+        )
+    return 0
+
+
+def _what_is_wrong(path: Path, step: int) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") != FORMAT:
+            raise ConfigError(
+                f"resume: expected a checkpoint of format {FORMAT}, got format "
+                f"{manifest.get('format')} in {str(path)!r}, of another version of distilfast"
+            )
+        if manifest["sha256"] != _digest(manifest) or manifest["step"] != step:
+            return f"{MANIFEST} was changed"
+        for name, entry in manifest["files"].items():
+            n_bytes = (path / name).stat().st_size
+            if n_bytes != entry["bytes"]:
+                return f"{name} has {n_bytes} bytes of {entry['bytes']}"
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return f"{name} was changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class Saved:
+    """A checkpoint that is there to be read; `newest` has said that it is sound."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path, self.step = folder / f"step-{step}", step
+        self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+        self._files: dict[str, Any] = {}
+        self._parts: dict[str, list[tuple[int, int, str]]] = {}
+        for file, entry in self.manifest["files"].items():
+            for name, (start, stop) in entry["parts"].items():
+                self._parts.setdefault(name, []).append((start, stop, file))
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a flattened parameter's weight or moment: fp32.
+
+        Raises:
+            ConfigError: the checkpoint does not hold them.
+        """
+        found = torch.empty(stop - start)
+        missing = stop - start
+        for first, last, file in self._parts.get(name, []):
+            a, b = max(first, start), min(last, stop)
+            if a < b:
+                piece = self._open(file).get_slice(f"{kind}/{name}")[a - first : b - first]
+                found[a - start : b - start] = piece
+                missing -= b - a
+        if missing:
+            raise ConfigError(
+                f"resume: expected {kind} of {name}, elements {start} to {stop}, in "
+                f"{str(self.path)!r}, got {stop - start - missing} of them"
+            )
+        return found
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safetensors.safe_open(self.path / file, framework="pt")
+        return self._files[file]
