@@ -56,7 +56,8 @@ class PlainLoop:
 
     def step(self, number: int) -> float:
         """One optimiser step; its loss."""
-        micro = self.setup.batches.step(number, 0, 1, self.config.batch.micro_sequences)
+        share = self.setup.batches.step(number, 0, 1, self.config.batch.micro_sequences)
+        micro = list(share)
         counted = [
             [len(vocabulary_rows(b, self.config.loss)), len(b.masked), len(b.tokens)] for b in micro
         ]

@@ -221,6 +221,11 @@ class LossConfig:
         return bool(self.kd_weight or self.logit_cos_weight or self.mse_weight)
 
     @property
+    def all_rows(self) -> bool:
+        """Whether the losses over the vocabulary are of all tokens, or of the masked ones alone."""
+        return self.vocabulary and self.kd_rows == "all"
+
+    @property
     def needs_teacher(self) -> bool:
         return self.vocabulary or self.hidden_cos_weight > 0
 

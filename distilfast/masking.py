@@ -29,20 +29,21 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(seed: int, epoch: int, example: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """Four independent uniform 32-bit integers for each (example, position).
+def philox(seed: int, epoch: int | Tensor, example: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """Four independent uniform 32-bit integers for each (epoch, example, position).
 
     Args:
         seed: 0 to 2^64 - 1, the key.
-        epoch: 0 to 2^32 - 1.
-        example, position: int64 of shapes that broadcast, values >= 0; position < 2^32.
+        epoch, example, position: int64 of shapes that broadcast, values >= 0; epoch and position
+            < 2^32. An epoch may be a plain int.
 
     Returns:
         Four int64 tensors of values 0 to 2^32 - 1. The counter is (position, example's low and
         high word, epoch).
     """
-    example, position = torch.broadcast_tensors(example, position)
-    counter = [position, example & _LOW, (example >> 32) & _LOW, torch.full_like(position, epoch)]
+    numbers = torch.as_tensor(epoch, device=position.device), example, position
+    epochs, example, position = torch.broadcast_tensors(*numbers)
+    counter = [position, example & _LOW, (example >> 32) & _LOW, epochs]
     key = [seed & _LOW, seed >> 32]
     for _ in range(10):
         # int64 products wrap, and their bits are those of the unsigned product.
@@ -120,7 +121,9 @@ class Masker:
             (B, L) ids with 80/10/10 (or as configured) of the chosen positions replaced, and
             (B, L) labels: the original id there, IGNORE_INDEX elsewhere.
         """
-        choose, action, replacement = self._draw(input_ids, examples, epochs)
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        epochs = torch.as_tensor(epochs).view(-1, 1)
+        choose, action, replacement, _ = philox(self.seed, epochs, examples[:, None], position)
         chosen = choose < self.thresholds[input_ids]
         labels = torch.where(chosen, input_ids, IGNORE_INDEX)
         to_mask = math.floor(self.config.mask * 2**32)
@@ -130,17 +133,15 @@ class Masker:
         random = chosen & (action >= to_mask) & (action < to_random)
         return torch.where(random, (replacement * vocab) >> 32, masked), labels
 
-    def _draw(
-        self, input_ids: Tensor, examples: Tensor, epochs: Tensor | int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if isinstance(epochs, int):
-            choose, action, replacement, _ = philox(self.seed, epochs, examples[:, None], position)
-            return choose, action, replacement
-        drawn = [torch.empty_like(input_ids) for _ in range(3)]
-        for epoch in epochs.unique().tolist():  # one, or two where a step spans the epochs' border
-            rows = epochs == epoch
-            parts = philox(self.seed, epoch, examples[rows][:, None], position)
-            for whole, part in zip(drawn, parts, strict=False):
-                whole[rows] = part
-        return drawn[0], drawn[1], drawn[2]
+    def count(self, tokens: Tensor, lengths: Tensor, examples: Tensor, epochs: Tensor) -> int:
+        """How many positions `apply` masks, without making the batch.
+
+        Args:
+            tokens: (n,) ids, one example after the other, without padding.
+            lengths, examples, epochs: (B,) int64 of each example; the lengths sum to n.
+        """
+        starts = lengths.cumsum(0) - lengths
+        position = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
+        examples, epochs = (x.repeat_interleave(lengths) for x in (examples, epochs))
+        choose, *_ = philox(self.seed, epochs, examples, position)
+        return int((choose < self.thresholds[tokens]).sum())

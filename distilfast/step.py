@@ -46,7 +46,7 @@ class Normalizers:
 
 def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
     """The rows that any loss over the vocabulary needs; no other is projected."""
-    return batch.tokens if config.vocabulary and config.kd_rows == "all" else batch.masked
+    return batch.tokens if config.all_rows else batch.masked
 
 
 class TeacherSide:

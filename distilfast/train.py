@@ -36,7 +36,7 @@ from distilfast.evaluate import Evaluator
 from distilfast.masking import Masker, philox
 from distilfast.records import Metrics, Progress, log_to_stderr
 from distilfast.report import ModelRow, Report, write_report
-from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
 
 # A run may be gone on with under other values of these; every other key decides what it computes.
 FREE_KEYS = (
@@ -298,30 +298,29 @@ def optimiser_step(
 ) -> tuple[dict[str, Any], bool]:
     """One step: its line of metrics, and whether some rank was told to stop.
 
-    All of the step's examples are at hand before its first forward: each loss is divided by the
-    count of the whole step, so the gradient does not depend on how the step is split.
+    The step is counted before its first forward: each loss is divided by the count of the whole
+    step, so the gradient does not depend on how the step is split.
 
     Raises:
         TrainingError: a loss is not finite; no weight has been touched.
     """
     began = time.perf_counter()
-    micro_batches = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
-    counted = [
-        [len(vocabulary_rows(b, config.loss)), len(b.masked), len(b.tokens), 0]
-        for b in micro_batches
-    ]
-    counted[0][3] = int(stop.requested)
-    counts = world.sum(torch.tensor(counted, device=world.device).sum(0))
+    share = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
+    tokens, masked = share.counts()
+    rows = tokens if config.loss.all_rows else masked
+    counted = [rows, masked, tokens, int(stop.requested)]
+    counts = world.sum(torch.tensor(counted, device=world.device))
     normalizers = Normalizers(*counts[:3].float())
 
     parts: list[Tensor] = []
-    for i, batch in enumerate(micro_batches):
-        batch = batch.to(world.device)
-        torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
-        targets = teacher(batch) if config.loss.needs_teacher else None
-        loss, shares = runner(batch, targets, normalizers)
-        runner.backward(loss)
-        parts.append(shares)
+    on_device = (batch.to(world.device) for batch in share)
+    with contextlib.closing(data.prefetch(on_device)) as micro_batches:
+        for i, batch in enumerate(micro_batches):
+            torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
+            targets = teacher(batch) if config.loss.needs_teacher else None
+            loss, shares = runner(batch, targets, normalizers)
+            runner.backward(loss)
+            parts.append(shares)
 
     sums = world.sum(torch.stack(parts).sum(0).double())
     # The step's one wait for the device, but for the norm that DeepSpeed hands out below.

@@ -851,7 +851,7 @@ def test_fields_of_a_batch_agree(store: Store) -> None:
 
 
 def test_batch_moves_whole(store: Store) -> None:
-    batch = make_batches(store, 8).step(0, 0, 1, 8)[0]
+    batch = next(iter(make_batches(store, 8).step(0, 0, 1, 8)))
     moved = batch.to(torch.device("meta"))
     for name, value in vars(batch).items():
         assert getattr(moved, name).device.type == "meta"
