@@ -36,6 +36,10 @@ CHUNK_BYTES = 16 << 20  # written and hashed at a time
 POLL_S = 0.02
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. Those before it are whole."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a rank holds of a parameter, as views of the state itself.
@@ -67,9 +71,9 @@ class Checkpoints:
     waits until the one before it is on disk.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, keep: int):
+    def __init__(self, folder: Path, rank: int, ranks: int, keep: int, start: int = 0):
         self.folder, self.rank, self.ranks, self.keep = folder, rank, ranks, keep
-        self.saved: int | None = None  # the step of the last save, perhaps still being written
+        self.saved = start  # the step of the last save, perhaps still being written
         self._copy: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -78,7 +82,7 @@ class Checkpoints:
         """Save the state after ``step`` steps. Every rank has to.
 
         Raises:
-            OSError: the save before this one could not be written.
+            CheckpointError: the save before this one could not be written.
         """
         self.wait()
         if step == self.saved:
@@ -93,18 +97,21 @@ class Checkpoints:
         )
         self._thread.start()
 
-    @property
-    def failed(self) -> bool:
-        """Whether the last save is known to have failed; `wait` raises the reason."""
-        return self._error is not None
+    def check(self) -> None:
+        """Raise a CheckpointError where a save is known to have failed; does not wait."""
+        if self._error:
+            raise CheckpointError(f"step-{self.saved} could not be saved: {self._error}")
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is on disk; on rank 0, until all of it is."""
+        """Until this rank's part of the last save is on disk; on rank 0, until all of it is.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         if self._thread:
             self._thread.join()
             self._thread = None
-        if self._error:
-            raise self._error
+        self.check()
 
     def _snapshot(self, pieces: Sequence[Piece]) -> tuple[bytes, Tensor]:
         """The header of a safetensors file, and a copy of the tensors: its data, as bytes."""
@@ -228,15 +235,17 @@ def _steps(folder: Path) -> list[int]:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def newest(folder: Path) -> int:
-    """The step of the newest sound checkpoint, 0 where there is none. A damaged one is named and
-    set aside. One rank decides this for all.
+def newest(folder: Path, before: int | None = None) -> int:
+    """The step of the newest sound checkpoint (of less than ``before`` steps), 0 where there is
+    none. A damaged one is named and set aside. One rank decides this for all.
 
     Raises:
         ConfigError: all are damaged, or the newest is of an unknown format.
     """
     damaged = []
     for step in reversed(_steps(folder)):
+        if before is not None and step >= before:
+            continue
         path = folder / f"step-{step}"
         wrong = _what_is_wrong(path, step)
         if wrong is None:

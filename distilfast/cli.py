@@ -1,4 +1,4 @@
-"""The command `distilfast`: train, prepare, check, recipes, demo."""
+"""The command `distilfast`: train, prepare, check, recipes, replay, demo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
   prepare   make data.prepared from data.source
   check     validate a configuration and print what a run would do
   recipes   list the configurations that come with distilfast
+  replay    --step N of a run again, micro-batch by micro-batch: where was it not finite?
   demo      a real teacher, real text, three runs and a report [--full]
 
 `distilfast train --help` lists every key."""
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from distilfast import train
 
         return train.main(rest)
-    commands = {"prepare": prepare, "check": check, "recipes": recipes, "demo": demo}
+    commands = {"prepare": prepare, "check": check, "recipes": recipes}
+    commands |= {"demo": demo, "replay": replay}
     if name not in commands:
         known = ", ".join(("train", *commands))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
@@ -117,6 +119,24 @@ def demo(arguments: Sequence[str]) -> int:
     from distilfast import demo
 
     return 0 if demo.main(full="--full" in arguments) else 1
+
+
+def replay(arguments: Sequence[str]) -> int:
+    """A step of a run again. Exit status 1 where something in it is not finite."""
+    step, others = None, []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--step":
+            step = value if equals else next(rest, "")
+        else:
+            others.append(argument)
+    if step is None or not step.isdigit():
+        raise ConfigError(f"--step: expected the number of a step, got {step!r}")
+    config = parse(others, prog="distilfast replay --step N")
+    from distilfast.replay import replay
+
+    return 0 if replay(config, int(step)) else 1
 
 
 def describe_store(store: object) -> str:

@@ -56,6 +56,13 @@ class World:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, said: Any) -> list[Any]:
+        """What every rank says, plain objects, in their order."""
+        everyone: list[Any] = [said] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(everyone, said, group=self.patient)
+        return everyone
+
     def first(self, work: Callable[[], Result]) -> Result:
         """``work`` on the first rank while the others wait. Its result, or its error, is
         everybody's: no rank decides by itself and leaves the others waiting."""
@@ -75,10 +82,9 @@ class World:
             failure = error
         if self.ranks == 1:
             return cast(Result, result)
-        everyone: list[Any] = [None] * self.ranks
         is_first = work is not None and self.rank == 0
         said = (result if is_first and failure is None else None, failure)
-        torch.distributed.all_gather_object(everyone, _portable(said), group=self.patient)
+        everyone = self.gather(_portable(said))
         for _, other in everyone:
             if other is not None:
                 raise failure or other

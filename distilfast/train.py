@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distilfast import checkpoint, data, engine, export, models
 from distilfast import config as configs
-from distilfast.checkpoint import Checkpoints, Saved
+from distilfast.checkpoint import CheckpointError, Checkpoints, Saved
 from distilfast.config import Config, ConfigError
 from distilfast.engine import Engine, World
 from distilfast.evaluate import Evaluator
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from distilfast import demo
 
             demo.distil(arguments)
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, TrainingError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"distilfast: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -236,7 +236,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     folder, keep = output / "checkpoints", config.checkpoint.keep
     if start:
         runner.restore(Saved(folder, start))
-    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep)
+    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep, start)
 
     evaluator = Evaluator(
         setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples
@@ -247,7 +247,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
         shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
         scores[shown] = asdict(evaluator.teacher(teacher.predict))
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
-    name = f"{Path(config.output).name:>12}"
+    name, complete = f"{Path(config.output).name:>12}", False
     with (
         contextlib.closing(metrics) if metrics else contextlib.nullcontext(),
         Progress(name, setup.steps, start, shown=world.rank == 0) as progress,
@@ -261,24 +261,40 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
 
         if start == 0:
             evaluate(0)
+
+        def save(step: int) -> None:
+            if metrics:
+                metrics.sync()
+            checkpoints.save(step, runner.pieces())
+
         for step in range(start, setup.steps):
-            line, stopping = optimiser_step(config, world, setup, runner, teacher, step, stop)
+            try:
+                line, stopping = optimiser_step(config, world, setup, runner, teacher, step, stop)
+            except TrainingError:
+                save(step)  # for `distilfast replay`
+                checkpoints.wait()
+                raise
+            if line is None:
+                save(step)
+                break
             if metrics:
                 metrics.tokens += line["tokens"]
                 metrics.write({**line, "tokens": metrics.tokens})
                 progress.update(line)
-            done = step + 1
-            if done == setup.steps or (config.evaluate.every and done % config.evaluate.every == 0):
+            done, last = step + 1, step + 1 == setup.steps
+            if last or (config.evaluate.every and done % config.evaluate.every == 0):
                 evaluate(done)
             due = config.checkpoint.every and done % config.checkpoint.every == 0
-            if done < setup.steps and (due or stopping):
-                if metrics:
-                    metrics.sync()
-                checkpoints.save(done, runner.pieces())
-            if done < setup.steps and stopping:
-                checkpoints.wait()
-                return False
+            if not last and (due or stopping):
+                save(done)
+            if not last and stopping:
+                break
+            checkpoints.check()
+        else:
+            complete = True
         checkpoints.wait()
+    if not complete:
+        return False
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
@@ -295,47 +311,48 @@ def optimiser_step(
     teacher: TeacherSide,
     step: int,
     stop: Stop,
-) -> tuple[dict[str, Any], bool]:
-    """One step: its line of metrics, and whether some rank was told to stop.
+) -> tuple[dict[str, Any] | None, bool]:
+    """One step: its line of metrics, and whether some rank was told to stop. Without a line, the
+    step was given up on the way, and nothing has changed.
 
     The step is counted before its first forward: each loss is divided by the count of the whole
     step, so the gradient does not depend on how the step is split.
 
     Raises:
-        TrainingError: a loss is not finite; no weight has been touched.
+        TrainingError: a loss or the gradient is not finite; no weight has been touched.
     """
     began = time.perf_counter()
     share = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
-    tokens, masked = share.counts()
-    rows = tokens if config.loss.all_rows else masked
-    counted = [rows, masked, tokens, int(stop.requested)]
-    counts = world.sum(torch.tensor(counted, device=world.device))
-    normalizers = Normalizers(*counts[:3].float())
-
-    parts: list[Tensor] = []
+    counts = count(config, world, share)
+    normalizers = Normalizers(*counts.float())
+    parts = [torch.zeros(len(PARTS), device=world.device)]
     on_device = (batch.to(world.device) for batch in share)
     with contextlib.closing(data.prefetch(on_device)) as micro_batches:
         for i, batch in enumerate(micro_batches):
+            # At stages 2 and 3 the other ranks wait for this one in every backward.
+            if stop.requested and runner.stage < 2:
+                break
             torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
             targets = teacher(batch) if config.loss.needs_teacher else None
             loss, shares = runner(batch, targets, normalizers)
             runner.backward(loss)
             parts.append(shares)
 
-    sums = world.sum(torch.stack(parts).sum(0).double())
+    flags = [stop.requested, len(parts) <= len(share)]
+    sums = torch.stack(parts).double().sum(0)
+    sums = world.sum(torch.cat([sums, torch.tensor(flags).to(sums)]))
     # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
-    *values, tokens, stopping = torch.cat([sums, counts[2:].double()]).tolist()
+    *values, stopping, given_up, tokens = torch.cat([sums, counts[2:]]).tolist()
+    if given_up:
+        return None, True
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
-        examples = setup.batches.examples(step)[0].tolist()
-        raise TrainingError(
-            f"step {step + 1}: {wrong}; no weight was changed. The step's examples: {examples}"
-        )
+        raise _not_finite(config, step, f"{wrong} ({_where(world, share, parts[1:])})")
     rate = engine.learning_rate(config.optimizer, step, setup.steps)
     norm = runner.step(rate)
     if not math.isfinite(norm):
-        raise TrainingError(f"step {step + 1}: grad_norm is {norm}; no weight was changed")
+        raise _not_finite(config, step, f"grad_norm is {norm} (the losses are finite)")
     line = {
         "step": step + 1,
         "tokens": int(tokens),
@@ -345,6 +362,38 @@ def optimiser_step(
         "tokens_per_second": tokens / (time.perf_counter() - began),
     }
     return line, stopping > 0
+
+
+def count(config: Config, world: World, share: data.Share) -> Tensor:
+    """The whole step's rows of the vocabulary losses, masked tokens and tokens: (3,) int64."""
+    tokens, masked = share.counts()
+    rows = tokens if config.loss.all_rows else masked
+    return world.sum(torch.tensor([rows, masked, tokens], device=world.device))
+
+
+SHOWN = 16  # examples, of a rank, in an error
+
+
+def _where(world: World, share: data.Share, parts: list[Tensor]) -> str:
+    """The ranks and examples of the micro-batches whose loss is not finite."""
+    mine: list[int] = []
+    for (examples, _), shares in zip(share.parts, parts, strict=True):
+        if not shares.isfinite().all():
+            mine += examples.tolist()
+    found = []
+    for rank, examples in enumerate(world.gather(mine)):
+        if examples:
+            more = f" and {len(examples) - SHOWN} more" if len(examples) > SHOWN else ""
+            found.append(f"rank {rank}: examples {', '.join(map(str, examples[:SHOWN]))}{more}")
+    return "; ".join(found)
+
+
+def _not_finite(config: Config, step: int, what: str) -> TrainingError:
+    recipe = Path(config.output) / "config.yaml"
+    return TrainingError(
+        f"step {step + 1}: {what}; no weight was changed; "
+        f"`distilfast replay --step {step + 1} --config {recipe}` takes the step apart"
+    )
 
 
 def _weight(config: Config, part: str) -> float:

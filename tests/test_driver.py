@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_teacher
+from conftest import ROOT, WORDS, make_teacher
 
-from distilfast import checkpoint, data, engine, linear, train
+from distilfast import checkpoint, cli, engine, linear, train
 from distilfast import config as configs
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 
@@ -231,11 +232,13 @@ def test_stopped_run_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(train, "optimiser_step", stop_after_four)
     folder = run(recipe, *changes, f"--output={tmp_path / 'stopped'}")
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-4"]
+    # The step that was under way is given up: it would have been taken the same way again.
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-3"]
+    assert metrics(folder)[-1]["step"] == 3
     assert not (folder / "summary.json").exists()
     # What a killed process may have written after its last checkpoint must not stay.
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 0.0, "tokens": 1}\n{"step": 6, "lo')
+        file.write('{"step": 4, "loss": 0.0, "tokens": 1}\n{"step": 5, "lo')
     monkeypatch.undo()
     run(recipe, *changes, f"--output={folder}")
     assert metrics(folder) == metrics(straight)
@@ -336,43 +339,128 @@ def test_run_of_two_ranks_goes_on_in_another_layout(
 # --- What can go wrong while it runs --------------------------------------------------------------
 
 
-def test_non_finite_loss_reaches_no_weight(
-    whole: tuple[list[str], Path],
+@pytest.fixture(scope="module")
+def poisoned(
+    whole: tuple[list[str], Path], tmp_path_factory: pytest.TempPathFactory, corpus: Path
+) -> tuple[list[str], int]:
+    """A recipe whose teacher says NaN where it reads one rare token, and that token."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("poisoned")
+    place = make_teacher(folder / "teacher", words=[*WORDS[:-1], "rare", WORDS[-1]])
+    token = 5 + len(WORDS) - 1
+    config = transformers.BertConfig.from_pretrained(place, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config)
+    model.bert.embeddings.word_embeddings.weight.data[token] = math.nan
+    model.save_pretrained(place)
+    lines = corpus.read_text().splitlines()
+    for i in range(60, 64):
+        lines[i] += " rare"
+    (folder / "text.txt").write_text("\n".join(lines))
+    recipe = folder / "recipe.yaml"
+    text = Path(whole[0][1]).read_text().splitlines()
+    text[:3] = [
+        f"teacher: {place}",
+        "student: {dropout: 0, init: random}",
+        f"data: {{source: {folder / 'text.txt'}, prepared: {folder / 'tokens'}, max_length: 40}}",
+    ]
+    recipe.write_text("\n".join(text))
+    return ["--config", str(recipe)], token
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
+    poisoned: tuple[list[str], int],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (recipe, token), folder = poisoned, tmp_path / "run"
+    changes = [f"--output={folder}", "--batch.micro_sequences=2", "--zero.stage=1"]
+    command = [*(launcher("torchrun", ranks) if ranks > 1 else [sys.executable]), TRAIN]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *recipe, *changes], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    (error,) = [x for x in done.stderr.splitlines() if x.startswith("distilfast: step")]
+    step = int(re.match(r"distilfast: step (\d+): loss is nan, kd is nan", error)[1])
+    assert "no weight was changed" in error
+
+    # What the teacher read, by rank and micro-batch.
+    setup = train.prepare(configs.parse([*recipe, *changes]), engine.start())
+    for rank in range(ranks):
+        share = setup.batches.step(step - 1, rank, ranks, 2)
+        reading = [
+            part[0] for part, b in zip(share.parts, share, strict=True) if token in b.input_ids
+        ]
+        named = ", ".join(str(int(e)) for examples in reading for e in examples)
+        assert (f"rank {rank}: examples {named}" in error) == bool(named), error
+    # The weights are those of the step before.
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert len(lines) == step - 1
+    assert checkpoint.newest(folder / "checkpoints") == step - 1
+
+    command = re.search("`distilfast (.*)`", error)[1].split()
+    assert cli.main(command) == 1
+    out = capsys.readouterr().out
+    alone = {int(x) for x in re.findall(r"example (\d+) alone: .*nan", out)}
+    guilty = {
+        int(example)
+        for rank in range(ranks)
+        for share in [setup.batches.step(step - 1, rank, ranks, 1)]
+        for (examples, _), batch in zip(share.parts, share, strict=True)
+        for example in examples
+        if token in batch.input_ids
+    }
+    assert alone == guilty != set()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replay_of_a_sound_step_is_that_step(
+    whole: tuple[list[str], Path],
+    tmp_path: Path,
+    precision: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From a checkpoint two steps before, with dropout; nothing is written."""
     recipe, _ = whole
-    stepped = []
-    step = engine.Engine.step
+    changes = (f"--precision={precision}", "--student.dropout=0.1", "--batch.micro_sequences=4")
+    folder = run(recipe, *changes, f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert cli.main(["replay", "--step=7", "--config", str(folder / "config.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "from the checkpoint after step 4" in out
+    again, recorded = (
+        dict(re.findall(r"(\w+) ([\d.e-]+)(?:  |$)", line))
+        for line in out.splitlines()
+        if line.startswith(("step 7:", "recorded:"))
+    )
+    for name, value in recorded.items():
+        assert float(again[name]) == pytest.approx(
+            float(value), rel=1e-5 if precision == "fp32" else 2e-3
+        )
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
-    def record(self: engine.Engine, rate: float) -> float:
-        stepped.append(rate)
-        return step(self, rate)
 
-    poison = data.Batches.step
-
-    def poisoned(self: data.Batches, number: int, *arguments: int) -> Any:
-        if number == 3:
-            train_side[0].heads[0].weight.data.fill_(math.nan)
-        return poison(self, number, *arguments)
-
-    train_side: list[Any] = []
-    side = train.TeacherSide
-
-    def keep(*arguments: Any) -> Any:
-        train_side.append(side(*arguments))
-        return train_side[-1]
-
-    monkeypatch.setattr(engine.Engine, "step", record)
-    monkeypatch.setattr(data.Batches, "step", poisoned)
-    monkeypatch.setattr(train, "TeacherSide", keep)
-    assert train.main([*recipe, f"--output={tmp_path / 'run'}"]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 4" in error
-    assert "kd is nan" in error
-    assert "examples" in error
-    assert len(stepped) == 3
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--step: expected the number of a step, got None"),
+        (["--step=x"], "--step: expected the number of a step, got 'x'"),
+        (["--step=11"], "--step: expected 1 to 10, got 11"),
+        (["--step=1", "--output=nowhere"], "output: expected the folder of a run, got 'nowhere'"),
+    ],
+)
+def test_replay_refuses(
+    whole: tuple[list[str], Path],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["replay", *arguments, "--config", str(whole[1] / "config.yaml")]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the first at ZeRO 0, the second at 1

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "records": {"report"},
     "export": {"_version", "config"},
 }
-APPLICATIONS = {"train", "demo", "cli"}
+APPLICATIONS = {"train", "replay", "demo", "cli"}
 THIRD_PARTY = {
     "deepspeed": {"engine", "train"},
     "transformers": {"data", "models", *APPLICATIONS},

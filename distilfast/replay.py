@@ -1,0 +1,140 @@
+"""One step of a run again, taken apart: which micro-batch, which example, which part, which weight.
+
+It starts from the newest checkpoint before the step, in one process and whatever the run's layout
+was, draws the same dropout for the same micro-batches, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distilfast import checkpoint, engine, train
+from distilfast.checkpoint import Saved
+from distilfast.config import Config, ConfigError, ZeroConfig
+from distilfast.data import MicroBatch
+from distilfast.engine import Engine
+from distilfast.report import read_metrics
+from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
+
+
+@dataclass(frozen=True)
+class Found:
+    """What some examples add to a step."""
+
+    parts: dict[str, float]
+    grad_norm: float
+    not_finite: list[str]  # the weights whose gradient is not
+
+    @property
+    def finite(self) -> bool:
+        return not self.not_finite and all(map(math.isfinite, self.parts.values()))
+
+    def __str__(self) -> str:
+        shown = [f"{part} {value:.6g}" for part, value in self.parts.items()]
+        text = "  ".join([*shown, f"grad_norm {self.grad_norm:.6g}"])
+        if self.not_finite:
+            first, more = self.not_finite[0], len(self.not_finite) - 1
+            text += f"  not finite: the gradient of {first}" + (f" and {more} more" if more else "")
+        return text
+
+
+def replay(config: Config, step: int) -> bool:
+    """Recompute step 1, 2, ... and print what it is made of. True: all of it is finite.
+
+    Raises:
+        ConfigError: no such step, or no run in config.output.
+    """
+    output = Path(config.output)
+    if not (output / "config.yaml").is_file():
+        raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
+    # In one process there is nothing to split; in bf16 the fp32 masters are ZeRO's.
+    zero = ZeroConfig(stage=0 if config.precision == "fp32" else 1)
+    config = dataclasses.replace(config, zero=zero)
+    setup = train.prepare(config, world := engine.start())
+    if not 1 <= step <= setup.steps:
+        raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")
+    dtype = engine.DTYPES[config.precision]
+    teacher = TeacherSide(setup.teachers, config.loss, world.device, dtype)
+    runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
+    start, ranks = checkpoint.newest(output / "checkpoints", before=step), 1
+    if start:
+        saved = Saved(output / "checkpoints", start)
+        ranks = saved.manifest["ranks"]
+        runner.restore(saved)
+    print(f"from the checkpoint after step {start}" if start else "from the beginning")
+    if start < step - 1 and ranks > 1 and config.student.dropout != 0:
+        print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
+    for before in range(start, step - 1):
+        line, _ = train.optimiser_step(config, world, setup, runner, teacher, before, train.Stop())
+        assert line is not None  # nobody stops it
+        print(f"step {before + 1}: loss {line['loss']:.6g}")
+
+    micro = config.batch.micro_sequences
+    shares = [setup.batches.step(step - 1, rank, ranks, micro) for rank in range(ranks)]
+    counts = torch.stack([train.count(config, world, share) for share in shares]).sum(0)
+    pieces = Pieces(runner.deepspeed.module, teacher, Normalizers(*counts.float()))
+    for rank, share in enumerate(shares):
+        for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts, strict=True)):
+            torch.manual_seed(train.dropout_seed(config.seed, step - 1, i, rank))
+            found = pieces.add(batch.to(world.device))
+            print(f"rank {rank}, micro-batch {i + 1}, {len(examples)} examples: {found}")
+            if found.finite:
+                continue
+            for pair in zip(examples.split(1), epochs.split(1), strict=True):
+                (alone,) = dataclasses.replace(share, parts=[pair])
+                found = pieces.take(alone.to(world.device))[0]
+                if not found.finite:
+                    tokens = setup.batches.store.tokens("train", pair[0])
+                    text = setup.tokenizer.decode(tokens.tolist())
+                    print(f"    example {int(pair[0])} alone: {found}\n        {text}")
+    print(f"step {step}: {pieces.total()}")
+    for line in read_metrics(output / "metrics.jsonl"):
+        if line["step"] == step and "loss" in line:
+            shown = {key: line[key] for key in (*PARTS, "grad_norm") if key in line}
+            print("recorded:", "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+    return pieces.total().finite
+
+
+class Pieces:
+    """The micro-batches of a step one by one, and their sum."""
+
+    def __init__(self, module: Distillation, teacher: TeacherSide, normalizers: Normalizers):
+        self.module, self.teacher, self.normalizers = module, teacher, normalizers
+        self.weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.parts = torch.zeros(len(PARTS), dtype=torch.float64)
+        self.gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self.weights.values()]
+
+    def take(self, batch: MicroBatch) -> tuple[Found, Tensor, list[Tensor]]:
+        """A micro-batch, its parts and its gradient by weight."""
+        config = self.module.config
+        targets = self.teacher(batch) if config.needs_teacher else None
+        # Of the module itself: DeepSpeed, which adds gradients up, is not to see them.
+        loss, parts = self.module(batch, targets, self.normalizers)
+        weights = list(self.weights.values())
+        gradient = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        return self._found(parts, list(gradient)), parts, list(gradient)
+
+    def add(self, batch: MicroBatch) -> Found:
+        """`take`, and add to the total."""
+        found, parts, gradient = self.take(batch)
+        self.parts += parts.double().cpu()
+        for total, share in zip(self.gradient, gradient, strict=True):
+            total += share
+        return found
+
+    def total(self) -> Found:
+        return self._found(self.parts, self.gradient)
+
+    def _found(self, parts: Tensor, gradient: list[Tensor]) -> Found:
+        pairs = zip(self.weights, gradient, strict=True)
+        return Found(
+            parts=dict(zip(PARTS, parts.tolist(), strict=True)),
+            grad_norm=float(torch.nn.utils.get_total_norm([g.float() for g in gradient])),
+            not_finite=[name for name, g in pairs if not g.isfinite().all()],
+        )
