@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from distilfast import assets, engine, train
+from distilfast import assets, engine, optimizers, train
 from distilfast.config import Config, parse
 from distilfast.records import Metrics
 from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
@@ -73,7 +73,7 @@ class PlainLoop:
                     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                     weight.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, self.config.optimizer.max_grad_norm)
-        rate = engine.learning_rate(self.config.optimizer, number, self.setup.steps)
+        rate = optimizers.learning_rate(self.config.optimizer, number, self.setup.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -232,11 +232,18 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, decay and clipping.
+    """AdamW or LAMB, with warm-up, decay and clipping.
 
     Args:
-        name: adamw.
-        learning_rate: the peak.
+        name: adamw; or lamb (You et al., arXiv:1904.00962), whose steps are in proportion to each
+            matrix' own norm, for batches so large that AdamW would need a rate at which some
+            layers diverge (theirs: up to 32,768 sequences of 512 tokens).
+        learning_rate: the peak; of lamb, the share of its norm that a matrix changes by in a step.
+            Rules of thumb for a batch k times as large: times sqrt(k) for adamw and lamb
+            (Krizhevsky, arXiv:1404.5997; Hoffer et al., arXiv:1705.08741; You et al.), where SGD
+            would take k (Goyal et al., arXiv:1706.02677). Warm-up keeps its number of steps, so
+            warmup_ratio is times k over as many epochs. From 4,096 sequences, 5e-4 and 0.05 to
+            16,384: k is 4, so 1e-3 and 0.2.
         weight_decay: not applied to biases and LayerNorms.
         betas: Adam's decay rates.
         epsilon: Adam's.
@@ -245,7 +252,7 @@ class OptimizerConfig:
         max_grad_norm: gradients are scaled down to this norm; 0: never.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lamb"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)

@@ -28,8 +28,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from distilfast import optimizers
 from distilfast.checkpoint import Piece, Saved
-from distilfast.config import Config, ConfigError, OptimizerConfig
+from distilfast.config import Config, ConfigError
 
 Result = TypeVar("Result")
 # At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.
@@ -157,6 +158,9 @@ def _import_deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its imports, none about what we do
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    if optimizers.Lamb not in ZERO_SUPPORTED_OPTIMIZERS:  # of exact types
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizers.Lamb)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
 
@@ -168,16 +172,6 @@ def _free_port() -> int:
 
 
 # --- The optimiser step ---------------------------------------------------------------------------
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 0, 1, ...: a pure function, so that a resumed run needs no scheduler."""
-    warmup = round(config.warmup_ratio * steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    if config.decay == "constant":
-        return config.learning_rate
-    return config.learning_rate * (steps - step) / max(1, steps - warmup)
 
 
 class Engine:
@@ -195,13 +189,8 @@ class Engine:
         alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
         self.stage = 0 if alone else config.zero.stage
         options = config.optimizer
-        self.adam = torch.optim.AdamW(
-            _groups(module, options.weight_decay),
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.epsilon,
-            fused=True,
-        )
+        ranks = world if self.stage else None
+        self.adam = optimizers.make(module, options, ranks)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
             "managed_gradient_accumulation": False,  # a step is over when we say so
@@ -368,16 +357,6 @@ def _partitioning(stage: int, offload: str) -> dict[str, Any]:
     if offload == "parameters":
         settings["offload_param"] = {"device": "cpu"}
     return settings
-
-
-def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: vectors (biases, LayerNorms) have none."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 # --- For reports ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distilfast import checkpoint, data, engine, export, models
+from distilfast import checkpoint, data, engine, export, models, optimizers
 from distilfast import config as configs
 from distilfast.checkpoint import CheckpointError, Checkpoints, Saved
 from distilfast.config import Config, ConfigError
@@ -349,7 +349,7 @@ def optimiser_step(
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
         raise _not_finite(config, step, f"{wrong} ({_where(world, share, parts[1:])})")
-    rate = engine.learning_rate(config.optimizer, step, setup.steps)
+    rate = optimizers.learning_rate(config.optimizer, step, setup.steps)
     norm = runner.step(rate)
     if not math.isfinite(norm):
         raise _not_finite(config, step, f"grad_norm is {norm} (the losses are finite)")

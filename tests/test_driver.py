@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, make_teacher
 
-from distilfast import checkpoint, cli, engine, linear, train
+from distilfast import checkpoint, cli, engine, linear, optimizers, train
 from distilfast import config as configs
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 
@@ -150,7 +150,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
     setup = train.prepare(configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world)
     student, teacher = setup.student, setup.teachers[0].model
     optimizer = torch.optim.AdamW(
-        engine._groups(student, config.optimizer.weight_decay),
+        optimizers._groups(student, config.optimizer.weight_decay),
         betas=config.optimizer.betas,
         eps=config.optimizer.epsilon,
     )
@@ -176,7 +176,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = engine.learning_rate(config.optimizer, step, 10)
+            group["lr"] = optimizers.learning_rate(config.optimizer, step, 10)
         optimizer.step()
         found = {"loss": total, "kd": loss.kd, "ce": loss.ce, "hidden_cos": cosine}
         found["grad_norm"] = norm

@@ -29,11 +29,10 @@ from distilfast.config import (
     DataConfig,
     LossConfig,
     MaskingConfig,
-    OptimizerConfig,
     StudentConfig,
     TeacherSpec,
 )
-from distilfast.engine import World, learning_rate
+from distilfast.engine import World
 from distilfast.evaluate import Evaluator, Scores
 from distilfast.losses import combine_teachers, distillation_loss
 from distilfast.masking import Masker
@@ -845,45 +844,6 @@ def test_scores_keep_to_the_limit(held: Held) -> None:
     """The first texts, and no others."""
     evaluator = Evaluator(held.batches, ALONE, 4, 7)
     assert sum(len(batch.input_ids) for batch in evaluator.batches) == 7
-
-
-# --- The learning rate ----------------------------------------------------------------------------
-
-
-def rates(steps: int, **settings: Any) -> list[float]:
-    config = OptimizerConfig(learning_rate=1.0, **settings)
-    return [learning_rate(config, i, steps) for i in range(steps)]
-
-
-def test_learning_rate_equals_hand_value() -> None:
-    """Three steps of warm-up rise in quarters; seven steps fall in sevenths."""
-    wanted = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
-    assert rates(10, warmup_ratio=0.3) == pytest.approx(wanted)
-    wanted = [1 / 4, 2 / 4, 3 / 4] + 7 * [1.0]
-    assert rates(10, warmup_ratio=0.3, decay="constant") == pytest.approx(wanted)
-    assert rates(4, warmup_ratio=0.0) == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
-    assert rates(1, warmup_ratio=0.05) == [1.0]
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1000])
-@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
-def test_learning_rate_rises_and_falls_to_zero(warmup: float, steps: int) -> None:
-    config = OptimizerConfig(learning_rate=3e-4, warmup_ratio=warmup)
-    made = [learning_rate(config, i, steps) for i in range(steps)]
-    assert all(0 < rate <= 3e-4 * (1 + 1e-12) for rate in made)
-    assert learning_rate(config, steps, steps) == 0
-    peak = made.index(max(made))
-    assert peak == pytest.approx(min(warmup * steps, steps - 1), abs=0.5 + 1e-9)
-    assert made[: peak + 1] == sorted(made[: peak + 1])
-    assert made[peak:] == sorted(made[peak:], reverse=True)
-
-
-def test_learning_rate_is_that_of_the_recipe() -> None:
-    made = rates(1000)  # 5 % of warm-up, linear decay
-    assert made[50] == 1.0
-    assert max(made[:50]) < 1
-    assert made[25] == pytest.approx(26 / 51)
-    assert made[525] == pytest.approx(0.5)
 
 
 # --- Export ---------------------------------------------------------------------------------------
