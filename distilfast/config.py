@@ -378,6 +378,8 @@ class Config:
         seed: of masks, order and whatever else is drawn.
         checkpoint: what a killed run goes on from.
         resume: auto goes on from the newest checkpoint in output; never wants an empty output.
+        rank_timeout_s: a rank that does not answer for so many seconds ends the others, which name
+            it. What a rank computes or waits for is no silence.
         tensorboard: write TensorBoard's event files beside metrics.jsonl.
         output: folder of the run.
     """
@@ -397,6 +399,7 @@ class Config:
     seed: int = 56
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: Literal["auto", "never"] = "auto"
+    rank_timeout_s: float = 300.0
     tensorboard: bool = True
     output: str = "runs/distilfast"
 
@@ -408,6 +411,8 @@ class Config:
         if self.epochs is not None:
             _positive("epochs", self.epochs)
         expect(0 <= self.seed < 2**64, "seed", "0 to 2^64 - 1", self.seed)
+        ok = 5 <= self.rank_timeout_s <= 86_400
+        expect(ok, "rank_timeout_s", "5 to 86,400 seconds", self.rank_timeout_s)
         expect(bool(self.output), "output", "a folder", self.output)
         expect(len(self.teachers) > 0, "teacher", "at least one teacher", self.teacher)
         for teacher in self.teachers:

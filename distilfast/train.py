@@ -37,12 +37,14 @@ from distilfast.masking import Masker, philox
 from distilfast.records import Metrics, Progress, log_to_stderr
 from distilfast.report import ModelRow, Report, write_report
 from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.watch import guard
 
 # A run may be gone on with under other values of these; every other key decides what it computes.
 FREE_KEYS = (
     "checkpoint.",
     "evaluate.",
     "output",
+    "rank_timeout_s",
     "resume",
     "tensorboard",
     "zero.",
@@ -82,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config) -> bool:
     """Train as configured, or go on where a run was stopped. False: stopped by a signal again."""
     world = engine.start()
+    advice = f"the same command goes on from {config.output}"
+    with guard(world.patient, config.rank_timeout_s, advice):
+        return distil(config, world)
+
+
+def distil(config: Config, world: World) -> bool:
+    """`run`, in processes that have found each other."""
     setup = prepare(config, world)
     output = Path(config.output)
     if world.first(lambda: (output / "summary.json").is_file()):

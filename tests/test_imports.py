@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "checkpoint": {"config"},
     "optimizers": {"config"},
     "engine": {"checkpoint", "config", "optimizers"},
+    "watch": set(),
     "step": {"config", "data", "linear", "losses", "models"},
     "evaluate": {"data", "engine", "models"},
     "records": {"report"},
