@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distilfast.config import RECIPES, ConfigError, parse
+from distilfast.config import RECIPES, BatchConfig, ConfigError, parse
 
 USAGE = """\
 usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
@@ -73,7 +73,7 @@ def check(arguments: Sequence[str]) -> int:
     from distilfast import data, models, train
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = config.batch.accumulation(ranks)
+    config.batch.check(ranks, config.data.max_length)
     train.check_output(config, Path(config.output))
     teachers, tokenizer, student = train.load_models(config)
     for teacher in teachers:
@@ -87,18 +87,14 @@ def check(arguments: Sequence[str]) -> int:
     if (folder / "store.json").is_file():
         store = data.prepare(config, tokenizer, folder)
         print(f"data:     {folder}: {describe_store(store)}")
-        steps = train.count_steps(config, len(store.train))
-        print(
-            f"steps:    {steps:,} = {steps * config.batch.sequences / len(store.train):.2f} epochs"
-        )
+        epoch_size = int(store.sizes(config.batch).sum())
+        steps = train.count_steps(config, epoch_size)
+        print(f"steps:    {steps:,} = {config.batch.before(steps) / epoch_size:.2f} epochs")
     else:
         data.check(config, folder)
         print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
         print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
-    print(
-        f"batch:    {config.batch.sequences} sequences = {ranks} ranks x {accumulation} "
-        f"micro-batches x {config.batch.micro_sequences}, {config.precision}"
-    )
+    print(f"batch:    {describe_batch(config.batch, ranks)}, {config.precision}")
     print(f"output:   {config.output}")
     return 0
 
@@ -137,6 +133,17 @@ def replay(arguments: Sequence[str]) -> int:
     from distilfast.replay import replay
 
     return 0 if replay(config, int(step)) else 1
+
+
+def describe_batch(batch: BatchConfig, ranks: int) -> str:
+    accumulation = ""
+    if batch.tokens is None:
+        accumulation = f" x {-(-batch.size // (batch.micro_sequences * ranks))}"
+    rising = f" (from {batch.warmup_from} in {batch.warmup_steps} steps)"
+    return (
+        f"{batch.size} {batch.unit}{rising if batch.warmup_from else ''} = {ranks} ranks"
+        f"{accumulation} micro-batches of at most {batch.micro_sequences} sequences"
+    )
 
 
 def describe_store(store: object) -> str:

@@ -273,33 +273,83 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimiser step.
+    """One optimiser step, all ranks together.
 
     Args:
-        sequences: examples a step, all ranks together.
-        micro_sequences: examples a forward; accumulation follows from both and the ranks.
+        sequences: examples a step, 4096 if tokens is null, too; or
+        tokens: tokens a step, padding aside. An example belongs to the step in which its first
+            token falls.
+        micro_sequences: at most so many examples a forward. How often a rank accumulates follows
+            from this, the step and the ranks, and changes no gradient.
+        warmup_from: the first step's sequences or tokens; they rise linearly from there. Small
+            batches learn more from each example at first, and later on a larger batch does what a
+            lower learning rate would (Smith et al. 2018, "Don't decay the learning rate, increase
+            the batch size", arXiv:1711.00489). null: every step is whole.
+        warmup_steps: the first whole step; 0 without warmup_from.
     """
 
-    sequences: int = 4096
+    sequences: int | None = None
+    tokens: int | None = None
     micro_sequences: int = 32
+    warmup_from: int | None = None
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        expect(self.sequences >= 1, "batch.sequences", "at least 1", self.sequences)
+        both = self.sequences, self.tokens
+        expect(None in both, "batch.sequences, batch.tokens", "one of the two", both)
+        if both == (None, None):
+            object.__setattr__(self, "sequences", 4096)
+        for key in ("sequences", "tokens", "micro_sequences", "warmup_from"):
+            value = getattr(self, key)
+            expect(value is None or value >= 1, f"batch.{key}", "at least 1", value)
+        warmup = self.warmup_from, self.warmup_steps
         expect(
-            self.micro_sequences >= 1, "batch.micro_sequences", "at least 1", self.micro_sequences
+            self.warmup_steps == 0 if self.warmup_from is None else self.warmup_steps >= 1,
+            "batch.warmup_from, batch.warmup_steps",
+            "null and 0, or both at least 1",
+            warmup,
+        )
+        expect(
+            self.warmup_from is None or self.warmup_from <= self.size,
+            "batch.warmup_from",
+            f"at most batch.{self.unit} ({self.size})",
+            self.warmup_from,
         )
 
-    def accumulation(self, ranks: int) -> int:
-        """Micro-batches a rank and step."""
-        unit = self.micro_sequences * ranks
-        if self.sequences % unit:
-            nearest = max(1, round(self.sequences / unit)) * unit
-            raise ConfigError(
-                f"batch.sequences: expected a multiple of micro_sequences x ranks "
-                f"({self.micro_sequences} x {ranks} = {unit}), got {self.sequences}; "
-                f"the nearest is {nearest}"
-            )
-        return self.sequences // unit
+    @property
+    def unit(self) -> str:
+        """What a step is measured in: sequences or tokens."""
+        return "sequences" if self.tokens is None else "tokens"
+
+    @property
+    def size(self) -> int:
+        """Of a whole step, in its unit."""
+        size = self.sequences if self.tokens is None else self.tokens
+        assert size is not None
+        return size
+
+    def before(self, step: int) -> int:
+        """The sizes of all steps before this one, summed: a function of the step alone, so that a
+        run can go on anywhere. Sizes are within 1 of the line from warmup_from to the whole."""
+        if self.warmup_from is None:
+            return step * self.size
+        rising = min(step, self.warmup_steps)
+        pairs = rising * (rising - 1) // 2
+        rise = (self.size - self.warmup_from) * pairs // self.warmup_steps
+        return rising * self.warmup_from + rise + (step - rising) * self.size
+
+    def check(self, ranks: int, max_length: int) -> None:
+        """That every step has an example for each rank.
+
+        Raises:
+            ConfigError: the smallest step may have fewer.
+        """
+        key = self.unit if self.warmup_from is None else "warmup_from"
+        least, what = ranks, "the number of ranks"
+        if self.tokens is not None:
+            least, what = max_length * ranks, f"data.max_length x ranks ({max_length} x {ranks})"
+        smallest = getattr(self, key)
+        expect(smallest >= least, f"batch.{key}", f"at least {least}, {what}", smallest)
 
 
 @dataclass(frozen=True)
@@ -503,7 +553,7 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
 # The keys that may be null.
 _OPTIONAL = {
     *("config", "steps", "epochs", "student.dropout", "data.source", "data.prepared"),
-    "evaluate.max_examples",
+    *("batch.sequences", "batch.tokens", "batch.warmup_from", "evaluate.max_examples"),
 }
 
 

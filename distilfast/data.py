@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distilfast import names
-from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
+from distilfast.config import BatchConfig, Config, ConfigError, DataConfig, SourceSpec
 from distilfast.masking import (
     EVALUATION_EPOCH,
     EVALUATION_SEED,
@@ -67,6 +67,11 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
             raise ConfigError(
                 f"data.prepared: expected an empty folder or tokens made with these settings, "
                 f"got {str(folder)!r}, which differs in {', '.join(differing)}"
+            )
+        if store.record["max_length"] > config.data.max_length:
+            raise ConfigError(
+                f"data.max_length: expected at least {store.record['max_length']}, that of the "
+                f"tokens in {str(folder)!r}, got {config.data.max_length}"
             )
         if store.record["tokenizer"] != record["tokenizer"]:
             raise ConfigError(
@@ -346,6 +351,11 @@ class Store:
         parts = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
 
+    def sizes(self, batch: BatchConfig) -> Tensor:
+        """(n,) what each training example takes of a step: its tokens, or 1."""
+        lengths = self.lengths("train")
+        return torch.ones_like(lengths) if batch.tokens is None else lengths
+
     @functools.cached_property
     def _chunks(self) -> dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
         """Of each split, the first example of each Arrow chunk, and the chunks' (offsets, ids)."""
@@ -404,31 +414,37 @@ class Batches:
     """The micro-batches of a step: a pure function of (seed, step), whatever ran before it.
 
     Step after step takes the next examples of an endless sequence of epochs, each in an order of
-    its own. Within a step the examples are sorted by length, which leaves its gradient as it is
-    and saves padding.
+    its own: those that begin between the step's borders. Within a step the examples are sorted by
+    length, which leaves its gradient as it is and saves padding.
     """
 
-    def __init__(self, store: Store, masker: Masker, pad_token: int, sequences: int):
-        self.store, self.masker, self.pad_token = store, masker, pad_token
-        self.sequences = sequences
-        self.n_examples = len(store.train)
+    def __init__(self, store: Store, masker: Masker, pad_token: int, batch: BatchConfig):
+        self.store, self.masker, self.pad_token, self.batch = store, masker, pad_token, batch
         self.lengths = {split: store.lengths(split) for split in ("train", "heldout")}
-        self._order: tuple[int, Tensor] | None = None
+        self.sizes = store.sizes(batch)
+        self.epoch_size = int(self.sizes.sum())
+        self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def examples(self, step: int) -> tuple[Tensor, Tensor]:
-        """The examples of step 0, 1, ... and their epochs, (sequences,) int64 each."""
-        position = torch.arange(step * self.sequences, (step + 1) * self.sequences)
-        epochs, place = position // self.n_examples, position % self.n_examples
-        examples = torch.empty_like(position)
-        for epoch in epochs.unique().tolist():
-            rows = epochs == epoch
-            examples[rows] = self._epoch_order(epoch)[place[rows]]
-        return examples, epochs
+        """The examples of step 0, 1, ... and their epochs, int64 each."""
+        borders = self.batch.before(step), self.batch.before(step + 1)
+        first, last = borders[0] // self.epoch_size, (borders[1] - 1) // self.epoch_size
+        examples, epochs = [], []
+        for epoch in range(first, last + 1):
+            order, starts = self._order(epoch)
+            inside = torch.tensor(borders) - epoch * self.epoch_size
+            begin, end = torch.searchsorted(starts, inside).tolist()
+            examples.append(order[begin:end])
+            epochs.append(torch.full((end - begin,), epoch))
+        return torch.cat(examples), torch.cat(epochs)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(self.masker.seed, epoch, self.n_examples)
-        return self._order[1]
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """An epoch's examples, and how far into it each begins."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = permutation(self.masker.seed, epoch, len(self.sizes))
+            sizes = self.sizes[order]
+            self._epoch = epoch, order, sizes.cumsum(0) - sizes
+        return self._epoch[1:]
 
     def step(self, step: int, rank: int, ranks: int, micro_sequences: int) -> Share:
         """This rank's micro-batches of a step, as many as every other's: of at most

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distilfast import __version__, engine, models, train
+from distilfast import __version__, models, train
 from distilfast import config as configs
 from distilfast.config import RECIPES, Config, parse
 from distilfast.evaluate import fill
@@ -42,20 +42,12 @@ SENTENCES = (
 def distil(arguments: Sequence[str] = ()) -> Config | None:
     """The demo's recipe: the teacher's head where it is missing, then the student. ``arguments``
     override the student's configuration. None: stopped by a signal."""
-    shared = _shared()
-    config = parse(["--config", str(RECIPES / "demo.yaml"), *shared, *arguments])
-    first = parse(["--config", str(RECIPES / "demo-teacher.yaml"), *shared])
+    config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
+    first = parse(["--config", str(RECIPES / "demo-teacher.yaml")])
     model = Path(first.output) / "model"
     if config.teacher == str(model) and not model.exists() and not train.run(first):
         return None
     return config if train.run(config) else None
-
-
-def _shared() -> list[str]:
-    """What the processes share: the batch of the recipes, dealt out among however many they are."""
-    sequences = parse(["--config", str(RECIPES / "demo.yaml")]).batch.sequences
-    ranks = engine.start().ranks
-    return [f"--batch.micro_sequences={sequences // ranks}"] if sequences % ranks == 0 else []
 
 
 def main(full: bool = False) -> Path | None:
@@ -64,14 +56,12 @@ def main(full: bool = False) -> Path | None:
     name = "demo-full" if full else "demo"
     root = Path("runs") / name
     teacher_steps, student_steps = ([f"--steps={n}"] for n in FULL) if full else ([], [])
-    shared = _shared()
     teacher = parse(
         [
             *("--config", str(RECIPES / "demo-teacher.yaml")),
             f"--output={root / 'teacher'}",
             f"--data.prepared={root / 'tokens'}",
             *teacher_steps,
-            *shared,
         ]
     )
     if not train.run(teacher):
@@ -86,7 +76,6 @@ def main(full: bool = False) -> Path | None:
                 f"--data.prepared={root / 'tokens'}",
                 f"--output={root / run}",
                 *student_steps,
-                *shared,
             ]
         )
         if not train.run(runs[run]):

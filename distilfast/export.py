@@ -34,7 +34,7 @@ pipeline("fill-mask", model="path/to/this/folder")("Paris is the [MASK] of Franc
 - Teacher: {teacher}
 - Data: {data}
 - {recipe}
-- {tokens:,} tokens in {steps:,} steps of {sequences} sequences, {minutes:.1f} minutes on {device}
+- {tokens:,} tokens in {steps:,} steps of {batch}, {minutes:.1f} minutes on {device}
 
 ## What was measured
 
@@ -101,7 +101,7 @@ def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
         recipe="Loss: " + ", ".join(f"{w:g} x {name}" for name, w in weights.items() if w),
         tokens=summary["tokens"],
         steps=summary["steps"],
-        sequences=config.batch.sequences,
+        batch=f"{config.batch.size} {config.batch.unit}",
         minutes=summary["seconds"] / 60,
         device=summary["device"],
         rows="\n".join(_row(name, scores) for name, scores in summary["scores"].items()),

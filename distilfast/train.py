@@ -11,6 +11,7 @@ checkpoint written; 2 something wrong in the configuration or the inputs, found 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import math
@@ -124,7 +125,7 @@ def prepare(config: Config, world: World) -> Setup:
     Raises:
         ConfigError: the first thing found wrong.
     """
-    config.batch.accumulation(world.ranks)
+    config.batch.check(world.ranks, config.data.max_length)
     world.first(lambda: check_output(config, Path(config.output)))
     teachers, tokenizer, student = world.together(lambda: load_models(config))
     if world.device.type == "cpu" and config.data.max_length <= SHORT:
@@ -134,8 +135,8 @@ def prepare(config: Config, world: World) -> Setup:
     store = world.together(lambda: data.Store.open(folder))
     special, mask_token = tokenizer.all_special_ids, tokenizer.mask_token_id
     masker = Masker.from_counts(store.counts, special, mask_token, config.masking, config.seed)
-    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch.sequences)
-    return Setup(teachers, tokenizer, student, batches, count_steps(config, len(store.train)))
+    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch)
+    return Setup(teachers, tokenizer, student, batches, count_steps(config, batches.epoch_size))
 
 
 def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
@@ -149,9 +150,13 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
     return teachers, tokenizer, student
 
 
-def count_steps(config: Config, n_examples: int) -> int:
-    """Optimiser steps: as configured, or of the epochs, whole steps and at least one."""
-    return config.steps or max(1, int((config.epochs or 0) * n_examples / config.batch.sequences))
+def count_steps(config: Config, epoch_size: int) -> int:
+    """Optimiser steps: as configured, or of the epochs, whole steps and at least one. An epoch's
+    size is in the unit of the batch."""
+    if config.steps:
+        return config.steps
+    total = int((config.epochs or 0) * epoch_size)
+    return max(1, bisect.bisect_right(range(total + 1), total, key=config.batch.before) - 1)
 
 
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:

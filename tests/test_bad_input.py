@@ -354,27 +354,66 @@ def test_offload_is_refused_where_nothing_is_split(
 
 
 @pytest.mark.parametrize(
-    ("sequences", "micro", "ranks", "nearest"),
-    [(17, 4, 1, 16), (19, 4, 1, 20), (1, 4, 1, 4), (20, 4, 2, 16), (21, 4, 2, 24), (100, 6, 8, 96)],
+    ("changes", "line"),
+    [
+        ({"tokens": 99}, "batch.sequences, batch.tokens: expected one of the two, got (16, 99)"),
+        (
+            {"warmup_from": 8},
+            "batch.warmup_from, batch.warmup_steps: expected null and 0, or both at least 1, "
+            "got (8, 0)",
+        ),
+        (
+            {"warmup_steps": 8},
+            "batch.warmup_from, batch.warmup_steps: expected null and 0, or both at least 1, "
+            "got (None, 8)",
+        ),
+        (
+            {"warmup_from": 17, "warmup_steps": 8},
+            "batch.warmup_from: expected at most batch.sequences (16), got 17",
+        ),
+    ],
 )
-def test_indivisible_batch_is_refused_with_the_nearest(
-    sequences: int,
-    micro: int,
+def test_keys_of_a_batch_that_disagree_are_refused(
+    changes: dict[str, int], line: str, base: Path, refuse: Refuse
+) -> None:
+    given = {f"batch__{name}": value for name, value in changes.items()}
+    assert refuse(*arguments(base, **given)) == line
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "key", "expected"),
+    [
+        ({"sequences": 3}, 4, "sequences", "at least 4, the number of ranks, got 3"),
+        (
+            {"sequences": 16, "warmup_from": 3, "warmup_steps": 2},
+            *(4, "warmup_from", "at least 4, the number of ranks, got 3"),
+        ),
+        (
+            {"sequences": "null", "tokens": 23},
+            *(1, "tokens", "at least 24, data.max_length x ranks (24 x 1), got 23"),
+        ),
+        (
+            {"sequences": "null", "tokens": 99, "warmup_from": 47, "warmup_steps": 9},
+            *(2, "warmup_from", "at least 48, data.max_length x ranks (24 x 2), got 47"),
+        ),
+    ],
+)
+def test_batch_without_an_example_for_each_rank_is_refused(
+    batch: dict[str, Any],
     ranks: int,
-    nearest: int,
+    key: str,
+    expected: str,
     base: Path,
     refuse: Refuse,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = {"batch__sequences": sequences, "batch__micro_sequences": micro}
+    changes = {f"batch__{name}": value for name, value in batch.items()}
     if ranks == 1:
         message = refuse(*arguments(base, **changes))
     else:  # the launcher's variable; `check` tells the ranks from it without starting them
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         message = refuse("check", *arguments(base, **changes), program=cli.main)
-    assert message.startswith("batch.sequences: expected")
-    assert f"{micro} x {ranks}" in message
-    assert f"got {sequences}; the nearest is {nearest}" in message
+    assert message == f"batch.{key}: expected {expected}"
 
 
 # --- The file of the configuration ----------------------------------------------------------------
@@ -907,7 +946,7 @@ def test_relative_paths_start_at_the_working_directory(
 FOUND_BY_CHECK = [
     {"loss.temprature": 3},
     {"student.layers": [0, 9]},
-    {"batch.sequences": 17},
+    {"batch.sequences": None, "batch.tokens": 23},
     {"data.max_length": 65},
     {"teacher": "runs/nothing.d"},
     {"teacher": "no-such-user/no-such-model"},

@@ -133,7 +133,8 @@ def test_check_prints_the_plan_and_writes_nothing(
     assert err == ""
     for word in (
         *(str(teacher), "DistilBert", "[0, 3]", str(corpus), str(tmp_path / "tokens")),
-        *("10", "16 sequences = 1 ranks x 4 micro-batches x 4", "fp32", str(tmp_path / "run")),
+        *("10", "16 sequences = 1 ranks x 4 micro-batches of at most 4", "fp32"),
+        str(tmp_path / "run"),
     ):
         assert word in out
     assert contents(tmp_path) == before
@@ -144,7 +145,7 @@ def test_check_counts_the_ranks_of_a_launcher(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["check", *recipe]) == 0
-    assert "2 ranks x 2 micro-batches x 4" in capsys.readouterr().out
+    assert "2 ranks x 2 micro-batches of at most 4" in capsys.readouterr().out
 
 
 def test_prepare_makes_the_tokens_once(recipe: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -113,17 +113,47 @@ def test_config_checks_itself_without_a_parser() -> None:
         lambda: Config(steps=1, epochs=1),
         lambda: Config(steps=1, seed=-1),
         lambda: Config(steps=1, zero=ZeroConfig(stage=0)),
-        lambda: BatchConfig(sequences=17, micro_sequences=4).accumulation(1),
+        lambda: BatchConfig(sequences=17, tokens=4096),
+        lambda: BatchConfig(warmup_from=4097, warmup_steps=1),
+        lambda: BatchConfig(sequences=17).check(18, 512),
     ):
         with pytest.raises(ConfigError, match=r"expected .*, got "):
             wrong()
 
 
-@pytest.mark.parametrize(("sequences", "micro", "ranks", "steps"), [(16, 4, 1, 4), (24, 4, 3, 2)])
-def test_accumulation_follows_from_batch_and_ranks(
-    sequences: int, micro: int, ranks: int, steps: int
+def test_batch_is_of_4096_sequences_unless_something_else_is_said() -> None:
+    assert BatchConfig() == BatchConfig(sequences=4096)
+    assert BatchConfig(tokens=500).sequences is None
+
+
+WARMUPS = st.integers(1, 10**6).flatmap(
+    lambda size: st.tuples(st.just(size), st.integers(1, size), st.integers(1, 200))
+)
+
+
+@given(WARMUPS, st.booleans())
+def test_size_of_a_step_rises_on_a_line(warmup: tuple[int, int, int], of_tokens: bool) -> None:
+    size, first, steps = warmup
+    name = "tokens" if of_tokens else "sequences"
+    made = BatchConfig(**{name: size}, warmup_from=first, warmup_steps=steps)
+    assert made.before(0) == 0
+    sizes = [made.before(step + 1) - made.before(step) for step in range(steps + 3)]
+    assert sizes[0] == first
+    assert sizes[steps:] == [size] * 3
+    for step, found in enumerate(sizes[:steps]):
+        assert first <= found <= size
+        assert abs(found - (first + (size - first) * step / steps)) <= 1
+
+
+@given(WARMUPS, st.floats(0.1, 5), st.integers(1, 10**5))
+def test_epochs_are_whole_steps_of_whatever_size(
+    warmup: tuple[int, int, int], epochs: float, epoch_size: int
 ) -> None:
-    assert BatchConfig(sequences, micro).accumulation(ranks) == steps
+    size, first, steps = warmup
+    batch = BatchConfig(size, warmup_from=first, warmup_steps=steps)
+    found = train.count_steps(Config(epochs=epochs, batch=batch), epoch_size)
+    assert found == 1 or batch.before(found) <= epochs * epoch_size
+    assert batch.before(found + 1) > int(epochs * epoch_size)
 
 
 def test_teachers_and_sources_become_lists(tmp_path: Path) -> None:
@@ -168,6 +198,10 @@ CONFIGS = st.builds(
         source=st.none() | NAMES | st.lists(st.builds(SourceSpec, NAMES, NAMES, NAMES, NAMES)),
         prepared=st.none() | NAMES,
         column=NAMES,
+    ),
+    batch=st.builds(BatchConfig, sequences=st.none() | st.integers(1))
+    | st.builds(
+        BatchConfig, tokens=st.integers(99), warmup_from=st.just(9), warmup_steps=st.just(5)
     ),
     loss=st.builds(
         LossConfig, temperature=POSITIVE, kd_weight=POSITIVE, kd_rows=st.sampled_from(["all"])

@@ -4,8 +4,10 @@ is split."""
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,12 +19,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_teacher
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distilfast import data, train
-from distilfast.config import Config, ConfigError, DataConfig, MaskingConfig, SourceSpec
+from distilfast.config import (
+    BatchConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MaskingConfig,
+    SourceSpec,
+)
 from distilfast.data import Batches, MicroBatch, Store, fingerprint
-from distilfast.masking import IGNORE_INDEX, Masker
+from distilfast.masking import IGNORE_INDEX, Masker, permutation
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_WORDS = 3000
@@ -704,12 +715,18 @@ def test_rows_of_equal_length_are_rows(tokenizer: Any, tmp_path: Path) -> None:
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def make_batches(store: Store, sequences: int, seed: int = 56, **masking: float) -> Batches:
-    masking = {"probability": 0.3} | masking
+def make_batches(
+    store: Store,
+    sequences: int | None = None,
+    seed: int = 56,
+    probability: float = 0.3,
+    **batch: int | None,
+) -> Batches:
     masker = Masker.from_counts(
-        store.counts, [PAD, UNK, CLS, SEP, MASK], MASK, MaskingConfig(**masking), seed
+        store.counts, [PAD, UNK, CLS, SEP, MASK], MASK, MaskingConfig(probability), seed
     )
-    return Batches(store, masker, PAD, sequences)
+    batch |= {"sequences": sequences}
+    return Batches(store, masker, PAD, BatchConfig(**batch))
 
 
 @pytest.fixture(scope="module")
@@ -747,21 +764,47 @@ def unmasked(batch: MicroBatch) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("sequences", [1, 7, 16, 200])
-def test_every_example_comes_once_an_epoch(sequences: int, store: Store) -> None:
-    """Steps cross the border of epochs, and may hold several of them."""
-    batches, n = make_batches(store, sequences), len(store.train)
-    steps = -(-3 * n // sequences)
-    examples, epochs = (
-        torch.cat(x) for x in zip(*map(batches.examples, range(steps)), strict=True)
-    )
-    assert len(examples) == steps * sequences
-    assert torch.equal(epochs, torch.arange(steps * sequences) // n)
-    orders = [examples[epochs == epoch] for epoch in range(3)]
-    for order in orders:
-        assert torch.equal(order.sort().values, torch.arange(n))
+# The longest text is of 24 tokens.
+SIZES = st.integers(1, 200).map(lambda n: {"sequences": n}) | st.integers(24, 3000).map(
+    lambda n: {"tokens": n}
+)
+BATCHES = SIZES | st.tuples(SIZES, st.integers(0, 30)).map(
+    lambda drawn: {
+        **drawn[0],
+        "warmup_from": max(24 if "tokens" in drawn[0] else 1, *(n // 2 for n in drawn[0].values())),
+        "warmup_steps": drawn[1] + 1,
+    }
+)
+
+
+@given(BATCHES)
+@settings(max_examples=60, deadline=None)
+def test_every_example_comes_once_an_epoch(store: Store, batch: dict[str, int]) -> None:
+    """Steps cross the border of epochs, and may hold several of them. Against the endless sequence
+    of epochs written out: an example belongs to the step in which it begins."""
+    batches, n = make_batches(store, **batch), len(store.train)
+    lengths = store.lengths("train")
+    orders = [permutation(56, epoch, n) for epoch in range(3)]
     assert not torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[1], orders[2])
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    begin = step = 0
+    for epoch, order in enumerate(orders):
+        for number in order.tolist():
+            while begin >= batches.batch.before(step + 1):
+                step += 1
+            wanted.setdefault(step, []).append((number, epoch))
+            begin += int(lengths[number]) if "tokens" in batch else 1
+    for number in range(step):  # all but the last, which the fourth epoch fills
+        examples, epochs = batches.examples(number)
+        assert list(zip(examples.tolist(), epochs.tolist(), strict=True)) == wanted[number]
+
+
+@given(st.integers(24, 800), st.integers(0, 20))
+@settings(max_examples=30, deadline=None)
+def test_step_of_tokens_is_within_a_text_of_them(store: Store, tokens: int, step: int) -> None:
+    batches = make_batches(store, tokens=tokens)
+    held = int(store.lengths("train")[batches.examples(step)[0]].sum())
+    assert abs(held - tokens) < 24
 
 
 def test_step_depends_on_its_number_and_the_seed_alone(store: Store) -> None:
@@ -781,31 +824,59 @@ def test_step_holds_the_examples_that_it_names(store: Store) -> None:
         assert sorted(made) == sorted(texts[i] for i in batches.examples(step)[0])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("micro", [1, 2, 4, 8])
-def test_split_of_a_step_changes_no_example(ranks: int, micro: int, store: Store) -> None:
-    """Every example once, masked as in any other split, and as many micro-batches to each rank."""
+@given(SIZES, st.integers(1, 5), st.integers(1, 9), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+@example({"sequences": 32}, 1, 8, 1)
+@example({"sequences": 5}, 4, 1, 0)  # fewer than its two turns of four ranks
+def test_split_of_a_step_changes_no_example(
+    store: Store, batch: dict[str, int], ranks: int, micro: int, step: int
+) -> None:
+    """Every example once, masked as in any other split; to each rank as many micro-batches, of
+    sizes that differ by at most one; and counts that are those of what is then made."""
+    batches = make_batches(store, **batch)
+    n = len(batches.examples(step)[0])
+    assume(n >= ranks)
+    shares = [batches.step(step, rank, ranks, micro) for rank in range(ranks)]
+    dealt = [list(share) for share in shares]
+    assert {len(mine) for mine in dealt} == {len(share) for share in shares}
+    assert len(dealt[0]) == -(-n // (micro * ranks))
+    sizes = {len(b.input_ids) if len(b.tokens) else 0 for mine in dealt for b in mine}
+    made = [b for mine in dealt for b in mine if len(b.tokens)]
+    assert max(sizes) <= micro
+    assert max(sizes) - min(sizes) <= 1
+    assert examples_of(made) == examples_of(list(batches.step(step, 0, 1, n)))
+    for share, mine in zip(shares, dealt, strict=True):
+        counts = sum(len(b.tokens) for b in mine), sum(len(b.masked) for b in mine)
+        assert share.counts() == counts
+
+
+def test_step_that_spans_epochs_is_masked_by_each(store: Store) -> None:
     batches, border = make_batches(store, 32), len(store.train) // 32
-    assert len(batches.examples(border)[1].unique()) == 2  # it spans two epochs
-    for step in (0, border):
-        wanted = examples_of(batches.step(step, 0, 1, 32))
-        dealt = [batches.step(step, rank, ranks, micro) for rank in range(ranks)]
-        assert all(len(mine) == 32 // ranks // micro for mine in dealt)
-        assert all(len(batch.input_ids) == micro for mine in dealt for batch in mine)
-        assert examples_of([batch for mine in dealt for batch in mine]) == wanted
-        assert len(wanted) == 32
+    assert len(batches.examples(border)[1].unique()) == 2
+    wanted = examples_of(list(batches.step(border, 0, 1, 32)))
+    assert examples_of([b for r in range(3) for b in batches.step(border, r, 3, 4)]) == wanted
 
 
-def test_counts_of_a_step_do_not_depend_on_its_split(store: Store) -> None:
-    """What the losses are divided by: tokens and masked tokens."""
-    batches = make_batches(store, 32)
-    sums = set()
-    for ranks, micro in ((1, 32), (1, 1), (2, 8), (4, 4)):
-        dealt = [b for rank in range(ranks) for b in batches.step(3, rank, ranks, micro)]
-        sums.add((sum(len(b.tokens) for b in dealt), sum(len(b.masked) for b in dealt)))
-    assert len(sums) == 1
-    examples = batches.examples(3)[0]
-    assert sums.pop()[0] == int(store.lengths("train")[examples].sum())
+def test_counts_do_not_depend_on_the_pieces_counted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = make_batches(store, 100).step(3, 0, 1, 8)
+    found = set()
+    for tokens in (1, 100, 10**6):
+        monkeypatch.setattr(data, "COUNTED", tokens)
+        found.add(share.counts())
+    assert len(found) == 1
+
+
+def test_spare_batch_counts_nothing(store: Store) -> None:
+    """Five examples of four ranks, one at a time: two turns, of which three ranks sit out one."""
+    dealt = [list(make_batches(store, 5).step(0, rank, 4, 1)) for rank in range(4)]
+    last = [mine[1] for mine in dealt]
+    assert [len(b.tokens) > 0 for b in last] == [True, False, False, False]
+    for batch in last[1:]:
+        assert batch.input_ids.shape[0] == 1
+        assert len(batch.masked) == 0
+        assert (batch.labels == IGNORE_INDEX).all()
 
 
 def test_neighbours_in_length_share_a_batch_and_ranks_take_turns(store: Store) -> None:
@@ -816,6 +887,68 @@ def test_neighbours_in_length_share_a_batch_and_ranks_take_turns(store: Store) -
     assert list(chain(*lengths)) == sorted(chain(*lengths))
     work = [sum(b.input_ids.numel() for b in mine) for mine in dealt]
     assert max(work) - min(work) <= max(b.input_ids.numel() for mine in dealt for b in mine)
+
+
+def test_prefetch_keeps_order_and_is_no_further_ahead_than_asked() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    taken = []
+    for item in data.prefetch(source(), ahead=2):
+        taken.append(item)
+        assert len(made) <= len(taken) + 2
+    assert taken == list(range(20))
+    assert list(data.prefetch([])) == []
+
+
+def test_error_in_making_a_batch_is_raised_in_its_place() -> None:
+    def source() -> Iterator[int]:
+        yield 0
+        yield 1
+        raise RuntimeError("disk gone")
+
+    items = data.prefetch(source())
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(RuntimeError, match="disk gone"):
+        next(items)
+    assert not prefetching()
+
+
+def test_abandoned_prefetch_ends_its_thread() -> None:
+    items = data.prefetch(range(10**9))
+    assert next(items) == 0
+    assert prefetching()
+    items.close()
+    assert not prefetching()
+
+
+def prefetching() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_size_of_a_step_costs_no_memory(tokenizer: Any, tmp_path: Path) -> None:
+    """8,192 texts of 128 tokens: 50 MiB, were they held all at once."""
+    lines = [spell([(i * j) % N_WORDS for j in range(126)]) for i in range(300)]
+    write_txt(tmp_path / "text.txt", lines)
+    made = data.prepare(config(tmp_path / "text.txt", max_length=128), tokenizer, tmp_path / "t")
+    held = []
+    for sequences in (256, 8192):
+        share = make_batches(made, sequences).step(0, 0, 1, 32)
+        share.counts()
+        for number, _ in enumerate(data.prefetch(share)):
+            if number == len(share) - 2:
+                held.append(held_bytes())
+    assert held[1] - held[0] < 8 * 2**20
+
+
+def held_bytes() -> int:
+    """Of all tensors that are alive."""
+    tensors = (x for x in gc.get_objects() if type(x) is Tensor and x.device.type == "cpu")
+    return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 def check_fields(batch: MicroBatch) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distilfast import data, evaluate, export, models, step, train
 from distilfast.config import (
+    BatchConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -756,7 +757,7 @@ def held(
         with torch.no_grad():
             for p in student.parameters():
                 p.mul_(1 + 0.1 * torch.randn_like(p))
-        yield Held(data.Batches(store, masker, 0, 8), teacher, student)
+        yield Held(data.Batches(store, masker, 0, BatchConfig(8)), teacher, student)
 
 
 @torch.no_grad()
