@@ -238,7 +238,7 @@ class _Host(threading.Thread):
     def _parted(self) -> bool:
         """Whether there was a last word to say."""
         everyone = range(len(self.names))
-        if len(self.left) == len(everyone) or len(self.failed) == len(everyone):
+        if len(self.left) == len(everyone):
             self._part(b"", leaving=everyone)
             return True
         now = time.monotonic()

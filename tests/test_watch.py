@@ -91,7 +91,9 @@ def together(ranks: int, folder: Path, **deeds: str) -> Ended:
     for process in processes:
         process.start()
     try:
+        until = time.monotonic() + 60
         while not all((folder / f"began-{r}").exists() for r in range(ranks)):
+            assert time.monotonic() < until, "a rank has not begun within a minute"
             time.sleep(0.05)
         until = time.monotonic() + 4 * TIMEOUT_S + LATE_S
         staying = {int(k[1:]) for k, v in deeds.items() if v == "stop"}
