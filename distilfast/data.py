@@ -40,9 +40,9 @@ from distilfast.masking import (
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FORMAT = 1  # of the store; raised when its files change meaning
 PAD_TO = 8  # widths of a batch are multiples of this
-# Tokens to draw for at once when a step is counted: what a core's cache holds (36 ns a token; 114
-# with four times as many), and what PyTorch leaves to one thread.
-COUNTED = 2**15
+# At most so many tokens are drawn for at once when a step is counted: they stay in a core's cache,
+# and PyTorch leaves them to one thread.
+COUNTED = 2**15 - 1
 Item = TypeVar("Item")
 
 

@@ -527,6 +527,13 @@ def test_store_of_another_tokenizer_is_refused(
         data.prepare(settings, make_tokenizer(N_WORDS - 1), stored)
 
 
+def test_store_of_longer_texts_is_refused(stored: Path, tokenizer: Any) -> None:
+    """Without a source it may be of other settings; but it has to fit the model and the batch."""
+    assert data.prepare(config(None, max_length=25), tokenizer, stored).record["max_length"] == 24
+    with pytest.raises(ConfigError, match=r"^data\.max_length: expected at least 24, .* got 23$"):
+        data.prepare(config(None, max_length=23), tokenizer, stored)
+
+
 def test_fingerprint_survives_saving(tokenizer: Any, tmp_path: Path) -> None:
     """A store outlives the run: the teacher of the next stage has its tokenizer saved by this."""
     import transformers
