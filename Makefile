@@ -51,6 +51,7 @@ bench: $(VENV)/demo
 	$(BIN)/python bench/linear.py --memory
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/batches.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

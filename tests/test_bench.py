@@ -285,6 +285,19 @@ def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
         assert f"| {name}" in done.stdout
 
 
+def test_batches_measures_times_and_memory(tmp_path: Path) -> None:
+    path = tmp_path / "batches.csv"
+    small = "--sequences 8 16 --micro_sequences 4 --length 8 --rounds 1".split()
+    done = python("batches.py", *small, "--csv", str(path))
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sequences"] for row in rows] == ["8", "16"]
+    for row in rows:
+        assert all(float(row[name]) > 0 for name in ("count_ms", "make_ms", "student_ms"))
+        assert float(row["memory_mib"]) >= 0
+
+
 def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "chunks.csv"
     small = "--rows 256 --width 8 --vocab 50 --seconds 0 --device cpu".split()
