@@ -266,12 +266,15 @@ def newest(folder: Path, before: int | None = None) -> int:
 def _what_is_wrong(path: Path, step: int) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
+        found, digest = manifest.get("format"), manifest.get("sha256")
+        if digest not in (None, _digest(manifest)):
+            return f"{MANIFEST} was changed"
+        if found != FORMAT:
             raise ConfigError(
-                f"resume: expected a checkpoint of format {FORMAT}, got format "
-                f"{manifest.get('format')} in {str(path)!r}, of another version of distilfast"
+                f"resume: expected a checkpoint of format {FORMAT}, got format {found} in "
+                f"{str(path)!r}, of another version of distilfast"
             )
-        if manifest["sha256"] != _digest(manifest) or manifest["step"] != step:
+        if digest is None or manifest["step"] != step:
             return f"{MANIFEST} was changed"
         for name, entry in manifest["files"].items():
             n_bytes = (path / name).stat().st_size
@@ -280,6 +283,8 @@ def _what_is_wrong(path: Path, step: int) -> str | None:
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return f"{name} was changed"
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
