@@ -45,7 +45,7 @@ class Piece:
     """What a rank holds of a parameter, as views of the state itself.
 
     ``tensors``: by kind ("weight", "exp_avg", "exp_avg_sq"), 1-D fp32 of one length: the elements
-    of the flattened parameter from ``start``.
+    of the flattened parameter from ``start``. A rank has one piece of a parameter at most.
     """
 
     name: str
@@ -140,21 +140,32 @@ class Checkpoints:
         self, manifest: dict[str, Any], parts: dict[str, Any], header: bytes, data: Tensor
     ) -> None:
         scratch = self.folder / f"tmp-step-{manifest['step']}"
-        said = scratch / f"rank-{self.rank}.json"
         try:
-            mark("begin")
-            scratch.mkdir(parents=True, exist_ok=True)
-            name = f"state-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
-            entry = {**_write_hashed(scratch / name, header, data), "parts": parts}
-            mark("written")
-            _replace(said, json.dumps({name: entry}))
-            mark("said")
+            self._write_part(scratch, parts, header, data)
             if self.rank == 0:
                 self._publish(scratch, manifest)
         except Exception as error:
             self._error = error
-            if self.rank:
-                _replace(said, json.dumps({"error": f"rank {self.rank}: {error}"}))
+
+    def _write_part(
+        self, scratch: Path, parts: dict[str, Any], header: bytes, data: Tensor
+    ) -> None:
+        path = scratch / f"state-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
+        said = scratch / f"rank-{self.rank}.json"
+        try:
+            mark("begin")
+            scratch.mkdir(parents=True, exist_ok=True)
+            entry = {**_write_hashed(path, header, data), "parts": parts}
+            mark("written")
+            _replace(said, json.dumps({path.name: entry}))
+            mark("said")
+        except Exception as error:
+            reason = f"rank {self.rank}: {error}"
+            # A disk that is full has room for the reason once the part is gone.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                _replace(said, json.dumps({"error": reason}))
+            raise OSError(reason) from error
 
     def _publish(self, scratch: Path, manifest: dict[str, Any]) -> None:
         """Wait for every rank's file, and give the folder its name."""
@@ -172,6 +183,7 @@ class Checkpoints:
         manifest["sha256"] = _digest(manifest)
         _replace(scratch / MANIFEST, json.dumps(manifest))
         mark("manifest")
+        _sync(scratch)  # or the name could be on disk before what it stands for
         target = self.folder / f"step-{manifest['step']}"
         os.rename(scratch, target)
         mark("renamed")
@@ -291,7 +303,13 @@ def _what_is_wrong(path: Path, step: int) -> str | None:
 
 
 class Saved:
-    """A checkpoint that is there to be read; `newest` has said that it is sound."""
+    """A checkpoint that is there to be read; `newest` has said that it is sound.
+
+    ``sizes``: the elements of each parameter, by name.
+
+    Raises:
+        ConfigError: elements are missing, or there twice.
+    """
 
     def __init__(self, folder: Path, step: int):
         self.path, self.step = folder / f"step-{step}", step
@@ -301,6 +319,16 @@ class Saved:
         for file, entry in self.manifest["files"].items():
             for name, (start, stop) in entry["parts"].items():
                 self._parts.setdefault(name, []).append((start, stop, file))
+        self.sizes: dict[str, int] = {}
+        for name, parts in self._parts.items():
+            for start, stop, _ in sorted(parts):
+                end = self.sizes.get(name, 0)
+                if start != end:
+                    raise ConfigError(
+                        f"resume: expected the elements of {name} once each in {str(self.path)!r}, "
+                        f"got pieces that end at {end} and begin at {start}"
+                    )
+                self.sizes[name] = stop
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a flattened parameter's weight or moment: fp32.
@@ -308,19 +336,17 @@ class Saved:
         Raises:
             ConfigError: the checkpoint does not hold them.
         """
+        if stop > self.sizes.get(name, 0):
+            raise ConfigError(
+                f"resume: expected elements {start} to {stop} of {name} in {str(self.path)!r}, "
+                f"got {self.sizes.get(name, 0)} in all"
+            )
         found = torch.empty(stop - start)
-        missing = stop - start
         for first, last, file in self._parts.get(name, []):
             a, b = max(first, start), min(last, stop)
             if a < b:
                 piece = self._open(file).get_slice(f"{kind}/{name}")[a - first : b - first]
                 found[a - start : b - start] = piece
-                missing -= b - a
-        if missing:
-            raise ConfigError(
-                f"resume: expected {kind} of {name}, elements {start} to {stop}, in "
-                f"{str(self.path)!r}, got {stop - start - missing} of them"
-            )
         return found
 
     def _open(self, file: str) -> Any:

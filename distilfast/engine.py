@@ -285,7 +285,18 @@ class Engine:
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """The state that was saved, whatever the layout. For an engine that has not stepped yet."""
+        """The state that was saved, whatever the layout. For an engine that has not stepped yet.
+
+        Raises:
+            ConfigError: it is of other parameters.
+        """
+        named = self.deepspeed.module.named_parameters()
+        sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in named if p.requires_grad}
+        if differing := sorted({name for name, _ in sizes.items() ^ saved.sizes.items()}):
+            raise ConfigError(
+                f"resume: expected the parameters of this student in {str(saved.path)!r}, got "
+                f"others: {', '.join(differing)}"
+            )
         for name, _, at in self._slices():
             if at.flat not in self.adam.state:
                 zeros = {kind: torch.zeros_like(at.flat) for kind in MOMENTS}
