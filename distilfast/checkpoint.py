@@ -11,6 +11,7 @@ memory first, and written by a thread while training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging

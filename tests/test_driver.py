@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, make_teacher
 
-from distilfast import checkpoint, cli, engine, linear, optimizers, train
+from distilfast import checkpoint, cli, data, engine, linear, optimizers, train
 from distilfast import config as configs
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 from distilfast.masking import permutation
