@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import threading
@@ -241,39 +242,47 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _steps(folder: Path) -> list[int]:
     """Of all checkpoints, sound or not, oldest first."""
-    names = (p.name.removeprefix("step-") for p in folder.glob("step-*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    names = (re.fullmatch(r"step-([1-9][0-9]*)", p.name) for p in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def newest(folder: Path, before: int | None = None) -> int:
-    """The step of the newest sound checkpoint (of less than ``before`` steps), 0 where there is
-    none. A damaged one is named and set aside. One rank decides this for all.
+def newest(folder: Path) -> int:
+    """The step of the newest sound checkpoint, 0 where there is none. Damaged ones are named and
+    set aside. One rank decides this for all.
 
     Raises:
         ConfigError: all are damaged, or the newest is of an unknown format.
     """
-    damaged = []
-    for step in reversed(_steps(folder)):
-        if before is not None and step >= before:
-            continue
-        path = folder / f"step-{step}"
-        wrong = _what_is_wrong(path, step)
-        if wrong is None:
-            return step
-        aside = folder / f"damaged-step-{step}"
+    step, damaged = find(folder)
+    if damaged and not step:
+        # They stay where they are: set aside, the next start would find none and begin anew.
+        raise ConfigError(
+            f"resume: expected a sound checkpoint in {str(folder)!r}, got damaged ones only: "
+            + ", ".join(f"step-{step} ({wrong})" for step, wrong in damaged.items())
+            + "; to begin anew, remove the run's folder"
+        )
+    for one, wrong in damaged.items():
+        path, aside = folder / f"step-{one}", folder / f"damaged-step-{one}"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
         logging.getLogger("distilfast").warning(f"{path} is damaged ({wrong}): now {aside.name}")
-        damaged.append(step)
-    if damaged:
-        raise ConfigError(
-            f"resume: expected a sound checkpoint in {str(folder)!r}, got damaged ones only (steps "
-            f"{', '.join(map(str, damaged))}); to begin anew, remove the run's folder"
-        )
-    return 0
+    return step
+
+
+def find(folder: Path, before: int | None = None) -> tuple[int, dict[int, str]]:
+    """The step of the newest sound checkpoint (of fewer than ``before`` steps), 0 where there is
+    none, and what is wrong with those after it. Changes nothing."""
+    damaged: dict[int, str] = {}
+    for step in reversed(_steps(folder)):
+        if before is None or step < before:
+            wrong = _what_is_wrong(folder / f"step-{step}", step)
+            if wrong is None:
+                return step, damaged
+            damaged[step] = wrong
+    return 0, damaged
 
 
 def _what_is_wrong(path: Path, step: int) -> str | None:

@@ -62,7 +62,7 @@ def replay(config: Config, step: int) -> bool:
     dtype = engine.DTYPES[config.precision]
     teacher = TeacherSide(setup.teachers, config.loss, world.device, dtype)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
-    start, ranks = checkpoint.newest(output / "checkpoints", before=step), 1
+    (start, _), ranks = checkpoint.find(output / "checkpoints", before=step), 1
     if start:
         saved = Saved(output / "checkpoints", start)
         ranks = saved.manifest["ranks"]

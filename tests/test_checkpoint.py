@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distilfast import checkpoint
-from distilfast.checkpoint import Checkpoints, Piece, Saved, newest
+from distilfast.checkpoint import CheckpointError, Checkpoints, Piece, Saved, newest
 from distilfast.config import ConfigError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -395,15 +395,21 @@ def test_full_disk_on_one_rank_is_told_by_name(
     everyone[0].wait()
     monkeypatch.setattr(checkpoint, "_write_hashed", full)
     save(4)
-    with pytest.raises(OSError, match=f"checkpoint of step 4: rank {culprit}: .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=f"step-4 could not be saved: rank {culprit}: .*No space left"
+    ):
         everyone[0].wait()
     if culprit == 1:
-        with pytest.raises(OSError, match=r"rank 1: .*No space left"):
+        with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
             everyone[1].wait()
     else:
         everyone[1].wait()
-    assert [each.failed for each in everyone] == [True, culprit == 1]
-    with pytest.raises(OSError, match="step 4"):
+    for each in everyone[: culprit + 1]:
+        with pytest.raises(CheckpointError):
+            each.check()
+    if culprit == 0:
+        everyone[1].check()
+    with pytest.raises(CheckpointError, match="step-4"):
         everyone[0].save(6, pieces(state, 0, 2))
     assert {p.name for p in tmp_path.iterdir()} == {"step-2", "tmp-step-4"}
     assert not list(tmp_path.glob(f"tmp-step-4/state-{culprit:05d}*"))
@@ -424,7 +430,7 @@ def test_disk_that_is_really_full(tmp_path: Path, ranks: int) -> None:
         everyone = [Checkpoints(tmp_path, rank, ranks, 3) for rank in range(ranks)]
         for rank, each in enumerate(everyone):
             each.save(4, pieces(made_up({"a": 150_000}), rank, ranks))
-        with pytest.raises(OSError, match=r"rank \d: .*No space left"):
+        with pytest.raises(CheckpointError, match=r"rank \d: .*No space left"):
             everyone[0].wait()
         assert {p.name for p in tmp_path.iterdir()} == {"step-2", "tmp-step-4"}
         assert newest(tmp_path) == 2
