@@ -136,13 +136,14 @@ def replay(arguments: Sequence[str]) -> int:
 
 
 def describe_batch(batch: BatchConfig, ranks: int) -> str:
-    accumulation = ""
+    rising = accumulation = ""
+    if batch.warmup_from is not None:
+        rising = f" (from {batch.warmup_from} in {batch.warmup_steps} steps)"
     if batch.tokens is None:
-        accumulation = f" x {-(-batch.size // (batch.micro_sequences * ranks))}"
-    rising = f" (from {batch.warmup_from} in {batch.warmup_steps} steps)"
+        accumulation = f" {-(-batch.size // (batch.micro_sequences * ranks))}"
     return (
-        f"{batch.size} {batch.unit}{rising if batch.warmup_from else ''} = {ranks} ranks"
-        f"{accumulation} micro-batches of at most {batch.micro_sequences} sequences"
+        f"{batch.size} {batch.unit}{rising} = {ranks} ranks x{accumulation} micro-batches of at "
+        f"most {batch.micro_sequences} sequences"
     )
 
 

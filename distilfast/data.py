@@ -453,8 +453,11 @@ class Batches:
         examples, epochs = self.examples(step)
         by_length = self.lengths["train"][examples].argsort(stable=True)
         turns = -(-len(examples) // (micro_sequences * ranks))
-        parts = by_length.tensor_split(turns * ranks)[rank::ranks]
-        return Share(self, [(examples[part], epochs[part]) for part in parts])
+        parts = torch.arange(turns * ranks)
+        size, larger = divmod(len(examples), len(parts))
+        sizes = size + (parts < larger).long()
+        mine = by_length[(parts % ranks == rank).repeat_interleave(sizes)]
+        return Share(self, examples[mine], epochs[mine], sizes[rank::ranks].tolist())
 
     def heldout(
         self, rank: int, ranks: int, micro_sequences: int, limit: int | None
@@ -499,30 +502,33 @@ class Share:
     holds are the numbers of its examples, so that a batch may be of any size."""
 
     batches: Batches
-    parts: list[tuple[Tensor, Tensor]]  # the examples of each micro-batch and their epochs
+    examples: Tensor  # (n,) int64
+    epochs: Tensor  # (n,) int64
+    sizes: list[int]  # of the micro-batches
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for part in self.parts:
-            # Fewer examples than turns: where weights or gradients are split (ZeRO 2 and 3) the
-            # ranks go through a turn together, so whoever has none left takes one again.
-            spare = len(part[0]) == 0
-            examples, epochs = (x[:1] for x in self.parts[0]) if spare else part
-            batch = self.batches._micro_batch("train", examples, epochs)
-            yield batch.without_rows() if spare else batch
+        begin = 0
+        for size in self.sizes:
+            # Where gradients or weights are split (ZeRO 2 and 3) the ranks go through a turn
+            # together, so whoever has no example left takes one again.
+            part = slice(begin, begin + size) if size else slice(1)
+            begin += size
+            batch = self.batches._micro_batch("train", self.examples[part], self.epochs[part])
+            yield batch if size else batch.without_rows()
 
     def counts(self) -> tuple[int, int]:
         """Its tokens and its masked ones."""
         store, masker = self.batches.store, self.batches.masker
-        examples, epochs = (torch.cat(x) for x in zip(*self.parts, strict=True))
-        lengths = self.batches.lengths["train"][examples]
-        masked = 0
-        for piece in torch.arange(len(examples)).split(max(1, COUNTED // int(lengths.max()))):
-            chosen = examples[piece]
-            tokens = store.tokens("train", chosen)
-            masked += masker.count(tokens, lengths[piece], chosen, epochs[piece])
+        lengths = self.batches.lengths["train"][self.examples]
+        at_once = max(1, COUNTED // int(lengths.max()))
+        pieces = (x.split(at_once) for x in (lengths, self.examples, self.epochs))
+        masked = sum(
+            masker.count(store.tokens("train", examples), lengths, examples, epochs)
+            for lengths, examples, epochs in zip(*pieces, strict=True)
+        )
         return int(lengths.sum()), masked
 
 
