@@ -526,6 +526,8 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     parser.add_argument("--print_config", action="store_true", help="print the result and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Config, None, fail_untyped=True, sub_configs=False)
+    # The parser takes a made BatchConfig for the defaults; with tokens given, there is no default.
+    parser.set_defaults({"batch.sequences": None})
     files, others = _split(arguments)
     for file in files:
         _check_file(Path(file))

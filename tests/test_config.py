@@ -121,9 +121,15 @@ def test_config_checks_itself_without_a_parser() -> None:
             wrong()
 
 
-def test_batch_is_of_4096_sequences_unless_something_else_is_said() -> None:
+def test_batch_is_of_4096_sequences_unless_something_else_is_said(tmp_path: Path) -> None:
     assert BatchConfig() == BatchConfig(sequences=4096)
-    assert BatchConfig(tokens=500).sequences is None
+    assert read(tmp_path, "steps: 1\nbatch: {micro_sequences: 32}").batch == BatchConfig()
+    tokens = BatchConfig(tokens=5000)
+    assert tokens.sequences is None
+    assert read(tmp_path, "steps: 1\nbatch: {tokens: 5000}").batch == tokens
+    assert read(tmp_path, "steps: 1", "--batch.tokens=5000").batch == tokens
+    over = "--batch.tokens=5000", "--batch.sequences=null"
+    assert read(tmp_path, "steps: 1\nbatch: {sequences: 8}", *over).batch == tokens
 
 
 WARMUPS = st.integers(1, 10**6).flatmap(
