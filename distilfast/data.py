@@ -509,6 +509,10 @@ class Share:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The examples of each micro-batch, and their epochs."""
+        return zip(self.examples.split(self.sizes), self.epochs.split(self.sizes), strict=True)
+
     def __iter__(self) -> Iterator[MicroBatch]:
         begin = 0
         for size in self.sizes:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distilfast import checkpoint, engine, train
+from distilfast import checkpoint, data, engine, train
 from distilfast.checkpoint import Saved
 from distilfast.config import Config, ConfigError, ZeroConfig
 from distilfast.data import MicroBatch
@@ -80,19 +80,19 @@ def replay(config: Config, step: int) -> bool:
     counts = torch.stack([train.count(config, world, share) for share in shares]).sum(0)
     pieces = Pieces(runner.deepspeed.module, teacher, Normalizers(*counts.float()))
     for rank, share in enumerate(shares):
-        for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts, strict=True)):
+        for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts(), strict=True)):
             torch.manual_seed(train.dropout_seed(config.seed, step - 1, i, rank))
             found = pieces.add(batch.to(world.device))
             print(f"rank {rank}, micro-batch {i + 1}, {len(examples)} examples: {found}")
             if found.finite:
                 continue
-            for pair in zip(examples.split(1), epochs.split(1), strict=True):
-                (alone,) = dataclasses.replace(share, parts=[pair])
+            for example, epoch in zip(examples.split(1), epochs.split(1), strict=True):
+                (alone,) = data.Share(setup.batches, example, epoch, [1])
                 found = pieces.take(alone.to(world.device))[0]
                 if not found.finite:
-                    tokens = setup.batches.store.tokens("train", pair[0])
+                    tokens = setup.batches.store.tokens("train", example)
                     text = setup.tokenizer.decode(tokens.tolist())
-                    print(f"    example {int(pair[0])} alone: {found}\n        {text}")
+                    print(f"    example {int(example)} alone: {found}\n        {text}")
     print(f"step {step}: {pieces.total()}")
     for line in read_metrics(output / "metrics.jsonl"):
         if line["step"] == step and "loss" in line:

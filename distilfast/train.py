@@ -391,7 +391,7 @@ SHOWN = 16  # examples, of a rank, in an error
 def _where(world: World, share: data.Share, parts: list[Tensor]) -> str:
     """The ranks and examples of the micro-batches whose loss is not finite."""
     mine: list[int] = []
-    for (examples, _), shares in zip(share.parts, parts, strict=True):
+    for (examples, _), shares in zip(share.parts(), parts, strict=True):
         if not shares.isfinite().all():
             mine += examples.tolist()
     found = []

@@ -431,7 +431,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     for rank in range(ranks):
         share = setup.batches.step(step - 1, rank, ranks, 2)
         reading = [
-            part[0] for part, b in zip(share.parts, share, strict=True) if token in b.input_ids
+            part[0] for part, b in zip(share.parts(), share, strict=True) if token in b.input_ids
         ]
         named = ", ".join(str(int(e)) for examples in reading for e in examples)
         assert (f"rank {rank}: examples {named}" in error) == bool(named), error
@@ -448,7 +448,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
         int(example)
         for rank in range(ranks)
         for share in [setup.batches.step(step - 1, rank, ranks, 1)]
-        for (examples, _), batch in zip(share.parts, share, strict=True)
+        for (examples, _), batch in zip(share.parts(), share, strict=True)
         for example in examples
         if token in batch.input_ids
     }
