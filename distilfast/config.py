@@ -379,15 +379,22 @@ class ZeroConfig:
             too, 3 the weights too.
         offload: what is kept in the host's memory, and the optimizer's step taken there: none,
             the optimizer's state (stages 1 to 3), or the parameters and that state (stage 3).
+        shard_teacher: split the teachers' weights, too, but for a copy of their heads (stage 3).
+            Each layer is gathered at every forward; with offload parameters, from the host's
+            memory.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    shard_teacher: bool = False
 
     def __post_init__(self) -> None:
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         why = f"{lowest} or more with zero.offload {self.offload} (only what is split can be moved)"
         expect(self.stage >= lowest, "zero.stage", why, self.stage)
+        if self.shard_teacher:
+            why = "3 with zero.shard_teacher (below it no weights are split)"
+            expect(self.stage == 3, "zero.stage", why, self.stage)
 
 
 @dataclass(frozen=True)

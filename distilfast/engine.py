@@ -35,6 +35,7 @@ from distilfast.config import Config, ConfigError
 Result = TypeVar("Result")
 # At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.
 PERSISTENT = 100_000
+NORM_OF = 4096  # elements to add up in fp32
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -188,13 +189,17 @@ class Engine:
         # One process has nothing to split, and ZeRO would copy every gradient for it.
         alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
         self.stage = 0 if alone else config.zero.stage
+        # Where every rank has the whole fp32 gradient it is reduced, measured and clipped here:
+        # DeepSpeed would take its norm in fp32, which on a CPU is off by 1e-3 for an embedding.
+        split = self.stage > 1 or config.zero.offload != "none"
+        self.whole = self.stage == 0 or (dtype == torch.bfloat16 and not split)
         options = config.optimizer
         ranks = world if self.stage else None
         self.adam = optimizers.make(module, options, ranks)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
             "managed_gradient_accumulation": False,  # a step is over when we say so
-            "gradient_clipping": options.max_grad_norm,
+            "gradient_clipping": 0.0 if self.whole else options.max_grad_norm,
             "zero_optimization": _partitioning(self.stage, config.zero.offload),
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
@@ -202,22 +207,11 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,  # its own Adam would have to be compiled
             "steps_per_print": 2**31,
         }
-        deepspeed = _import_deepspeed()
-        # It prints its memory at every turn, and imports what warns of its own deprecation.
-        with _alone(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module.to(world.device),
-                optimizer=self.adam,
-                config=settings,
-                dist_init_required=False,
-            )
+        self.deepspeed, self.optimizer = _initialize(module, world, settings, self.adam)
 
-        # At stage 0 `step` reduces, to know the norm before anything is applied. One process has
-        # nothing to send; but at stages 2 and 3 and with offload this is also how gradients get to
-        # where they are added up.
-        alone = world.ranks == 1 and self.stage < 2 and config.zero.offload == "none"
-        if self.stage == 0 or alone:
+        # One process has nothing to send. But at stages 2 and 3 and with offload this is also how
+        # gradients get to where they are added up.
+        if self.whole or (world.ranks == 1 and not split):
             self.deepspeed.enable_backward_allreduce = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -244,22 +238,29 @@ class Engine:
         nothing is applied (with ZeRO, DeepSpeed sees to that)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if not self.whole:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
         if self.stage == 0:
             for weight in self.deepspeed.module.parameters():
                 if weight.requires_grad and weight.grad is None:
                     weight.grad = torch.zeros_like(weight)  # ZeRO's; weight decay goes with it
-            if self.world.ranks > 1:
-                self.deepspeed.buffered_allreduce_fallback()
-            norm = float(self._stage_0_norm())
-            if math.isfinite(norm):
-                self.deepspeed.step()
-            return norm
-        self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        if self.world.ranks > 1:
+            self.deepspeed.buffered_allreduce_fallback()
+        gradients = self._whole_gradients()
+        norm, limit = float(total_norm(gradients)), self.config.optimizer.max_grad_norm
+        if math.isfinite(norm):
+            if 0 < limit < norm:
+                torch._foreach_mul_(gradients, limit / norm)
+            self.deepspeed.step()
+        return norm
 
-    def _stage_0_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    def _whole_gradients(self) -> list[Tensor]:
+        if self.stage == 0:
+            named = self.deepspeed.module.parameters()
+            return [p.grad for p in named if p.grad is not None]
+        gradients: list[Tensor] = self.optimizer.get_grads_for_norm(for_clipping=True)
+        return gradients
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights by name, on the CPU; every rank has to ask."""
@@ -356,6 +357,57 @@ def _set_partition(weight: Any, saved: Saved, name: str) -> None:
     length = min(part.ds_numel, weight.ds_numel - start)
     if length > 0:
         part.data.view(-1)[:length].copy_(saved.read(name, "weight", start, start + length))
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all together, 0-d fp64, of fp32 norms of pieces: PyTorch's norm of 23 million
+    normal numbers on a CPU, added one by one in fp32, is off by 1.3e-3."""
+    norms = []
+    for gradient in gradients:
+        flat = gradient.detach().flatten()
+        rows = flat[: len(flat) // NORM_OF * NORM_OF].view(-1, NORM_OF)
+        norms += [rows.norm(dim=1), flat[rows.numel() :].norm()[None]]
+    return torch.cat(norms).double().norm()
+
+
+def shard(module: nn.Module, config: Config, world: World) -> Callable[..., Any]:
+    """A frozen module partitioned over the ranks as ZeRO 3 does: its forward. Every rank has to
+    call it as often: each layer's weights are gathered when it is their turn."""
+    partitioning = _partitioning(3, config.zero.offload)
+    partitioning.pop("offload_optimizer", None)  # there is none
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
+        "zero_optimization": partitioning,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 2**31,
+    }
+    sharded, _ = _initialize(module, world, settings)
+
+    def forward(*arguments: Any) -> Any:
+        with _alone():  # as in Engine.__call__
+            return sharded(*arguments)
+
+    return forward
+
+
+def _initialize(
+    module: nn.Module,
+    world: World,
+    settings: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimiser."""
+    deepspeed = _import_deepspeed()
+    # It prints its memory at every turn, and imports what warns of its own deprecation.
+    with _alone(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+    return engine, wrapped
 
 
 def _partitioning(stage: int, offload: str) -> dict[str, Any]:

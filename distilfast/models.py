@@ -89,12 +89,16 @@ def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, rows: Tenso
     there."""
     parts = family(model)
     hidden = parts.hidden(model, input_ids, attention_mask).flatten(0, 1)
-    head = parts.head(model)
-    logits = nn.functional.linear(parts.features(model, hidden[rows]), head.weight, head.bias)
+    return logits(model, parts.features(model, hidden[rows]), parts.head(model))
+
+
+def logits(model: Any, features: Tensor, head: nn.Linear) -> Tensor:
+    """What a model makes of (n, D) features with its head, or a copy of that, (n, V)."""
+    product = nn.functional.linear(features, head.weight, head.bias)
     scale, softcap = logit_scaling(model)
     if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        product = product * scale
+    return product if softcap is None else softcap * torch.tanh(product / softcap)
 
 
 # --- That a family's head is all there is between hidden states and logits ------------------------

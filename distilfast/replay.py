@@ -135,6 +135,6 @@ class Pieces:
         pairs = zip(self.weights, gradient, strict=True)
         return Found(
             parts=dict(zip(PARTS, parts.tolist(), strict=True)),
-            grad_norm=float(torch.nn.utils.get_total_norm([g.float() for g in gradient])),
+            grad_norm=float(engine.total_norm([g.float() for g in gradient])),
             not_finite=[name for name, g in pairs if not g.isfinite().all()],
         )

@@ -7,7 +7,9 @@ forward of the module that was handed over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +51,39 @@ def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
     return batch.tokens if config.all_rows else batch.masked
 
 
+class Bodies(nn.Module):
+    """The teachers up to their heads.
+
+    forward(batch, tokens, rows, n) -> of each of the first n teachers the hidden states at
+    ``tokens``, and the features at ``rows``; of none where that is None.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(teachers)
+
+    def forward(
+        self, batch: MicroBatch, tokens: Tensor | None, rows: Tensor | None, n: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        hidden, features = [], []
+        for model in itertools.islice(self.models, n):
+            parts = models.family(model)
+            states = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
+            if tokens is not None:
+                hidden.append(states[tokens])
+            if rows is not None:
+                features.append(parts.features(model, states[rows]))
+        return hidden, features
+
+
 class TeacherSide:
     """The teachers on the device, in the dtype to run in. No module: it is never trained, saved
-    with the student, or partitioned with it."""
+    with the student, or partitioned with it.
+
+    Args:
+        shard: what partitions the teachers over the ranks and returns their forward. Their heads
+            are copied before, as the student's forward reads them whole. None: each rank has all.
+    """
 
     def __init__(
         self,
@@ -59,30 +91,29 @@ class TeacherSide:
         config: LossConfig,
         device: torch.device,
         dtype: torch.dtype,
+        shard: Callable[[nn.Module], Callable[..., Any]] | None = None,
     ):
         self.config = config
         self.models = [t.model.to(device, dtype) for t in teachers]
         self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
         self.heads = [models.family(m).head(m) for m in self.models]
+        self.bodies: Callable[..., Any] = Bodies(self.models)
+        if shard is not None:
+            self.heads = copy.deepcopy(self.heads)
+            self.bodies = shard(self.bodies)
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Targets:
-        hidden, features = [], []
-        rows = vocabulary_rows(batch, self.config)
-        for model in self.models:
-            parts = models.family(model)
-            states = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
-            if self.config.hidden_cos_weight:
-                hidden.append(states[batch.tokens])
-            if self.config.vocabulary:
-                features.append(parts.features(model, states[rows]))
-        return Targets(hidden, features)
+        config = self.config
+        tokens = batch.tokens if config.hidden_cos_weight else None
+        rows = vocabulary_rows(batch, config) if config.vocabulary else None
+        return Targets(*self.bodies(batch, tokens, rows, len(self.models)))
 
     @torch.no_grad()
     def predict(self, batch: MicroBatch) -> Tensor:
         """The first teacher's logits at the masked positions, (masked, V)."""
-        inputs = batch.input_ids, batch.attention_mask, batch.masked
-        return models.logits_at(self.models[0], *inputs)
+        _, (features,) = self.bodies(batch, None, batch.masked, 1)
+        return models.logits(self.models[0], features, self.heads[0])
 
 
 class Distillation(nn.Module):

@@ -243,9 +243,7 @@ def claim(config: Config, output: Path) -> int:
 def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> bool:
     """Train from step ``start`` to the last and write the results. False: stopped by a signal, and
     saved."""
-    teacher = TeacherSide(
-        setup.teachers, config.loss, world.device, engine.DTYPES[config.precision]
-    )
+    teacher = teacher_side(config, world, setup.teachers)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
     folder, keep = output / "checkpoints", config.checkpoint.keep
     if start:
@@ -315,6 +313,14 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
         finish(config, world, setup, output, scores, metrics.lines(), weights)
     world.first(lambda: None)  # nobody leaves before the results are written
     return True
+
+
+def teacher_side(config: Config, world: World, teachers: Sequence[models.Teacher]) -> TeacherSide:
+    """The teachers, whole on every rank or partitioned over them."""
+    things = teachers, config.loss, world.device, engine.DTYPES[config.precision]
+    if not config.zero.shard_teacher:
+        return TeacherSide(*things)
+    return TeacherSide(*things, lambda module: engine.shard(module, config, world))
 
 
 def optimiser_step(
@@ -509,7 +515,8 @@ def _scores(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
+    # A partitioned parameter is empty, and keeps its size by this name.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:

@@ -341,6 +341,13 @@ def test_bf16_is_refused_at_stage_0(base: Path, refuse: Refuse) -> None:
     assert message.endswith("got 0")
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sharded_teacher_is_refused_below_stage_3(stage: int, base: Path, refuse: Refuse) -> None:
+    message = refuse(*arguments(base, zero__stage=stage, zero__shard_teacher=True))
+    assert message.startswith("zero.stage: expected 3 with zero.shard_teacher")
+    assert message.endswith(f"got {stage}")
+
+
 @pytest.mark.parametrize(
     ("stage", "offload", "lowest"),
     [(0, "optimizer", 1), (0, "parameters", 3), (1, "parameters", 3), (2, "parameters", 3)],

@@ -47,7 +47,7 @@ optimizer: {name: adamw, learning_rate: 5.0e-4, weight_decay: 0.0, betas: [0.9, 
             epsilon: 1.0e-6, warmup_ratio: 0.05, max_grad_norm: 5.0}
 batch: {sequences: 4096, micro_sequences: 32}
 evaluate: {every: 500}
-zero: {stage: 1, offload: none}
+zero: {stage: 1, offload: none, shard_teacher: false}
 precision: bf16
 seed: 56
 checkpoint: {every: 1000, keep: 3}
