@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from distilfast import assets, engine, optimizers, train
+from distilfast import assets, checks, engine, optimizers, train
 from distilfast.config import Config, parse
 from distilfast.records import Metrics
 from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "overhead.csv"
 class PlainLoop:
     """The step as one would write it by hand."""
 
-    def __init__(self, config: Config, setup: train.Setup, teacher: TeacherSide):
+    def __init__(self, config: Config, setup: checks.Setup, teacher: TeacherSide):
         self.config, self.setup, self.teacher = config, setup, teacher
         dtype = engine.DTYPES[config.precision]
         self.module = Distillation(setup.student.to(dtype), config.loss, teacher)
@@ -88,7 +88,7 @@ class PlainLoop:
 class DriverLoop:
     """The driver's own step, with its metrics."""
 
-    def __init__(self, config: Config, setup: train.Setup, teacher: TeacherSide, folder: Path):
+    def __init__(self, config: Config, setup: checks.Setup, teacher: TeacherSide, folder: Path):
         self.config, self.setup, self.teacher = config, setup, teacher
         self.world, self.stop = engine.start(), train.Stop()
         module = Distillation(setup.student, config.loss, teacher)
@@ -108,8 +108,8 @@ def measure(config: Config, steps: int, folder: Path) -> dict[str, float]:
     """Medians in ms, and the largest relative difference of the two losses."""
     world, dtype = engine.start(), engine.DTYPES[config.precision]
 
-    def made() -> tuple[Config, train.Setup, TeacherSide]:
-        setup = train.prepare(config, world)
+    def made() -> tuple[Config, checks.Setup, TeacherSide]:
+        setup = checks.prepare(config, world)
         return config, setup, TeacherSide(setup.teachers, config.loss, world.device, dtype)
 
     loops = (DriverLoop(*made(), folder), PlainLoop(*made()))

@@ -59,9 +59,9 @@ def script() -> None:
 def prepare(arguments: Sequence[str]) -> int:
     """Tokenise and count."""
     config = parse(arguments, prog="distilfast prepare")
-    from distilfast import data, train
+    from distilfast import checks, data
 
-    _, tokenizer, _ = train.load_models(config)
+    _, tokenizer, _ = checks.load_models(config)
     store = data.prepare(config, tokenizer, config.token_folder)
     print(f"{config.token_folder}: {describe_store(store)}")
     return 0
@@ -70,12 +70,12 @@ def prepare(arguments: Sequence[str]) -> int:
 def check(arguments: Sequence[str]) -> int:
     """Everything that `train` checks, and what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
-    from distilfast import data, models, train
+    from distilfast import checks, data, models
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.batch.check(ranks, config.data.max_length)
-    train.check_output(config, Path(config.output))
-    teachers, tokenizer, student = train.load_models(config)
+    checks.check_output(config, Path(config.output))
+    teachers, tokenizer, student = checks.load_models(config)
     for teacher in teachers:
         print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
     kind = type(student).__name__
@@ -88,7 +88,7 @@ def check(arguments: Sequence[str]) -> int:
         store = data.prepare(config, tokenizer, folder)
         print(f"data:     {folder}: {describe_store(store)}")
         epoch_size = int(store.sizes(config.batch).sum())
-        steps = train.count_steps(config, epoch_size)
+        steps = checks.count_steps(config, epoch_size)
         print(f"steps:    {steps:,} = {config.batch.before(steps) / epoch_size:.2f} epochs")
     else:
         data.check(config, folder)

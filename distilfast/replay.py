@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distilfast import checkpoint, data, engine, train
+from distilfast import checkpoint, checks, data, engine, train
 from distilfast.checkpoint import Saved
 from distilfast.config import Config, ConfigError, ZeroConfig
 from distilfast.data import MicroBatch
@@ -56,7 +56,7 @@ def replay(config: Config, step: int) -> bool:
     # In one process there is nothing to split; in bf16 the fp32 masters are ZeRO's.
     zero = ZeroConfig(stage=0 if config.precision == "fp32" else 1)
     config = dataclasses.replace(config, zero=zero)
-    setup = train.prepare(config, world := engine.start())
+    setup = checks.prepare(config, world := engine.start())
     if not 1 <= step <= setup.steps:
         raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")
     dtype = engine.DTYPES[config.precision]

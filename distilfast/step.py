@@ -168,7 +168,7 @@ class Distillation(nn.Module):
         rows, head = vocabulary_rows(batch, config), parts.head(self.student)
         soft = self._soft(targets) if config.vocabulary else {}
         scale, softcap = models.logit_scaling(self.student)
-        # One for all: `train.check_teachers`.
+        # One for all: `checks.check_teachers`.
         teacher_scale, teacher_softcap = models.logit_scaling(self.teacher.models[0])
         widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(

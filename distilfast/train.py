@@ -11,53 +11,31 @@ checkpoint written; 2 something wrong in the configuration or the inputs, found 
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distilfast import checkpoint, data, engine, export, models, optimizers
 from distilfast import config as configs
+from distilfast import data, engine, models, optimizers, results
 from distilfast.checkpoint import CheckpointError, Checkpoints, Saved
+from distilfast.checks import Setup, claim, prepare
 from distilfast.config import Config, ConfigError
 from distilfast.engine import Engine, World
 from distilfast.evaluate import Evaluator
-from distilfast.masking import Masker, philox
+from distilfast.masking import philox
 from distilfast.records import Metrics, Progress, log_to_stderr
-from distilfast.report import ModelRow, Report, write_report
 from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.watch import guard
-
-# A run may be gone on with under other values of these; every other key decides what it computes.
-FREE_KEYS = (
-    "checkpoint.",
-    "evaluate.",
-    "output",
-    "rank_timeout_s",
-    "resume",
-    "tensorboard",
-    "zero.",
-    "batch.micro_sequences",
-    "data.prepared",
-    "loss.backend",
-)
-
-
-# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
-# products do (a three-layer student, 32 x 128 tokens, bf16: 380 ms a step with it, 228 without).
-SHORT = 128
 
 
 class TrainingError(RuntimeError):
@@ -103,138 +81,6 @@ def distil(config: Config, world: World) -> bool:
     if not complete:
         world.first(lambda: print(f"stopped; the same command goes on from {output}"))
     return complete
-
-
-# --- Before training: whatever can be found wrong is found here -----------------------------------
-
-
-@dataclass
-class Setup:
-    """What a run is made of."""
-
-    teachers: list[models.Teacher]
-    tokenizer: Any
-    student: Any
-    batches: data.Batches
-    steps: int
-
-
-def prepare(config: Config, world: World) -> Setup:
-    """Load and check everything. Writes the tokens where they are missing, and nothing else.
-
-    Raises:
-        ConfigError: the first thing found wrong.
-    """
-    config.batch.check(world.ranks, config.data.max_length)
-    world.first(lambda: check_output(config, Path(config.output)))
-    teachers, tokenizer, student = world.together(lambda: load_models(config))
-    if world.device.type == "cpu" and config.data.max_length <= SHORT:
-        student.set_attn_implementation("eager")
-    folder = config.token_folder
-    world.first(lambda: data.prepare(config, tokenizer, folder))
-    store = world.together(lambda: data.Store.open(folder))
-    special, mask_token = tokenizer.all_special_ids, tokenizer.mask_token_id
-    masker = Masker.from_counts(store.counts, special, mask_token, config.masking, config.seed)
-    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch)
-    return Setup(teachers, tokenizer, student, batches, count_steps(config, batches.epoch_size))
-
-
-def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
-    """The teachers, their tokenizer and the student, checked against the configuration."""
-    teachers, tokenizer = models.load_teachers(config.teachers)
-    check_teachers(config, teachers)
-    student = models.make_student(teachers[0].model, config.student, config.seed)
-    for teacher in teachers:
-        models.check_head(f"teacher {teacher.name!r}", teacher.model, tokenizer)
-    models.check_head("student", student, tokenizer)
-    return teachers, tokenizer, student
-
-
-def count_steps(config: Config, epoch_size: int) -> int:
-    """Optimiser steps: as configured, or of the epochs, whole steps and at least one. An epoch's
-    size is in the unit of the batch."""
-    if config.steps:
-        return config.steps
-    total = int((config.epochs or 0) * epoch_size)
-    return max(1, bisect.bisect_right(range(total + 1), total, key=config.batch.before) - 1)
-
-
-def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
-    """That the teachers can give what the losses and the data ask for."""
-    for teacher in teachers:
-        positions = teacher.model.config.max_position_embeddings
-        if config.data.max_length > positions:
-            raise ConfigError(
-                f"data.max_length: expected at most {positions}, the positions of "
-                f"{teacher.name!r}, got {config.data.max_length}"
-            )
-        if config.loss.vocabulary and not teacher.has_head:
-            raise ConfigError(
-                f"teacher: {teacher.name!r} has no masked-LM head, which kd, logit_cos and mse "
-                "need; train one first with those weights at 0, as configs/demo-teacher.yaml does"
-            )
-    scalings = [models.logit_scaling(t.model) for t in teachers]
-    if config.loss.vocabulary and len(set(scalings)) > 1:
-        raise ConfigError(
-            f"teacher: expected one (logit_scale, logit_softcap) in an ensemble, got {scalings}"
-        )
-    widths = {t.model.config.hidden_size for t in teachers}
-    if config.loss.hidden_cos_weight and len(widths) > 1:
-        raise ConfigError(
-            f"loss.hidden_cos_weight: expected 0 with teachers of different widths, got {widths}"
-        )
-
-
-def check_output(config: Config, output: Path) -> None:
-    """That the folder is empty, or holds this very run."""
-    for parent in (output, *output.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
-    if not output.exists() or all(p.name.startswith("tokens") for p in output.iterdir()):
-        return
-    if config.resume == "never":
-        raise ConfigError(
-            f"output: expected an empty folder with resume never, got {str(output)!r}"
-        )
-    if not (output / "config.yaml").is_file():
-        raise ConfigError(f"output: expected an empty folder or a run's, got {str(output)!r}")
-    try:
-        before = configs.parse(["--config", str(output / "config.yaml")])
-    except ConfigError as error:
-        raise ConfigError(f"output: {output / 'config.yaml'} is damaged: {error}") from error
-    differing = [
-        k for k in _differing(asdict(before), asdict(config)) if not k.startswith(FREE_KEYS)
-    ]
-    if differing:
-        raise ConfigError(
-            f"output: expected an empty folder or this run's, got {str(output)!r} of another run, "
-            f"which differs in {', '.join(differing)}"
-        )
-
-
-def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key in a:
-        if isinstance(a[key], dict) and isinstance(b[key], dict):
-            keys += _differing(a[key], b[key], f"{prefix}{key}.")
-        elif a[key] != b[key]:
-            keys.append(f"{prefix}{key}")
-    return keys
-
-
-def claim(config: Config, output: Path) -> int:
-    """Make the folder this run's, clear away what a killed one left half-written, and return the
-    step to go on from."""
-    checkpoints = output / "checkpoints"
-    start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "config.yaml.tmp"
-    temporary.write_text(configs.to_yaml(config), encoding="utf-8")
-    os.replace(temporary, output / "config.yaml")
-    for pattern in ("checkpoints/tmp-*", "tokens.tmp-*", "model.tmp-*"):
-        for leftover in output.glob(pattern):
-            shutil.rmtree(leftover)
-    return start
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -310,7 +156,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
-        finish(config, world, setup, output, scores, metrics.lines(), weights)
+        results.write(config, world, setup, output, scores, metrics.lines(), weights)
     world.first(lambda: None)  # nobody leaves before the results are written
     return True
 
@@ -444,84 +290,6 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-
-
-# --- After training -------------------------------------------------------------------------------
-
-
-def finish(
-    config: Config,
-    world: World,
-    setup: Setup,
-    output: Path,
-    scores: dict[str, dict[str, Any]],
-    lines: list[dict[str, Any]],
-    weights: dict[str, Tensor],
-) -> None:
-    """model/, report.html and, last, summary.json, which says that the run is complete."""
-    evaluations = [line for line in lines if "eval_loss" in line]
-    steps = [line for line in lines if "loss" in line]
-    taken = [
-        b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *steps], steps, strict=False)
-    ]
-    seconds = sum(n / line["tokens_per_second"] for n, line in zip(taken, steps, strict=True))
-    size = sum(w.numel() for w in _distinct(setup.student, weights))
-    summary = {
-        "teacher": [t.name for t in config.teachers],
-        "parameters": size,
-        "student_layers": getattr(setup.student.config, models.family(setup.student).n_layers),
-        "steps": setup.steps,
-        "tokens": steps[-1]["tokens"],
-        "seconds": seconds,
-        "device": ", ".join(engine.describe(world)),
-        "scores": {
-            **scores,
-            "untrained student": _scores(evaluations[0]),
-            "student": _scores(evaluations[-1]),
-        },
-    }
-    export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
-    rows = [
-        ModelRow(
-            name=name,
-            parameters=(count := _count(setup.teachers[0].model) if name in scores else size),
-            size_mib=count * 4 / 2**20,
-            train_time_s=seconds if name == "student" else None,
-            steps=setup.steps if name == "student" else None,
-            **values,
-        )
-        for name, values in summary["scores"].items()
-    ]
-    last = summary["scores"]["student"]
-    report = Report(
-        title=f"{output.name}: {summary['parameters'] / 1e6:.1f} M parameters",
-        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
-        f"{setup.steps:,} steps.",
-        models=rows,
-        curves={output.name: lines},
-        samples=[],
-        facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
-        config=configs.to_yaml(config),
-    )
-    write_report(report, output / "report.html")
-    temporary = output / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(temporary, output / "summary.json")
-    print(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
-
-
-def _scores(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key.startswith("eval_")}
-
-
-def _count(model: Any) -> int:
-    # A partitioned parameter is empty, and keeps its size by this name.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:
-    """The weights once each: a tied one has two names."""
-    return [weights[name] for name, _ in model.named_parameters()]
 
 
 def script() -> None:

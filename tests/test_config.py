@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distilfast import config, train
+from distilfast import checks, config, train
 from distilfast.config import (
     BatchConfig,
     CheckpointConfig,
@@ -157,7 +157,7 @@ def test_epochs_are_whole_steps_of_whatever_size(
 ) -> None:
     size, first, steps = warmup
     batch = BatchConfig(size, warmup_from=first, warmup_steps=steps)
-    found = train.count_steps(Config(epochs=epochs, batch=batch), epoch_size)
+    found = checks.count_steps(Config(epochs=epochs, batch=batch), epoch_size)
     assert found == 1 or batch.before(found) <= epochs * epoch_size
     assert batch.before(found + 1) > int(epochs * epoch_size)
 

@@ -23,7 +23,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilfast import data, train
+from distilfast import checks, data
 from distilfast.config import (
     BatchConfig,
     Config,
@@ -641,7 +641,7 @@ def test_killed_preparation_does_not_block_the_next_run(
     output = tmp_path / "run"
     settings = replace(config(corpus_file, heldout=0.2), output=str(output))
     kill(settings, tokenizer, output / "tokens", "counts", outright=True)
-    train.check_output(settings, output)
+    checks.check_output(settings, output)
 
 
 def damage(folder: Path, how: str) -> None:
@@ -1058,7 +1058,7 @@ def test_longest_text_fits_the_teachers_positions(
     teachers, loaded_tokenizer = models.load_teachers([TeacherSpec(str(folder))])
     settings = config(corpus_file, max_length=20)
     try:
-        train.check_teachers(settings, teachers)
+        checks.check_teachers(settings, teachers)
     except ConfigError:
         return
     made = data.prepare(settings, loaded_tokenizer, tmp_path / "tokens")

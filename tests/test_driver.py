@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, make_teacher
 
-from distilfast import checkpoint, cli, data, engine, linear, optimizers, train
+from distilfast import checkpoint, checks, cli, data, engine, linear, optimizers, train
 from distilfast import config as configs
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 from distilfast.masking import permutation
@@ -185,7 +185,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
     recipe, folder = whole
     config = configs.parse(recipe)
     world = engine.World(0, 1, torch.device("cpu"))
-    setup = train.prepare(configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world)
+    setup = checks.prepare(configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world)
     student, teacher = setup.student, setup.teachers[0].model
     optimizer = torch.optim.AdamW(
         optimizers._groups(student, config.optimizer.weight_decay),
@@ -427,7 +427,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     assert "no weight was changed" in error
 
     # What the teacher read, by rank and micro-batch.
-    setup = train.prepare(configs.parse([*recipe, *changes]), engine.start())
+    setup = checks.prepare(configs.parse([*recipe, *changes]), engine.start())
     for rank in range(ranks):
         share = setup.batches.step(step - 1, rank, ranks, 2)
         reading = [

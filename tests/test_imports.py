@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "records": {"report"},
     "export": {"_version", "config"},
 }
-APPLICATIONS = {"train", "replay", "demo", "cli"}
+APPLICATIONS = {"train", "checks", "results", "replay", "demo", "cli"}
 THIRD_PARTY = {
     "deepspeed": {"engine", "train"},
     "transformers": {"data", "models", *APPLICATIONS},

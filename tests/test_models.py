@@ -22,7 +22,7 @@ from conftest import WORDS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distilfast import data, evaluate, export, models, step, train
+from distilfast import checks, data, evaluate, export, models, step
 from distilfast.config import (
     BatchConfig,
     Config,
@@ -550,7 +550,7 @@ def test_ensemble_of_padded_vocabularies_is_refused_or_works(
     for specs in (config.teachers, config.teachers[::-1]):
         try:
             teachers, _ = models.load_teachers(specs)
-            train.check_teachers(config, teachers)
+            checks.check_teachers(config, teachers)
         except ConfigError:
             continue
         side = step.TeacherSide(teachers, loss, torch.device("cpu"), torch.float32)
@@ -649,7 +649,7 @@ def test_driver_checks_every_head(bert_folder: str, monkeypatch: pytest.MonkeyPa
     config = Config(teacher=[bert_folder, bert_folder], data=DataConfig(max_length=16), steps=1)
     checked: list[str] = []
     monkeypatch.setattr(models, "check_head", lambda what, *_: checked.append(what))
-    train.load_models(config)
+    checks.load_models(config)
     assert checked == [f"teacher {bert_folder!r}"] * 2 + ["student"]
 
 
@@ -714,9 +714,9 @@ def test_teachers_of_different_softcaps_are_refused(
     monkeypatch.setitem(models.FAMILIES, "bert", row)
     config = Config(data=DataConfig(max_length=16), steps=1)
     with pytest.raises(ConfigError, match=r"^teacher: expected one \(logit_scale, logit_softcap"):
-        train.check_teachers(config, [bert, distilbert])
+        checks.check_teachers(config, [bert, distilbert])
     apart = Config(loss=LossConfig(kd_weight=0), data=DataConfig(max_length=16), steps=1)
-    train.check_teachers(apart, [bert, distilbert])  # nobody reads their logits
+    checks.check_teachers(apart, [bert, distilbert])  # nobody reads their logits
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

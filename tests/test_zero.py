@@ -21,8 +21,8 @@ import torch
 from conftest import make_teacher
 from torch import Tensor
 
+from distilfast import checks, engine, results, train
 from distilfast import config as configs
-from distilfast import engine, train
 from distilfast.checkpoint import Checkpoints, Saved
 from distilfast.evaluate import Evaluator
 from distilfast.step import Distillation
@@ -57,7 +57,7 @@ class Run:
 
     def __init__(self, world: engine.World, recipe: Path, *changes: str):
         self.config = configs.parse(["--config", str(recipe), *changes])
-        self.world, self.setup = world, train.prepare(self.config, world)
+        self.world, self.setup = world, checks.prepare(self.config, world)
         self.teacher = train.teacher_side(self.config, world, self.setup.teachers)
         module = Distillation(self.setup.student, self.config.loss, self.teacher)
         self.engine = engine.Engine(module, self.config, world)
@@ -171,7 +171,7 @@ def sharded(world: engine.World, recipe: Path, folder: Path, *changes: str) -> d
         before = held(teachers)
         found[shard] = train_and_score(run)
         found[shard]["held"] = [before, held(teachers)]
-        found[shard]["sizes"] = [train._count(teacher) for teacher in teachers]
+        found[shard]["sizes"] = [results._count(teacher) for teacher in teachers]
         save(world, run, folder / shard, 3)
         files = (folder / shard).rglob("*.*")
         found[shard]["checkpoint"] = sum(path.stat().st_size for path in files)
@@ -183,7 +183,7 @@ def held(teachers: list[Any]) -> float:
     weights = [p for teacher in teachers for p in teacher.parameters()]
     pieces = [p.ds_tensor for p in weights if hasattr(p, "ds_tensor")]
     here = sum(x.numel() for x in (*weights, *pieces))
-    return here / sum(train._count(teacher) for teacher in teachers)
+    return here / sum(results._count(teacher) for teacher in teachers)
 
 
 def everything(world: engine.World, folder: Path) -> dict[Any, Any]:

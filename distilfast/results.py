@@ -1,0 +1,92 @@
+"""After training: model/, report.html and summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distilfast import config as configs
+from distilfast import engine, export, models
+from distilfast.checks import Setup
+from distilfast.config import Config
+from distilfast.engine import World
+from distilfast.report import ModelRow, Report, write_report
+
+
+def write(
+    config: Config,
+    world: World,
+    setup: Setup,
+    output: Path,
+    scores: dict[str, dict[str, Any]],
+    lines: list[dict[str, Any]],
+    weights: dict[str, Tensor],
+) -> None:
+    """model/, report.html and, last, summary.json, which says that the run is complete."""
+    evaluations = [line for line in lines if "eval_loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    taken = [
+        b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *steps], steps, strict=False)
+    ]
+    seconds = sum(n / line["tokens_per_second"] for n, line in zip(taken, steps, strict=True))
+    size = sum(w.numel() for w in _distinct(setup.student, weights))
+    summary = {
+        "teacher": [t.name for t in config.teachers],
+        "parameters": size,
+        "student_layers": getattr(setup.student.config, models.family(setup.student).n_layers),
+        "steps": setup.steps,
+        "tokens": steps[-1]["tokens"],
+        "seconds": seconds,
+        "device": ", ".join(engine.describe(world)),
+        "scores": {
+            **scores,
+            "untrained student": _scores(evaluations[0]),
+            "student": _scores(evaluations[-1]),
+        },
+    }
+    export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
+    rows = [
+        ModelRow(
+            name=name,
+            parameters=(count := _count(setup.teachers[0].model) if name in scores else size),
+            size_mib=count * 4 / 2**20,
+            train_time_s=seconds if name == "student" else None,
+            steps=setup.steps if name == "student" else None,
+            **values,
+        )
+        for name, values in summary["scores"].items()
+    ]
+    last = summary["scores"]["student"]
+    report = Report(
+        title=f"{output.name}: {summary['parameters'] / 1e6:.1f} M parameters",
+        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
+        f"{setup.steps:,} steps.",
+        models=rows,
+        curves={output.name: lines},
+        samples=[],
+        facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
+        config=configs.to_yaml(config),
+    )
+    write_report(report, output / "report.html")
+    temporary = output / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(temporary, output / "summary.json")
+    print(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+
+
+def _scores(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key.startswith("eval_")}
+
+
+def _count(model: Any) -> int:
+    # A partitioned parameter is empty, and keeps its size by this name.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:
+    """The weights once each: a tied one has two names."""
+    return [weights[name] for name, _ in model.named_parameters()]
