@@ -127,8 +127,7 @@ def own_log() -> Iterator[None]:
     logging.getLogger("distilfast.assets").setLevel(logging.NOTSET)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_corpus(path: Path) -> Path:
     """A text file of 120 lines with a grammar of sorts: there is something to learn."""
     rng = random.Random(0)
     lines = []
@@ -137,9 +136,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         step = rng.choice((1, 2, 3))
         length = rng.randrange(12, 40)
         lines.append(" ".join(WORDS[(start + i * step) % len(WORDS)] for i in range(length)))
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 def make_teacher(folder: Path, n_layers: int = 4, seed: int = 0, words: list[str] = WORDS) -> Path:
