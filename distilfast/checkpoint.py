@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -80,6 +81,17 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
+    def reserve(self, n_bytes: int, pinned: bool) -> None:
+        """Make the copy's memory in the background: new pages take longer than the copy itself,
+        and the first save would wait for them."""
+        self._thread = threading.Thread(target=self._make_copy, args=(n_bytes, pinned), daemon=True)
+        self._thread.start()
+
+    def _make_copy(self, n_bytes: int, pinned: bool) -> None:
+        copy = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+        copy.numpy()[:: mmap.PAGESIZE] = 0  # a page is there once it is written to
+        self._copy = copy
+
     def save(self, step: int, pieces: Sequence[Piece]) -> None:
         """Save the state after ``step`` steps. Every rank has to.
 
@@ -125,7 +137,8 @@ class Checkpoints:
                 entries[f"{kind}/{piece.name}"] = entry
         if self._copy is None or len(self._copy) < end:
             on_gpu = any(t.is_cuda for p in pieces for t in p.tensors.values())
-            self._copy = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+            self._make_copy(end, on_gpu)
+        assert self._copy is not None
         place = self._copy[:end].view(torch.float32)
         for tensor in (t for p in pieces for t in p.tensors.values()):
             place[: len(tensor)].copy_(tensor, non_blocking=True)

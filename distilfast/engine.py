@@ -277,12 +277,15 @@ class Engine:
         """What this rank holds of masters and moments: the ranks' pieces together are all of it,
         once. Views, for use between two steps."""
         made = []
-        for name, _, at in self._slices():
+        for name, at in self._own_slices():
             state = self.adam.state[at.flat]
             tensors = {"weight": at.flat, **{kind: state[kind] for kind in MOMENTS}}
             made.append(Piece(name, at.start, {k: at.of(t) for k, t in tensors.items()}))
-        # At stage 0 everybody holds everything.
-        return made[self.world.rank :: self.world.ranks] if self.stage == 0 else made
+        return made
+
+    def piece_bytes(self) -> int:
+        """The size of `pieces`, which are there after the first step."""
+        return sum(4 * at.length * (1 + len(MOMENTS)) for _, at in self._own_slices())
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
@@ -314,6 +317,11 @@ class Engine:
                 _set_partition(weight, saved, name)
             if self.stage < 3 or weight.numel() == weight.ds_numel:
                 weight.copy_(saved.read(name, "weight", 0, weight.numel()).view_as(weight))
+
+    def _own_slices(self) -> list[tuple[str, Slice]]:
+        slices = [(name, at) for name, _, at in self._slices()]
+        # At stage 0 everybody holds everything.
+        return slices[self.world.rank :: self.world.ranks] if self.stage == 0 else slices
 
     def _slices(self) -> Iterator[tuple[str, nn.Parameter, Slice]]:
         """Every trained parameter that this rank has optimiser state of, and where that is."""

@@ -95,6 +95,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     if start:
         runner.restore(Saved(folder, start))
     checkpoints = Checkpoints(folder, world.rank, world.ranks, keep, start)
+    if config.checkpoint.every:
+        checkpoints.reserve(runner.piece_bytes(), world.device.type == "cuda")
 
     evaluator = Evaluator(
         setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples

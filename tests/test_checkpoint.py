@@ -181,6 +181,19 @@ def test_save_does_not_see_what_happens_afterwards(tmp_path: Path, gate: threadi
         assert_holds(tmp_path, step, state)
 
 
+def test_reserved_memory_is_that_of_the_copy(tmp_path: Path) -> None:
+    state = made_up({"a": 1000, "b": 3})
+    checkpoints = Checkpoints(tmp_path, 0, 1, 3)
+    checkpoints.reserve(1003 * 12, pinned=False)
+    checkpoints.wait()
+    place = checkpoints._copy.data_ptr()
+    for step in (1, 2):
+        checkpoints.save(step, pieces(state, 0, 1))
+        assert checkpoints._copy.data_ptr() == place
+    checkpoints.wait()
+    assert_holds(tmp_path, 2, state)
+
+
 def test_save_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
     state = made_up({"a": 100})
     checkpoints = Checkpoints(tmp_path, 0, 1, 3)
