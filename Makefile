@@ -52,6 +52,8 @@ bench: $(VENV)/demo
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/batches.py
+	$(BIN)/python bench/resume.py
+	$(BIN)/python bench/save.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilfast import checkpoint
+from distilfast import checkpoint, engine
 from distilfast.checkpoint import CheckpointError, Checkpoints, Piece, Saved, newest
-from distilfast.config import ConfigError
+from distilfast.config import Config, ConfigError, ZeroConfig
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 State = dict[str, dict[str, Tensor]]  # by parameter, by kind: 1-D
@@ -149,6 +149,20 @@ def test_pieces_that_do_not_join_are_refused(tmp_path: Path, start: int, end: in
         each.wait()
     with pytest.raises(ConfigError, match=f"of a once each .* end at {end} and begin at {start}"):
         Saved(tmp_path, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4], ids=["less", "more"])
+def test_state_of_another_student_is_refused(tmp_path: Path, size: int) -> None:
+    """Of a teacher that was exchanged in its folder, say. More of a parameter is not cut either."""
+    options = Config(steps=1, precision="fp32", zero=ZeroConfig(stage=0))
+    runner = engine.Engine(torch.nn.Linear(4, 3), options, engine.start())
+    state = made_up({"weight": 12, "bias": 3})
+    write(tmp_path, state, 2)
+    runner.restore(Saved(tmp_path, 2))
+    assert torch.equal(runner.weights()["bias"], state["bias"]["weight"])
+    write(tmp_path, made_up({"weight": 12, "bias": size}), 4)
+    with pytest.raises(ConfigError, match=r"expected the parameters .* got others: bias$"):
+        runner.restore(Saved(tmp_path, 4))
 
 
 # --- Saving ---------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from conftest import ROOT, make_corpus, make_teacher
 from safetensors.torch import load_file
 
 from distilfast import checkpoint, engine, train
+from distilfast.config import Config
 
 POINTS = ("begin", "writing", "written", "said")  # of every rank's save
 POINTS_OF_FIRST = (*POINTS, "manifest", "renamed", "pruning")
@@ -246,6 +247,12 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     assert_unharmed(both(tmp_path, 10, kills))
 
 
+def test_run_killed_before_its_folder_was_its_own_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "config.yaml.tmp").write_text("teach")
+    train.check_output(Config(steps=1, output=str(tmp_path)), tmp_path)
+
+
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits_at_length(tmp_path: Path) -> None:
     rows = both(tmp_path, 60, long_version())
@@ -255,14 +262,14 @@ def test_killed_runs_end_with_the_same_bits_at_length(tmp_path: Path) -> None:
 
 def table(path: Path) -> None:
     """The long version's rows, with what they depend on."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = both(Path(folder), 60, long_version())
     commit = ["git", "rev-parse", "--short", "HEAD"]
     context = {
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.check_output(commit, text=True, cwd=ROOT).strip(),
         "torch": torch.__version__,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        rows = both(Path(folder), 60, long_version())
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["kill", *rows[0], *context], lineterminator="\n")
         writer.writeheader()
