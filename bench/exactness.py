@@ -3,11 +3,11 @@
     python bench/exactness.py [--quick]
 
 The same 64 sequences, of 6 to 62 tokens, as micro-batches of all there are for a rank, of 8 and of
-1, on 1, 2 and 4 ranks, in every layout (ZeRO stage and offload), padded to multiples of 8 and to the
-longest there can be. For each: the gradient at the first step and the parameters after five, the
-norm of the difference over the norm, all parameters together, against one process that takes the 64
-at once at the lowest stage. In fp32 more than 1e-5 is an error, and exit status 1; bf16, whose
-activations round otherwise when they are padded otherwise, is printed against bf16.
+1, on 1, 2 and 4 ranks, in every layout (ZeRO stage and offload), padded to multiples of 8 and to
+the longest there can be. For each: the gradient at the first step and the parameters after five,
+the norm of the difference over the norm, all parameters together, against one process that takes
+the 64 at once at the lowest stage. In fp32 more than 1e-5 is an error, and exit status 1; bf16 is
+held against bf16 and has no limit: it rounds every micro-batch's gradient.
 
 Beside it the mean per micro-batch that is usual: each loss divided by the counts of its own
 micro-batch, then averaged over micro-batches and ranks.
@@ -136,7 +136,9 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The worst of all splits by layout, and the usual mean by split."""
 
     def cell(chosen: list[dict[str, Any]]) -> str:
-        worst = [max((r[what] for r in chosen), default=None) for what in ("gradient", "parameters")]
+        worst = [
+            max((r[what] for r in chosen), default=None) for what in ("gradient", "parameters")
+        ]
         return "" if worst[0] is None else "{:.1e}, {:.1e}".format(*worst)
 
     def line(chosen: list[dict[str, Any]]) -> dict[str, str]:

@@ -60,10 +60,9 @@ def launch(program: str, ranks: int, folder: Path, *arguments: str) -> list[dict
 
 
 def worker(folder: Path, work: Callable[[engine.World], list[dict[str, Any]]]) -> None:
-    """One rank of a bench; ``work`` makes the rows. Weights of any size are partitioned at stage 3: by default models as
-    small as these would stay whole."""
+    """One rank of a bench; ``work`` makes the rows."""
     warnings.simplefilter("error")
-    engine.PERSISTENT = 0
+    engine.PERSISTENT = 0  # or models as small as these would stay whole at stage 3
     world = engine.start()
     rows = work(world)
     if world.rank == 0:
@@ -75,8 +74,8 @@ def worker(folder: Path, work: Callable[[engine.World], list[dict[str, Any]]]) -
 
 
 def make_recipe(folder: Path, layers: int, max_length: int) -> Path:
-    """A BERT of ``layers`` x 64 with its tokenizer, a text of lines of 4 to 60 words, and the recipe
-    of a student of half the layers: kd, ce and hidden cosine, without dropout and clipping."""
+    """A BERT of ``layers`` x 64 with its tokenizer, lines of 4 to 60 words, and the recipe of a
+    student of half the layers: kd, ce and hidden cosine, without dropout and clipping."""
     import transformers
 
     rng = random.Random(0)

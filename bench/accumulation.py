@@ -1,0 +1,193 @@
+"""Does the sum over micro-batches lose anything?
+
+    python bench/accumulation.py [--quick]
+
+A step of 1 to 4,096 micro-batches of two short sequences in bf16, in every layout (ZeRO stage and
+offload), on 1 and 2 ranks. The gradient that the optimiser is handed is held against the fp64 sum
+of the very bf16 gradients that autograd made of the micro-batches: the norm of the difference over
+the norm, all parameters together. More than 2e-3 is an error, and exit status 1. Beside it the
+error of a sum in bf16 of the same gradients. Once of different micro-batches and once, aligned, of
+one again and again, where a sum in bf16 comes to a stop.
+
+Three losses (kd, ce, hidden cosine); a student of one layer of 64. Appends to
+bench/results/accumulation.csv. docs/exactness.md quotes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import measure
+import ranks as kit
+import torch
+from torch import Tensor
+
+from distilfast import data, engine
+from distilfast.step import Normalizers, vocabulary_rows
+
+CSV = Path(__file__).parent / "results" / "accumulation.csv"
+RANKS = (1, 2)
+# Micro-batches of a step, all ranks together, and whether they are aligned. With offload fewer: each
+# number takes its time.
+PLAN = [*((4**i, False) for i in range(7)), (256, True), (1024, True)]
+PLAN_OFFLOAD = [(64, False), (4096, False), (256, True)]
+QUICK = [(256, True)]
+MICRO_SEQUENCES, MAX_LENGTH = 2, 16
+LIMIT = 2e-3
+
+
+class Sums:
+    """The gradients that autograd makes on this rank, added up in fp64 and in bf16."""
+
+    def __init__(self, runner: engine.Engine):
+        self.runner = runner
+        self.exact: dict[str, Tensor] = {}
+        self.bf16: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Sums:
+        named = self.runner.deepspeed.module.named_parameters()
+        self.hooks = [
+            weight.register_hook(lambda gradient, name=name: self._add(name, gradient))
+            for name, weight in named
+            if weight.requires_grad
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        if gradient.dtype != torch.bfloat16:
+            raise RuntimeError(f"{name}: expected a gradient in bf16, got {gradient.dtype}")
+        gradient = gradient.detach().flatten()
+        if name in self.exact:
+            self.exact[name] += gradient
+            self.bf16[name] += gradient
+        else:
+            self.exact[name] = gradient.double()
+            self.bf16[name] = gradient.clone()
+
+    def over_ranks(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The two sums over all ranks; each rank's loss had been multiplied by their number."""
+        world = self.runner.world
+        return tuple(
+            {name: world.sum(x.clone()) / world.ranks for name, x in sums.items()}
+            for sums in (self.exact, self.bf16)
+        )
+
+
+def measure_step(run: kit.Run, micro_batches: int, aligned: bool) -> dict[str, float]:
+    """The errors of one step of so many micro-batches, which leaves the weights as they are."""
+    world, setup, runner = run.world, run.setup, run.engine
+    count = 1 if aligned else micro_batches // world.ranks
+    sequences = count * world.ranks * MICRO_SEQUENCES
+    dealt = data.Batches(setup.batches.store, setup.batches.masker, 0, sequences)
+    batches = dealt.step(0, world.rank, world.ranks, MICRO_SEQUENCES)
+    if aligned:
+        batches *= micro_batches // world.ranks
+    counts = torch.tensor(
+        [[len(vocabulary_rows(b, run.config.loss)), len(b.masked), len(b.tokens)] for b in batches]
+    )
+    normalizers = Normalizers(*world.sum(counts.sum(0)).float())
+    with Sums(runner) as sums, kit.Caught(runner) as caught:
+        for batch in batches:
+            loss, _ = runner(batch, run.teacher(batch), normalizers)
+            runner.backward(loss)
+        runner.step(0.0)
+    exact, bf16 = sums.over_ranks()
+    return {"error": kit.distance(caught.by_name(), exact), "bf16_error": kit.distance(bf16, exact)}
+
+
+def work(world: engine.World, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Every layout and number of micro-batches on these ranks."""
+    rows = []
+    for stage, offload in kit.layouts("bf16", world.ranks):
+        if quick and offload != "none":
+            continue
+        layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
+        batch = f"--batch.micro_sequences={MICRO_SEQUENCES}", "--batch.sequences=4"
+        run = kit.Run(world, folder / "recipe.yaml", "--precision=bf16", *layout, *batch)
+        plan = QUICK if quick else PLAN if offload == "none" else PLAN_OFFLOAD
+        for micro_batches, aligned in [x for x in plan if x[0] >= world.ranks]:
+            began = time.perf_counter()
+            errors = measure_step(run, micro_batches, aligned)
+            rows.append(
+                {
+                    "ranks": world.ranks,
+                    "stage": stage,
+                    "offload": offload,
+                    "micro_batches": micro_batches,
+                    "aligned": aligned,
+                    **errors,
+                    "seconds": time.perf_counter() - began,
+                }
+            )
+        gc.collect()  # DeepSpeed collects at every start, ever more slowly
+    return rows
+
+
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Errors by layout and number of micro-batches; in bf16 the worst of all layouts."""
+    for aligned in (False, True):
+        chosen = [r for r in rows if r["aligned"] == aligned]
+        numbers = sorted({r["micro_batches"] for r in chosen})
+        lines = []
+        for ranks in dict.fromkeys(r["ranks"] for r in chosen):
+            mine = [r for r in chosen if r["ranks"] == ranks]
+            for layout in dict.fromkeys((r["stage"], r["offload"]) for r in mine):
+                here = [r for r in mine if (r["stage"], r["offload"]) == layout]
+                what = f"stage {layout[0]}, offload {layout[1]}"
+                lines.append(line(ranks, what, "error", here, numbers))
+            lines.append(line(ranks, "sum in bf16", "bf16_error", mine, numbers))
+        if lines:
+            title = "one micro-batch again and again" if aligned else "different micro-batches"
+            yield f"{title}:\n\n{measure.markdown(lines)}"
+
+
+def line(
+    ranks: int, what: str, column: str, rows: list[dict[str, Any]], numbers: list[int]
+) -> dict[str, str]:
+    """A line of a table: the worst of some rows, by number of micro-batches."""
+    errors = {n: [r[column] for r in rows if r["micro_batches"] == n] for n in numbers}
+    cells = {f"{n:,}": f"{max(x):.1e}" if x else "" for n, x in errors.items()}
+    return {"ranks": str(ranks), "": what} | cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="256 aligned micro-batches, without offload")
+    add("--csv", type=Path, default=CSV, help="append to this file")
+    add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
+    options = parser.parse_args()
+    if options.folder:
+        kit.worker(options.folder, lambda world: work(world, options.folder, options.quick))
+        return
+    began, rows = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kit.make_recipe(folder, layers=2, max_length=MAX_LENGTH)
+        for n in RANKS:
+            rows += kit.launch(__file__, n, folder, *["--quick"] * options.quick)
+            print(f"{n} ranks: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    environment = measure.environment(torch.device("cpu"))
+    measure.append_csv(options.csv, [environment | row for row in rows])
+    print(*tables(rows), sep="\n\n")
+    broken = [row for row in rows if not row["error"] <= LIMIT]
+    for row in broken:
+        print(f"more than {LIMIT:.0e}: {row}", file=sys.stderr)
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main()
