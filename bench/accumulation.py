@@ -29,13 +29,11 @@ import ranks as kit
 import torch
 from torch import Tensor
 
-from distilfast import data, engine
-from distilfast.step import Normalizers, vocabulary_rows
+from distilfast import engine
 
 CSV = Path(__file__).parent / "results" / "accumulation.csv"
 RANKS = (1, 2)
-# Micro-batches of a step, all ranks together, and whether they are aligned. With offload fewer: each
-# number takes its time.
+# Micro-batches of a step, all ranks together, and whether they are aligned.
 PLAN = [*((4**i, False) for i in range(7)), (256, True), (1024, True)]
 PLAN_OFFLOAD = [(64, False), (4096, False), (256, True)]
 QUICK = [(256, True)]
@@ -86,21 +84,13 @@ class Sums:
 
 def measure_step(run: kit.Run, micro_batches: int, aligned: bool) -> dict[str, float]:
     """The errors of one step of so many micro-batches, which leaves the weights as they are."""
-    world, setup, runner = run.world, run.setup, run.engine
+    world, runner = run.world, run.engine
     count = 1 if aligned else micro_batches // world.ranks
-    sequences = count * world.ranks * MICRO_SEQUENCES
-    dealt = data.Batches(setup.batches.store, setup.batches.masker, 0, sequences)
-    batches = dealt.step(0, world.rank, world.ranks, MICRO_SEQUENCES)
+    batches = run.micro_batches(count, MICRO_SEQUENCES)
     if aligned:
         batches *= micro_batches // world.ranks
-    counts = torch.tensor(
-        [[len(vocabulary_rows(b, run.config.loss)), len(b.masked), len(b.tokens)] for b in batches]
-    )
-    normalizers = Normalizers(*world.sum(counts.sum(0)).float())
     with Sums(runner) as sums, kit.Caught(runner) as caught:
-        for batch in batches:
-            loss, _ = runner(batch, run.teacher(batch), normalizers)
-            runner.backward(loss)
+        run.accumulate(batches)
         runner.step(0.0)
     exact, bf16 = sums.over_ranks()
     return {"error": kit.distance(caught.by_name(), exact), "bf16_error": kit.distance(bf16, exact)}

@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import engine, train
-from distilfast.step import Distillation, TeacherSide
+from distilfast import data, engine, train
+from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
 
 WORDS, LINES = 1000, 400
 # Every layout that is offered. One process in fp32 and without offload is at stage 0 whatever is
@@ -128,6 +128,26 @@ class Run:
     def step(self, number: int) -> None:
         things = self.config, self.world, self.setup, self.engine, self.teacher
         train.optimiser_step(*things, number, train.Stop())
+
+    def micro_batches(self, count: int, sequences: int) -> list[data.MicroBatch]:
+        """So many of this rank, whatever is configured."""
+        dealt = self.setup.batches
+        total = count * sequences * self.world.ranks
+        batches = data.Batches(dealt.store, dealt.masker, dealt.pad_token, total)
+        return batches.step(0, self.world.rank, self.world.ranks, sequences)
+
+    def normalizers(self, batches: Sequence[data.MicroBatch]) -> Normalizers:
+        """Of a step of these micro-batches and the other ranks'."""
+        loss = self.config.loss
+        counts = [[len(vocabulary_rows(b, loss)), len(b.masked), len(b.tokens)] for b in batches]
+        return Normalizers(*self.world.sum(torch.tensor(counts).sum(0)).float())
+
+    def accumulate(self, batches: Sequence[data.MicroBatch]) -> None:
+        """A step of these micro-batches but for its end."""
+        normalizers = self.normalizers(batches)
+        for batch in batches:
+            loss, _ = self.engine(batch, self.teacher(batch), normalizers)
+            self.engine.backward(loss)
 
 
 class Caught:

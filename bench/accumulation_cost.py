@@ -1,0 +1,227 @@
+"""What does it cost to sum over micro-batches?
+
+    python bench/accumulation_cost.py [--steps 6] [--micro_batches 8]
+
+Forward and backward of a micro-batch of 32 x 128 tokens (configs/demo.yaml's student; what the
+teacher says is at hand) under the engine, whose sums are fp32, against the same module's
+`loss.backward()` into gradients of its own precision, which bf16 should not be used for. One
+process; a micro-batch of one and of the other in turn, so that a noisy machine disturbs both alike.
+The overhead is the median of their ratios less 1.
+
+Then the collectives of two ranks, a micro-batch and at the end of a step, in every layout: stages 0
+and 1 have to reduce at the end alone; more is an error, and exit status 1.
+
+Appends to bench/results/accumulation_cost.csv and collectives.csv. docs/exactness.md quotes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import ranks as kit
+import torch
+import transformers
+
+from distilfast import assets, engine, train
+from distilfast.step import Distillation
+
+RESULTS = Path(__file__).parent / "results"
+COSTS = [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)]  # fp32 alone is at stage 0 anyway
+SEQUENCES = 32
+WARMUP = 1  # steps that are not counted
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+
+def make_encoder_recipe(folder: Path) -> Path:
+    """configs/demo.yaml's student."""
+    encoder = transformers.AutoModelForMaskedLM.from_pretrained(assets.minilm())
+    encoder.save_pretrained(folder / "teacher")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.minilm())
+    tokenizer.save_pretrained(folder / "teacher")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""\
+teacher: {folder / "teacher"}
+student: {{dropout: 0}}
+data: {{source: "asset:wikipedia-sample", prepared: {folder / "tokens"}, max_length: 128}}
+loss: {{kd_rows: masked}}
+batch: {{sequences: {SEQUENCES}, micro_sequences: {SEQUENCES}}}
+steps: 1
+output: {folder / "run"}
+""",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def cost(
+    recipe: Path, precision: str, stage: int, steps: int, micro_batches: int
+) -> dict[str, float]:
+    """Medians in ms, and the overhead with its 20 and 80 percentiles."""
+    world = engine.start()
+    run = kit.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
+    student = train.prepare(run.config, world).student.to(engine.DTYPES[precision])
+    plain = Distillation(student, run.config.loss, run.teacher)
+    (batch,) = run.setup.batches.step(0, 0, 1, SEQUENCES)
+    targets, normalizers = run.teacher(batch), run.normalizers([batch] * micro_batches)
+
+    def ours() -> None:
+        run.engine.backward(run.engine(batch, targets, normalizers)[0])
+
+    def by_hand() -> None:
+        plain(batch, targets, normalizers)[0].backward()
+
+    stopwatch = measure.Stopwatch(world.device)
+    times: dict[Callable[[], None], list[float]] = {ours: [], by_hand: []}
+    ends = []
+    for step in range(WARMUP + steps):
+        for number in range(micro_batches):
+            for side in (ours, by_hand) if number % 2 else (by_hand, ours):
+                ms = stopwatch.ms(side)
+                if step >= WARMUP:
+                    times[side].append(ms)
+        ends.append(stopwatch.ms(lambda: run.engine.step(0.0)))
+        plain.zero_grad()
+    overheads = [a / b - 1 for a, b in zip(times[ours], times[by_hand], strict=True)]
+    spread = measure.Spread.of(overheads)
+    return {
+        "engine_ms": statistics.median(times[ours]),
+        "plain_ms": statistics.median(times[by_hand]),
+        "overhead": spread.median,
+        "overhead_p20": spread.p20,
+        "overhead_p80": spread.p80,
+        "end_ms": statistics.median(ends[WARMUP:]),
+    }
+
+
+# --- Collectives ----------------------------------------------------------------------------------
+
+
+def collectives(world: engine.World, folder: Path) -> list[dict[str, Any]]:
+    """Those of a micro-batch and of a step's end, by layout."""
+    rows = []
+    for precision in ("fp32", "bf16"):
+        for stage, offload in kit.layouts(precision, world.ranks):
+            layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
+            changes = f"--precision={precision}", "--batch.micro_sequences=2", *layout
+            run = kit.Run(world, folder / "recipe.yaml", *changes)
+            batches = run.micro_batches(2, 2)
+            run.accumulate(batches)  # the first step does more, once
+            run.engine.step(0.0)
+            # From the second micro-batch on, all are alike.
+            one = counted(lambda run=run, batches=batches: run.accumulate(batches[:1]))
+            run.engine.step(0.0)
+            two = counted(lambda run=run, batches=batches: run.accumulate(batches))
+            end = counted(lambda run=run: run.engine.step(0.0))
+            for name in sorted({*one, *two, *end}):
+                rows.append(
+                    {
+                        "precision": precision,
+                        "stage": stage,
+                        "offload": offload,
+                        "operation": name,
+                        "a_micro_batch": two[name] - one[name],
+                        "at_the_end": end[name],
+                    }
+                )
+            gc.collect()  # DeepSpeed collects at every start, ever more slowly
+    return rows
+
+
+def counted(call: Callable[[], None]) -> collections.Counter[str]:
+    """How often this rank asked for each collective."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = [event.name for event in profile.events()]
+    return collections.Counter(x.removeprefix("c10d::") for x in names if x.startswith("c10d::"))
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        spread = (f"{row[f'overhead{part}']:.1%}" for part in ("", "_p20", "_p80"))
+        lines.append(
+            {
+                "precision": row["precision"],
+                "stage": str(row["stage"]),
+                "engine_ms": measure.figure(row["engine_ms"]),
+                "plain_ms": measure.figure(row["plain_ms"]),
+                "overhead (p20, p80)": "{} ({}, {})".format(*spread),
+                "end of a step, ms": measure.figure(row["end_ms"]),
+            }
+        )
+    return measure.markdown(lines)
+
+
+def collectives_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for key in dict.fromkeys((r["precision"], r["stage"], r["offload"]) for r in rows):
+        mine = [r for r in rows if (r["precision"], r["stage"], r["offload"]) == key]
+        line = dict(zip(("precision", "stage", "offload"), map(str, key), strict=True))
+        for column in ("a_micro_batch", "at_the_end"):
+            found = [f"{r[column]} {r['operation'].strip('_')}" for r in mine if r[column]]
+            line[column.replace("_", " ")] = ", ".join(found) or "none"
+        lines.append(line)
+    return measure.markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=6)
+    add("--micro_batches", type=int, default=8, help="of a step")
+    add("--only", choices=("time", "collectives"), help="of the two")
+    add("--results", type=Path, default=RESULTS, help="folder of the CSVs")
+    add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
+    options = parser.parse_args()
+    if options.folder:
+        kit.worker(options.folder, lambda world: collectives(world, options.folder))
+        return
+    environment = measure.environment(torch.device("cpu"))
+    size = {"steps": options.steps, "micro_batches": options.micro_batches}
+    broken = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.only != "collectives":
+            recipe = make_encoder_recipe(folder)
+            rows = []
+            for precision, stage in COSTS:
+                what = {"precision": precision, "stage": stage}
+                rows.append(what | size | cost(recipe, *what.values(), *size.values()))
+            measure.append_csv(
+                options.results / "accumulation_cost.csv", [environment | row for row in rows]
+            )
+            print(cost_table(rows), end="\n\n")
+        if options.only != "time":
+            tiny = folder / "tiny"
+            tiny.mkdir()
+            kit.make_recipe(tiny, layers=4, max_length=64)
+            rows = kit.launch(__file__, 2, tiny)
+            measure.append_csv(
+                options.results / "collectives.csv", [environment | row for row in rows]
+            )
+            print(collectives_table(rows))
+            broken = [row for row in rows if row["stage"] < 2 and row["a_micro_batch"]]
+    for row in broken:
+        print(f"more than none a micro-batch: {row}", file=sys.stderr)
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main()
