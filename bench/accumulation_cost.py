@@ -1,12 +1,12 @@
 """What does it cost to sum over micro-batches?
 
-    python bench/accumulation_cost.py [--steps 6] [--micro_batches 8]
+    OMP_NUM_THREADS=1 python bench/accumulation_cost.py [--steps 4] [--micro_batches 6]
 
 Forward and backward of a micro-batch of 32 x 128 tokens (configs/demo.yaml's student; what the
 teacher says is at hand) under the engine, whose sums are fp32, against the same module's
 `loss.backward()` into gradients of its own precision, which bf16 should not be used for. One
-process; a micro-batch of one and of the other in turn, so that a noisy machine disturbs both alike.
-The overhead is the median of their ratios less 1.
+process, a micro-batch of one and of the other in turn; the overhead is the median of their ratios
+less 1. Times are the process's, of all its threads: of a machine that is shared, too.
 
 Then the collectives of two ranks, a micro-batch and at the end of a step, in every layout: stages 0
 and 1 have to reduce at the end alone; more is an error, and exit status 1.
@@ -22,6 +22,7 @@ import gc
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from distilfast.step import Distillation
 RESULTS = Path(__file__).parent / "results"
 COSTS = [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)]  # fp32 alone is at stage 0 anyway
 SEQUENCES = 32
-WARMUP = 1  # steps that are not counted
 
 
 # --- Time -----------------------------------------------------------------------------------------
@@ -82,16 +82,17 @@ def cost(
     def by_hand() -> None:
         plain(batch, targets, normalizers)[0].backward()
 
-    stopwatch = measure.Stopwatch(world.device)
+    for side in (ours, by_hand):  # warm
+        side()
+    run.engine.step(0.0)
+    plain.zero_grad()
     times: dict[Callable[[], None], list[float]] = {ours: [], by_hand: []}
     ends = []
-    for step in range(WARMUP + steps):
+    for _ in range(steps):
         for number in range(micro_batches):
             for side in (ours, by_hand) if number % 2 else (by_hand, ours):
-                ms = stopwatch.ms(side)
-                if step >= WARMUP:
-                    times[side].append(ms)
-        ends.append(stopwatch.ms(lambda: run.engine.step(0.0)))
+                times[side].append(cpu_ms(side))
+        ends.append(cpu_ms(lambda: run.engine.step(0.0)))
         plain.zero_grad()
     overheads = [a / b - 1 for a, b in zip(times[ours], times[by_hand], strict=True)]
     spread = measure.Spread.of(overheads)
@@ -101,8 +102,14 @@ def cost(
         "overhead": spread.median,
         "overhead_p20": spread.p20,
         "overhead_p80": spread.p80,
-        "end_ms": statistics.median(ends[WARMUP:]),
+        "end_ms": statistics.median(ends),
     }
+
+
+def cpu_ms(call: Callable[[], None]) -> float:
+    began = time.process_time()
+    call()
+    return (time.process_time() - began) * 1e3
 
 
 # --- Collectives ----------------------------------------------------------------------------------
@@ -184,8 +191,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=6)
-    add("--micro_batches", type=int, default=8, help="of a step")
+    add("--steps", type=int, default=4)
+    add("--micro_batches", type=int, default=6, help="of a step")
     add("--only", choices=("time", "collectives"), help="of the two")
     add("--results", type=Path, default=RESULTS, help="folder of the CSVs")
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
