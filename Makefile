@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
 	@echo "make test          linters, types and tests"
-	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop"
+	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop; exactness"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 $(VENV)/demo: $(SOURCES)
@@ -54,6 +54,9 @@ bench: $(VENV)/demo
 	$(BIN)/python bench/batches.py
 	$(BIN)/python bench/resume.py
 	$(BIN)/python bench/save.py
+	$(BIN)/python bench/exactness.py
+	$(BIN)/python bench/accumulation.py
+	$(BIN)/python bench/accumulation_cost.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

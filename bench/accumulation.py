@@ -165,15 +165,16 @@ def main() -> None:
     if options.folder:
         kit.worker(options.folder, lambda world: work(world, options.folder, options.quick))
         return
+    environment = measure.environment(torch.device("cpu"))
     began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kit.make_recipe(folder, layers=2, max_length=MAX_LENGTH)
         for n in RANKS[-1:] if options.quick else RANKS:
-            rows += kit.launch(__file__, n, folder, *["--quick"] * options.quick)
-            print(f"{n} ranks: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    environment = measure.environment(torch.device("cpu"))
-    measure.append_csv(options.csv, [environment | row for row in rows])
+            made = kit.launch(__file__, n, folder, *["--quick"] * options.quick)
+            measure.append_csv(options.csv, [environment | row for row in made])
+            rows += made
+            print(f"ranks {n}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     print(*tables(rows), sep="\n\n")
     broken = [row for row in rows if not row["error"] <= LIMIT]
     for row in broken:
