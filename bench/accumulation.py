@@ -86,7 +86,7 @@ def measure_step(run: kit.Run, micro_batches: int, aligned: bool) -> dict[str, f
     """The errors of one step of so many micro-batches, which leaves the weights as they are."""
     world, runner = run.world, run.engine
     count = 1 if aligned else micro_batches // world.ranks
-    batches = run.micro_batches(count, MICRO_SEQUENCES)
+    batches = run.micro_batches(count)
     if aligned:
         batches *= micro_batches // world.ranks
     with Sums(runner) as sums, kit.Caught(runner) as caught:
@@ -103,7 +103,8 @@ def work(world: engine.World, folder: Path, quick: bool) -> list[dict[str, Any]]
         if quick and offload != "none":
             continue
         layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
-        batch = f"--batch.micro_sequences={MICRO_SEQUENCES}", "--batch.sequences=4"
+        sequences = MICRO_SEQUENCES * world.ranks
+        batch = f"--batch.micro_sequences={MICRO_SEQUENCES}", f"--batch.sequences={sequences}"
         run = kit.Run(world, folder / "recipe.yaml", "--precision=bf16", *layout, *batch)
         plan = QUICK if quick else PLAN if offload == "none" else PLAN_OFFLOAD
         for micro_batches, aligned in [x for x in plan if x[0] >= world.ranks]:

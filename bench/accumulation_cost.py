@@ -128,9 +128,11 @@ def collectives(world: engine.World, folder: Path) -> list[dict[str, Any]]:
     for precision in ("fp32", "bf16"):
         for stage, offload in kit.layouts(precision, world.ranks):
             layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
-            changes = f"--precision={precision}", "--batch.micro_sequences=2", *layout
-            run = kit.Run(world, folder / "recipe.yaml", *changes)
-            batches = run.micro_batches(2, 2)
+            batch = "--batch.micro_sequences=2", f"--batch.sequences={2 * world.ranks}"
+            run = kit.Run(
+                world, folder / "recipe.yaml", f"--precision={precision}", *batch, *layout
+            )
+            batches = run.micro_batches(2)
             run.accumulate(batches)  # the first step does more, once
             run.engine.step(0.0)
             # From the second micro-batch on, all are alike.

@@ -129,12 +129,10 @@ class Run:
         things = self.config, self.world, self.setup, self.engine, self.teacher
         train.optimiser_step(*things, number, train.Stop())
 
-    def micro_batches(self, count: int, sequences: int) -> list[data.MicroBatch]:
-        """So many of this rank, whatever is configured."""
-        dealt = self.setup.batches
-        total = count * sequences * self.world.ranks
-        batches = data.Batches(dealt.store, dealt.masker, dealt.pad_token, total)
-        return batches.step(0, self.world.rank, self.world.ranks, sequences)
+    def micro_batches(self, count: int) -> list[data.MicroBatch]:
+        """This rank's of so many steps."""
+        share = self.world.rank, self.world.ranks, self.config.batch.micro_sequences
+        return [b for step in range(count) for b in self.setup.batches.step(step, *share)]
 
     def normalizers(self, batches: Sequence[data.MicroBatch]) -> Normalizers:
         """Of a step of these micro-batches and the other ranks'."""
