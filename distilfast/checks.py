@@ -14,6 +14,7 @@ from distilfast import checkpoint, data, models
 from distilfast import config as configs
 from distilfast.config import Config, ConfigError
 from distilfast.engine import World
+from distilfast.fp32_sums import use_fp32_sums
 from distilfast.masking import Masker
 
 # A run may be gone on with under other values of these; every other key decides what it computes.
@@ -58,6 +59,8 @@ def prepare(config: Config, world: World) -> Setup:
     teachers, tokenizer, student = world.together(lambda: load_models(config))
     if world.device.type == "cpu" and config.data.max_length <= SHORT:
         student.set_attn_implementation("eager")
+    if world.device.type == "cpu" and config.precision == "bf16":
+        use_fp32_sums(student)
     folder = config.token_folder
     world.first(lambda: data.prepare(config, tokenizer, folder))
     store = world.together(lambda: data.Store.open(folder))

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "linear": {"backends", "losses", "reference", "memory"},
     "assets": set(),
     "names": {"assets", "config"},
+    "fp32_sums": set(),
     "masking": {"config"},
     "data": {"config", "masking", "names"},
     "models": {"config", "data", "names"},
