@@ -47,7 +47,7 @@ class _Lookup(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         rows, place = input.unique(return_inverse=True)
         sums = gradient.new_zeros(len(rows), ctx.shape[1], dtype=torch.float32)
-        sums.index_add_(0, place.flatten(), gradient.flatten(0, -2).float())
+        sums.index_add_(0, place.flatten(), gradient.reshape(-1, ctx.shape[1]).float())
         if ctx.padding is not None:
             sums[rows == ctx.padding] = 0
         whole = gradient.new_zeros(ctx.shape)
