@@ -48,8 +48,9 @@ def test_layers_are_otherwise_pytorchs(dtype: torch.dtype) -> None:
     assert ours.state_dict().keys() == plain.state_dict().keys()
     for tokens in (torch.arange(8).view(2, 4), torch.tensor(9), torch.arange(12).view(1, 3, 4)):
         found = [model(tokens) for model in (ours, plain)]
+        gradient = torch.randn_like(found[1])
         for out in found:
-            out.square().sum().backward()
+            out.backward(gradient)
         torch.testing.assert_close(found[0], found[1])
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        assert (a.grad - b.grad).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * b.grad.norm()
