@@ -121,7 +121,9 @@ def check_output(config: Config, output: Path) -> None:
     for parent in (output, *output.parents):
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
-    if not output.exists() or all(p.name.startswith("tokens") for p in output.iterdir()):
+    # What a run writes before config.yaml is there; it may have been killed then.
+    first = ("tokens", "config.yaml.tmp")
+    if not output.exists() or all(p.name.startswith(first) for p in output.iterdir()):
         return
     if config.resume == "never":
         raise ConfigError(
