@@ -1,6 +1,6 @@
 """Does a step depend on how it is split?
 
-    python bench/exactness.py [--quick]
+    python bench/exactness.py [--quick] [--precision fp32 bf16]
 
 The same 64 sequences, of 6 to 62 tokens, as micro-batches of all there are for a rank, of 8 and of
 1, on 1, 2 and 4 ranks, in every layout (ZeRO stage and offload), padded to multiples of 8 and to
@@ -23,7 +23,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from distilfast.step import Normalizers, vocabulary_rows
 
 CSV = Path(__file__).parent / "results" / "exactness.csv"
 RANKS = (1, 2, 4)
+PRECISIONS = ("fp32", "bf16")
 SEQUENCES, STEPS, MAX_LENGTH = 64, 5, 64
 LIMIT = 1e-5  # of fp32
 
@@ -61,7 +62,7 @@ class Case:
         ]
 
 
-def cases(ranks: int, quick: bool) -> Iterator[Case]:
+def cases(ranks: int, quick: bool, precisions: Sequence[str]) -> Iterator[Case]:
     """The first of one rank and a precision is what its others are held against."""
     sizes = (SEQUENCES // ranks, 8, 1)
     if quick:
@@ -72,7 +73,7 @@ def cases(ranks: int, quick: bool) -> Iterator[Case]:
             if layout[1] == "none":
                 yield Case("fp32", *layout, 8)
         return
-    for precision in ("fp32", "bf16"):
+    for precision in precisions:
         lowest, *others = kit.layouts(precision, ranks)
         for size in sizes:
             yield Case(precision, *lowest, size)
@@ -108,10 +109,10 @@ def measure_case(world: engine.World, recipe: Path, case: Case) -> list[dict[str
     return [gradient, run.engine.weights()]
 
 
-def work(world: engine.World, folder: Path, quick: bool) -> list[dict[str, Any]]:
+def work(world: engine.World, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case on these ranks."""
-    rows = []
-    for case in cases(world.ranks, quick):
+    rows, folder = [], options.folder
+    for case in cases(world.ranks, options.quick, options.precision):
         began = time.perf_counter()
         found = measure_case(world, folder / "recipe.yaml", case)
         right = folder / f"{case.precision}.pt"
@@ -172,11 +173,12 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fp32 without offload, in a minute")
+    add("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     add("--csv", type=Path, default=CSV, help="append to this file")
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()
     if options.folder:
-        kit.worker(options.folder, lambda world: work(world, options.folder, options.quick))
+        kit.worker(options.folder, lambda world: work(world, options))
         return
     environment = measure.environment(torch.device("cpu"))
     began, rows = time.perf_counter(), []
@@ -184,7 +186,7 @@ def main() -> None:
         folder = Path(name)
         kit.make_recipe(folder, layers=4, max_length=MAX_LENGTH)
         for n in RANKS:
-            made = kit.launch(__file__, n, folder, *["--quick"] * options.quick)
+            made = kit.launch(__file__, n, folder, *sys.argv[1:])
             measure.append_csv(options.csv, [environment | row for row in made])
             rows += made
             print(f"ranks {n}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
