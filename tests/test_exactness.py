@@ -22,7 +22,7 @@ def quick(bench: str, folder: Path) -> Rows:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     with (folder / "rows.csv").open(newline="", encoding="utf-8") as file:
