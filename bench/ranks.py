@@ -33,10 +33,11 @@ LAYOUTS = [
 
 
 def layouts(precision: str, ranks: int) -> list[tuple[int, str]]:
-    """Those that differ from one another."""
-    if precision == "bf16":
-        return LAYOUTS[1:]
-    return LAYOUTS if ranks > 1 else [x for x in LAYOUTS if x == (0, "none") or x[1] != "none"]
+    """Those that differ from one another: one process without offload has one, of the lowest stage
+    that there is for the precision."""
+    lowest = 1 if precision == "bf16" else 0
+    found = [x for x in LAYOUTS if x[0] >= lowest]
+    return found if ranks > 1 else [x for x in found if x == (lowest, "none") or x[1] != "none"]
 
 
 # --- Programs on several ranks --------------------------------------------------------------------

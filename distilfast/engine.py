@@ -186,9 +186,10 @@ class Engine:
     def __init__(self, module: nn.Module, config: Config, world: World):
         self.config, self.world = config, world
         dtype = DTYPES[config.precision]
-        # One process has nothing to split, and ZeRO would copy every gradient for it.
-        alone = world.ranks == 1 and dtype == torch.float32 and config.zero.offload == "none"
-        self.stage = 0 if alone else config.zero.stage
+        # One process has nothing to split, and ZeRO would copy every gradient for it; in bf16 its
+        # first stage is that of the fp32 masters and sums.
+        alone = world.ranks == 1 and config.zero.offload == "none"
+        self.stage = config.zero.stage if not alone else 0 if dtype == torch.float32 else 1
         # Where every rank has the whole fp32 gradient it is reduced, measured and clipped here:
         # DeepSpeed would take its norm in fp32, which on a CPU is off by 1e-3 for an embedding.
         split = self.stage > 1 or config.zero.offload != "none"

@@ -159,7 +159,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one() -> dict[Any, Any]:
-    """One process. Alone in fp32 and without offload it is at stage 0 whatever is asked for."""
+    """One process. Without offload it is at stage 0 (bf16: 1) whatever is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PERSISTENT", 0)
         return everything(engine.start())
