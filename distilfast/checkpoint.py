@@ -99,8 +99,6 @@ class Checkpoints:
             CheckpointError: the save before this one could not be written.
         """
         self.wait()
-        if step == self.saved:
-            return
         self.saved = step
         header, data = self._snapshot(pieces)
         parts = {p.name: [p.start, p.start + p.length] for p in pieces}

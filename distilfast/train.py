@@ -123,6 +123,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             evaluate(0)
 
         def save(step: int) -> None:
+            if step == checkpoints.saved:  # what it started from, which may be nothing
+                return
             if metrics:
                 metrics.sync()
             checkpoints.save(step, runner.pieces())
@@ -275,7 +277,7 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second SIGINT does not wait."""
+    """SIGTERM and SIGINT ask for a stop as soon as all ranks can; a second SIGINT does not wait."""
 
     def __init__(self) -> None:
         self.requested = False

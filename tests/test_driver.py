@@ -285,6 +285,35 @@ def test_stopped_run_goes_on_to_the_same_bits(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_run_stopped_in_its_first_step_begins_anew(
+    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is stopped again where it went on from saves nothing twice."""
+    recipe, straight = whole
+    step = train.optimiser_step
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimiser_step", stopped)
+        folder = run(recipe, *changes)
+        assert not list(folder.glob("checkpoints/*"))
+
+    def stop_in_the_sixth(*arguments: Any) -> Any:
+        return (stopped if arguments[5] == 5 else step)(*arguments)
+
+    for found in (["step-4", "step-5"], ["step-4", "step-5"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "optimiser_step", stop_in_the_sixth)
+            run(recipe, *changes)
+        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == found
+    run(recipe, *changes)
+    assert metrics(folder) == metrics(straight)
+
+
 def test_damaged_and_unfinished_checkpoints_are_passed_over(
     whole: tuple[list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
