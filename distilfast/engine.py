@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from distilfast import optimizers
+from distilfast import backends, optimizers
 from distilfast.checkpoint import Piece, Saved
 from distilfast.config import Config, ConfigError
 
@@ -214,6 +214,9 @@ class Engine:
         # gradients get to where they are added up.
         if self.whole or (world.ranks == 1 and not split):
             self.deepspeed.enable_backward_allreduce = False
+
+        if self.whole and self.stage == 1:
+            _sum_in_one_pass(self.optimizer, world.device)
 
     def __call__(self, *arguments: Any) -> Any:
         # At ZeRO 3 it reads LOCAL_RANK in every forward.
@@ -417,6 +420,22 @@ def _initialize(
             dist_init_required=False,
         )
     return engine, wrapped
+
+
+def _sum_in_one_pass(optimizer: Any, device: torch.device) -> None:
+    """DeepSpeed's bf16 optimiser copies each gradient to fp32 before it adds it to the sum."""
+    accumulate = backends.BACKENDS[backends.choose("auto", device, ())].accumulate
+
+    def add(weight: nn.Parameter, group: int, index: int, clear: bool) -> None:
+        if weight.grad is None:
+            return
+        share, total = weight.grad.contiguous(), optimizer.fp32_groups_gradients[group][index]
+        share = share if share.ndim == 2 else share.view(1, -1)
+        accumulate(total.view_as(share), share, True)
+        weight._hp_grad = total  # type: ignore[attr-defined]
+        optimizer.fp32_groups_has_gradients[group][index] = True
+
+    optimizer._update_hp_grad = add
 
 
 def _partitioning(stage: int, offload: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": {"config", "data", "names"},
     "checkpoint": {"config"},
     "optimizers": {"config"},
-    "engine": {"checkpoint", "config", "optimizers"},
+    "engine": {"backends", "checkpoint", "config", "optimizers"},
     "watch": set(),
     "step": {"config", "data", "linear", "losses", "models"},
     "evaluate": {"data", "engine", "models"},
