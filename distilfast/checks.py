@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def check_output(config: Config, output: Path) -> None:
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
     # What a run writes before config.yaml is there; it may have been killed then.
-    first = ("tokens", "config.yaml.tmp")
+    first = (config.token_folder.name, "config.yaml.tmp")
     if not output.exists() or all(p.name.startswith(first) for p in output.iterdir()):
         return
     if config.resume == "never":
@@ -164,7 +165,24 @@ def claim(config: Config, output: Path) -> int:
     temporary = output / "config.yaml.tmp"
     temporary.write_text(configs.to_yaml(config), encoding="utf-8")
     os.replace(temporary, output / "config.yaml")
-    for pattern in ("checkpoints/tmp-*", "tokens.tmp-*", "model.tmp-*"):
+    for pattern in ("checkpoints/tmp-*", f"{config.token_folder.name}.tmp-*", "model.tmp-*"):
         for leftover in output.glob(pattern):
             shutil.rmtree(leftover)
     return start
+
+
+def check_shared(config: Config, output: Path) -> None:
+    """On every rank, that it sees the folder that the first has claimed: the ranks save together.
+
+    Raises:
+        ConfigError: it sees another, or none.
+    """
+    try:
+        shared = (output / "config.yaml").read_text(encoding="utf-8") == configs.to_yaml(config)
+    except OSError:
+        shared = False
+    if not shared:
+        raise ConfigError(
+            f"output: expected a folder that all ranks share, got {str(output)!r} on "
+            f"{socket.gethostname()}, which is not the first rank's"
+        )

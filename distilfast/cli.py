@@ -119,20 +119,30 @@ def demo(arguments: Sequence[str]) -> int:
 
 def replay(arguments: Sequence[str]) -> int:
     """A step of a run again. Exit status 1 where something in it is not finite."""
-    step, others = None, []
+    numbers: dict[str, int | None] = {"--step": None, "--ranks": None}
+    others = []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name == "--step":
-            step = value if equals else next(rest, "")
+        if name in numbers:
+            value = value if equals else next(rest, "")
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"{name}: expected a number from 1, got {value!r}")
+            numbers[name] = int(value)
         else:
             others.append(argument)
-    if step is None or not step.isdigit():
-        raise ConfigError(f"--step: expected the number of a step, got {step!r}")
-    config = parse(others, prog="distilfast replay --step N")
+    step, ranks = numbers.values()
+    if step is None:
+        raise ConfigError("--step: expected the number of a step, got none")
+    config = parse(others, prog="distilfast replay --step N [--ranks R]")
+    from distilfast import train
     from distilfast.replay import replay
 
-    return 0 if replay(config, int(step)) else 1
+    try:
+        return 0 if replay(config, step, ranks) else 1
+    except train.TrainingError as error:
+        print(f"distilfast: {error}", file=sys.stderr)
+        return 1
 
 
 def describe_batch(batch: BatchConfig, ranks: int) -> str:

@@ -381,7 +381,7 @@ class ZeroConfig:
             the optimizer's state (stages 1 to 3), or the parameters and that state (stage 3).
         shard_teacher: split the teachers' weights, too, but for a copy of their heads (stage 3).
             Each layer is gathered at every forward; with offload parameters, from the host's
-            memory.
+            memory. At start each device has to hold all teachers once.
     """
 
     stage: Literal[0, 1, 2, 3] = 1

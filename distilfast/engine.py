@@ -58,6 +58,13 @@ class World:
             torch.distributed.all_reduce(values)
         return values
 
+    def count(self, flags: Sequence[bool]) -> list[int]:
+        """How many ranks say so, for each flag, however long the last of them takes."""
+        counts = torch.tensor(flags, dtype=torch.int64)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(counts, group=self.patient)
+        return [int(count) for count in counts]
+
     def gather(self, said: Any) -> list[Any]:
         """What every rank says, plain objects, in their order."""
         everyone: list[Any] = [said] * self.ranks
@@ -202,7 +209,7 @@ class Engine:
             "managed_gradient_accumulation": False,  # a step is over when we say so
             "gradient_clipping": 0.0 if self.whole else options.max_grad_norm,
             "zero_optimization": _partitioning(self.stage, config.zero.offload),
-            "bf16": {"enabled": dtype == torch.bfloat16},
+            "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": False},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_force_ds_cpu_optimizer": False,  # its own Adam would have to be compiled
@@ -324,8 +331,16 @@ class Engine:
 
     def _own_slices(self) -> list[tuple[str, Slice]]:
         slices = [(name, at) for name, _, at in self._slices()]
-        # At stage 0 everybody holds everything.
-        return slices[self.world.rank :: self.world.ranks] if self.stage == 0 else slices
+        if self.stage > 0:
+            return slices
+        # Everybody holds everything: a share of each parameter is this rank's to save.
+        rank, ranks = self.world.rank, self.world.ranks
+        shares = []
+        for name, at in slices:
+            start, stop = at.length * rank // ranks, at.length * (rank + 1) // ranks
+            if start < stop:
+                shares.append((name, Slice(at.flat, start, stop - start, start)))
+        return shares
 
     def _slices(self) -> Iterator[tuple[str, nn.Parameter, Slice]]:
         """Every trained parameter that this rank has optimiser state of, and where that is."""
@@ -427,6 +442,7 @@ def _sum_in_one_pass(optimizer: Any, device: torch.device) -> None:
     accumulate = backends.BACKENDS[backends.choose("auto", device, ())].accumulate
 
     def add(weight: nn.Parameter, group: int, index: int, clear: bool) -> None:
+        assert not clear  # backward() drops the gradient before the next
         if weight.grad is None:
             return
         share, total = weight.grad.contiguous(), optimizer.fp32_groups_gradients[group][index]

@@ -44,30 +44,39 @@ class Found:
         return text
 
 
-def replay(config: Config, step: int) -> bool:
+def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     """Recompute step 1, 2, ... and print what it is made of. True: all of it is finite.
 
+    Args:
+        ranks: over which its micro-batches were dealt, which matters to dropout alone; None: as
+            many as saved the checkpoint, or 1.
+
     Raises:
+        TrainingError: a step between the checkpoint and this one is not finite.
         ConfigError: no such step, or no run in config.output.
     """
     output = Path(config.output)
     if not (output / "config.yaml").is_file():
         raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
-    # In one process there is nothing to split; in bf16 the fp32 masters are ZeRO's.
-    zero = ZeroConfig(stage=0 if config.precision == "fp32" else 1)
-    config = dataclasses.replace(config, zero=zero)
+    # In one process there is nothing to split, and the run's folder is to be looked at.
+    config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
     setup = checks.prepare(config, world := engine.start())
     if not 1 <= step <= setup.steps:
         raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")
     dtype = engine.DTYPES[config.precision]
     teacher = TeacherSide(setup.teachers, config.loss, world.device, dtype)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
-    (start, _), ranks = checkpoint.find(output / "checkpoints", before=step), 1
+    start, damaged = checkpoint.find(output / "checkpoints", before=step)
+    for number, wrong in damaged.items():
+        print(f"passed over: step-{number} is damaged ({wrong})")
     if start:
         saved = Saved(output / "checkpoints", start)
-        ranks = saved.manifest["ranks"]
+        ranks = ranks or saved.manifest["ranks"]
         runner.restore(saved)
-    print(f"from the checkpoint after step {start}" if start else "from the beginning")
+    ranks = ranks or 1
+    origin = f"the checkpoint after step {start}" if start else "the beginning"
+    dealt = f"{ranks} ranks" if ranks > 1 else "one rank"
+    print(f"from {origin}, in the micro-batches of {dealt}")
     if start < step - 1 and ranks > 1 and config.student.dropout != 0:
         print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
     for before in range(start, step - 1):

@@ -12,6 +12,7 @@ checkpoint written; 2 something wrong in the configuration or the inputs, found 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -28,7 +29,7 @@ from torch import Tensor
 from distilfast import config as configs
 from distilfast import data, engine, models, optimizers, results
 from distilfast.checkpoint import CheckpointError, Checkpoints, Saved
-from distilfast.checks import Setup, claim, prepare
+from distilfast.checks import Setup, check_shared, claim, prepare
 from distilfast.config import Config, ConfigError
 from distilfast.engine import Engine, World
 from distilfast.evaluate import Evaluator
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config) -> bool:
     """Train as configured, or go on where a run was stopped. False: stopped by a signal again."""
     world = engine.start()
-    advice = f"the same command goes on from {config.output}"
-    with guard(world.patient, config.rank_timeout_s, advice):
+    with guard(world.patient, config.rank_timeout_s, advice(config)):
         return distil(config, world)
 
 
@@ -76,11 +76,18 @@ def distil(config: Config, world: World) -> bool:
         world.first(lambda: print(f"{output} is complete"))
         return True
     start = world.first(lambda: claim(config, output))
+    world.together(lambda: check_shared(config, output))
     with Stop() as stop:
         complete = train(config, world, setup, output, start, stop)
     if not complete:
-        world.first(lambda: print(f"stopped; the same command goes on from {output}"))
+        world.first(lambda: print(f"stopped; {advice(config)}"))
     return complete
+
+
+def advice(config: Config) -> str:
+    """How to go on."""
+    how = "" if config.resume == "auto" else " with resume auto"
+    return f"the same command{how} goes on from {config.output}"
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -133,8 +140,11 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             try:
                 line, stopping = optimiser_step(config, world, setup, runner, teacher, step, stop)
             except TrainingError:
-                save(step)  # for `distilfast replay`
-                checkpoints.wait()
+                try:
+                    save(step)  # for `distilfast replay`
+                    world.together(checkpoints.wait)
+                except RuntimeError as failure:  # not what went wrong first
+                    logging.getLogger("distilfast").warning(failure)
                 raise
             if line is None:
                 save(step)
@@ -154,7 +164,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             checkpoints.check()
         else:
             complete = True
-        checkpoints.wait()
+        world.together(checkpoints.wait)
     if not complete:
         return False
 
@@ -208,13 +218,12 @@ def optimiser_step(
             runner.backward(loss)
             parts.append(shares)
 
-    flags = [stop.requested, len(parts) <= len(share)]
-    sums = torch.stack(parts).double().sum(0)
-    sums = world.sum(torch.cat([sums, torch.tensor(flags).to(sums)]))
-    # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
-    *values, stopping, given_up, tokens = torch.cat([sums, counts[2:]]).tolist()
+    stopping, given_up = world.count([stop.requested, len(parts) <= len(share)])
     if given_up:
         return None, True
+    sums = world.sum(torch.stack(parts).double().sum(0))
+    # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
+    *values, tokens = torch.cat([sums, counts[2:]]).tolist()
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))

@@ -496,9 +496,11 @@ def test_replay_of_a_sound_step_is_that_step(
     changes = (f"--precision={precision}", "--student.dropout=0.1", "--batch.micro_sequences=4")
     folder = run(recipe, *changes, f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    assert cli.main(["replay", "--step=7", "--config", str(folder / "config.yaml")]) == 0
+    # A run that had to be new is looked at all the same.
+    arguments = ["--config", str(folder / "config.yaml"), "--resume=never"]
+    assert cli.main(["replay", "--step=7", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "from the checkpoint after step 4" in out
+    assert "from the checkpoint after step 4, in the micro-batches of one rank" in out
     again, recorded = (
         dict(re.findall(r"(\w+) ([\d.e-]+)(?:  |$)", line))
         for line in out.splitlines()
@@ -511,11 +513,31 @@ def test_replay_of_a_sound_step_is_that_step(
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def test_replay_says_where_a_step_on_its_way_is_not_finite(
+    poisoned: tuple[list[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, _ = poisoned
+    changes = [f"--output={tmp_path / 'run'}", "--batch.micro_sequences=2"]
+    assert train.main([*recipe, *changes]) == 1
+    assert cli.main(["replay", "--step=10", *recipe, *changes]) == 1
+    assert "loss is nan" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ranks_have_to_share_the_output(whole: tuple[list[str], Path], tmp_path: Path) -> None:
+    recipe, folder = whole
+    config = configs.parse(recipe)
+    checks.check_shared(config, folder)
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(configs.ConfigError, match="output: expected a folder that all ranks"):
+            checks.check_shared(config, place)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--step: expected the number of a step, got None"),
-        (["--step=x"], "--step: expected the number of a step, got 'x'"),
+        ([], "--step: expected the number of a step, got none"),
+        (["--step=x"], "--step: expected a number from 1, got 'x'"),
+        (["--step=1", "--ranks", "0"], "--ranks: expected a number from 1, got '0'"),
         (["--step=11"], "--step: expected 1 to 10, got 11"),
         (["--step=1", "--output=nowhere"], "output: expected the folder of a run, got 'nowhere'"),
     ],

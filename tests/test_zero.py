@@ -201,7 +201,9 @@ def everything(world: engine.World, folder: Path) -> dict[Any, Any]:
         gc.collect()  # DeepSpeed collects at every start, ever more slowly
         recipe = folder / "tied.yaml"
         if layout in ((2, "none"), (3, "none"), (1, "optimizer"), (3, "parameters")):
-            found["overflow", *layout] = overflow(world, recipe, *changes)
+            for precision in ("fp32", "bf16"):
+                both = (*changes, f"--precision={precision}")
+                found["overflow", precision, *layout] = overflow(world, recipe, *both)
         for precision in ("fp32", "bf16") if layout[0] > 0 else ("fp32",):
             place = folder / f"checkpoints-{world.ranks}-{precision}-{layout[0]}-{layout[1]}"
             both = (*changes, f"--precision={precision}")
@@ -370,7 +372,7 @@ def test_norm_of_a_large_gradient_is_exact() -> None:
 
 def test_overflow_on_one_rank_reaches_no_weight(found: dict[Any, Any]) -> None:
     stopped = {key: kept for key, kept in found.items() if key[0] == "overflow"}
-    assert len(stopped) == 4
+    assert len(stopped) == 8
     assert all(stopped.values()), stopped
 
 
