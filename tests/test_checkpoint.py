@@ -219,15 +219,6 @@ def test_save_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) ->
     assert_holds(tmp_path, 2, state)
 
 
-def test_step_is_saved_once(tmp_path: Path) -> None:
-    """A stop at a step whose checkpoint is due anyway."""
-    checkpoints = Checkpoints(tmp_path, 0, 1, 3)
-    for _ in range(2):
-        checkpoints.save(4, pieces(made_up({"a": 5}), 0, 1))
-    checkpoints.wait()
-    assert newest(tmp_path) == 4
-
-
 def test_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 0, 1, 2)
     for step in (2, 9, 10, 100):

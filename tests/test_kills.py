@@ -31,7 +31,7 @@ import torch
 from conftest import ROOT, make_corpus, make_teacher
 from safetensors.torch import load_file
 
-from distilfast import checkpoint, engine, train
+from distilfast import checkpoint, checks, engine, train
 from distilfast.config import Config
 
 POINTS = ("begin", "writing", "written", "said")  # of every rank's save
@@ -250,7 +250,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
 def test_run_killed_before_its_folder_was_its_own_starts_again(tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     (tmp_path / "config.yaml.tmp").write_text("teach")
-    train.check_output(Config(steps=1, output=str(tmp_path)), tmp_path)
+    checks.check_output(Config(steps=1, output=str(tmp_path)), tmp_path)
 
 
 @pytest.mark.slow
