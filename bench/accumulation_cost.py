@@ -33,7 +33,7 @@ import ranks as kit
 import torch
 import transformers
 
-from distilfast import assets, engine, train
+from distilfast import assets, checks, engine
 from distilfast.step import Distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +72,7 @@ def cost(
     """Medians in ms, and the overheads with their 20 and 80 percentiles."""
     world = engine.start()
     run = kit.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
-    student = train.prepare(run.config, world).student.to(engine.DTYPES[precision])
+    student = checks.prepare(run.config, world).student.to(engine.DTYPES[precision])
     plain = Distillation(student, run.config.loss, run.teacher)
     (batch,) = run.setup.batches.step(0, 0, 1, SEQUENCES)
     targets, normalizers = run.teacher(batch), run.normalizers([batch] * micro_batches)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distilfast import checks, data, engine, train
 from distilfast import config as configs
-from distilfast import data, engine, train
 from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
 
 WORDS, LINES = 1000, 400
@@ -120,7 +120,7 @@ class Run:
         self, world: engine.World, recipe: Path, *changes: str, kind: type = engine.Engine
     ):
         self.config = configs.parse(["--config", str(recipe), *changes])
-        self.world, self.setup = world, train.prepare(self.config, world)
+        self.world, self.setup = world, checks.prepare(self.config, world)
         dtype = engine.DTYPES[self.config.precision]
         self.teacher = TeacherSide(self.setup.teachers, self.config.loss, world.device, dtype)
         module = Distillation(self.setup.student, self.config.loss, self.teacher)

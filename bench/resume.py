@@ -35,8 +35,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distilfast import checks, engine, train
 from distilfast import config as configs
-from distilfast import engine, train
 from distilfast.checkpoint import Checkpoints, Saved
 from distilfast.step import Distillation, TeacherSide
 
@@ -58,7 +58,7 @@ class Runs:
     def __init__(self, world: engine.World, folder: Path, precision: str, dropout: float):
         changes = f"--precision={precision}", f"--student.dropout={dropout}", "--zero.stage=1"
         self.config = configs.parse(["--config", str(folder / "recipe.yaml"), *changes])
-        self.world, self.setup = world, train.prepare(self.config, world)
+        self.world, self.setup = world, checks.prepare(self.config, world)
         self.student = copy.deepcopy(self.setup.student)
         dtype = engine.DTYPES[precision]
         self.teacher = TeacherSide(self.setup.teachers, self.config.loss, world.device, dtype)
