@@ -77,6 +77,8 @@ def distil(config: Config, world: World) -> bool:
         return True
     start = world.first(lambda: claim(config, output))
     world.together(lambda: check_shared(config, output))
+    if start:
+        world.first(lambda: print(f"{output} goes on from step {start}"))
     with Stop() as stop:
         complete = train(config, world, setup, output, start, stop)
     if not complete:
