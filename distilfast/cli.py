@@ -17,6 +17,9 @@ usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
   check     validate a configuration and print what a run would do
   recipes   list the configurations that come with distilfast
   replay    --step N of a run again, micro-batch by micro-batch: where was it not finite?
+  glue      fine-tune models on GLUE's tasks, over several seeds, and tabulate
+  finetune  distil on a task: soft targets of one teacher or several, and labels
+  ablate    a configuration with parts left out or changed, over several seeds
   demo      a real teacher, real text, three runs and a report [--full]
 
 `distilfast train --help` lists every key."""
@@ -33,7 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return train.main(rest)
     commands = {"prepare": prepare, "check": check, "recipes": recipes}
-    commands |= {"demo": demo, "replay": replay}
+    commands |= {
+        "demo": demo,
+        "replay": replay,
+        "glue": glue,
+        "finetune": finetune,
+        "ablate": ablate,
+    }
     if name not in commands:
         known = ", ".join(("train", *commands))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
@@ -143,6 +152,27 @@ def replay(arguments: Sequence[str]) -> int:
     except train.TrainingError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 1
+
+
+def glue(arguments: Sequence[str]) -> int:
+    """Fine-tune on the tasks of GLUE."""
+    from distilfast import glue
+
+    return glue.main(arguments)
+
+
+def finetune(arguments: Sequence[str]) -> int:
+    """Distil on a task."""
+    from distilfast import finetune
+
+    return finetune.main(arguments)
+
+
+def ablate(arguments: Sequence[str]) -> int:
+    """What each part is worth."""
+    from distilfast import ablate
+
+    return ablate.main(arguments)
 
 
 def describe_batch(batch: BatchConfig, ranks: int) -> str:

@@ -34,11 +34,13 @@ def expect(ok: bool, key: str, expected: str, got: Any) -> None:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
 
 
-def _positive(key: str, value: float) -> None:
+def positive(key: str, value: float) -> None:
+    """A ConfigError unless ``value`` is a finite number > 0."""
     expect(math.isfinite(value) and value > 0, key, "a number > 0", value)
 
 
-def _not_negative(key: str, value: float) -> None:
+def not_negative(key: str, value: float) -> None:
+    """A ConfigError unless ``value`` is a finite number >= 0."""
     expect(math.isfinite(value) and value >= 0, key, "a number >= 0", value)
 
 
@@ -173,7 +175,7 @@ class MaskingConfig:
         shares = (self.mask, self.random, self.keep)
         ok = min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-9)
         expect(ok, "masking.mask, random, keep", "numbers >= 0 of sum 1", shares)
-        _not_negative("masking.smoothing", self.smoothing)
+        not_negative("masking.smoothing", self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,11 @@ class LossConfig:
     backend: Literal["auto", "triton", "cpp", "torch"] = "auto"
 
     def __post_init__(self) -> None:
-        _positive("loss.temperature", self.temperature)
+        positive("loss.temperature", self.temperature)
         names = ("kd", "ce", "hidden_cos", "logit_cos", "mse")
         weights = {f"loss.{name}_weight": getattr(self, f"{name}_weight") for name in names}
         for key, weight in weights.items():
-            _not_negative(key, weight)
+            not_negative(key, weight)
         expect(any(weights.values()), ", ".join(weights), "at least one weight > 0", "all 0")
         expect(0 < self.jsd_beta < 1, "loss.jsd_beta", "0 < x < 1", self.jsd_beta)
 
@@ -262,13 +264,13 @@ class OptimizerConfig:
     max_grad_norm: float = 5.0
 
     def __post_init__(self) -> None:
-        _positive("optimizer.learning_rate", self.learning_rate)
-        _not_negative("optimizer.weight_decay", self.weight_decay)
+        positive("optimizer.learning_rate", self.learning_rate)
+        not_negative("optimizer.weight_decay", self.weight_decay)
         ok = all(0 <= beta < 1 for beta in self.betas)
         expect(ok, "optimizer.betas", "two numbers from 0 up to 1", self.betas)
-        _positive("optimizer.epsilon", self.epsilon)
+        positive("optimizer.epsilon", self.epsilon)
         _fraction("optimizer.warmup_ratio", self.warmup_ratio)
-        _not_negative("optimizer.max_grad_norm", self.max_grad_norm)
+        not_negative("optimizer.max_grad_norm", self.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -466,7 +468,7 @@ class Config:
         if self.steps is not None:
             expect(self.steps >= 1, "steps", "at least 1", self.steps)
         if self.epochs is not None:
-            _positive("epochs", self.epochs)
+            positive("epochs", self.epochs)
         expect(0 <= self.seed < 2**64, "seed", "0 to 2^64 - 1", self.seed)
         ok = 5 <= self.rank_timeout_s <= 86_400
         expect(ok, "rank_timeout_s", "5 to 86,400 seconds", self.rank_timeout_s)
@@ -474,7 +476,7 @@ class Config:
         expect(len(self.teachers) > 0, "teacher", "at least one teacher", self.teacher)
         for teacher in self.teachers:
             expect(bool(teacher.name), "teacher", "a name", teacher.name)
-            _not_negative("teacher: weight", teacher.weight)
+            not_negative("teacher: weight", teacher.weight)
         expect(sum(t.weight for t in self.teachers) > 0, "teacher", "a weight > 0", self.teacher)
         expect(
             self.precision == "fp32" or self.zero.stage >= 1,

@@ -217,14 +217,10 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
 def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     import transformers
 
-    path = names.local_path("teacher", spec.name)
-    if path is None:
-        names.require_hub("teacher", spec.name, revision=spec.revision)
-    elif not (path / "config.json").is_file():
-        raise ConfigError(f"teacher: expected a folder with config.json, got {str(path)!r}")
-    source, revision = (spec.name, spec.revision) if path is None else (str(path), None)
+    source = names.model_source("teacher", spec.name, spec.revision)
+    revision = spec.revision if source == spec.name else None
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(
                 source, revision=revision, trust_remote_code=False
             )
@@ -239,7 +235,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
             )
     except ConfigError:
         raise
-    except _loading_errors() as error:
+    except loading_errors() as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"teacher: {spec.name!r} cannot be loaded: {message}") from error
     parts = FAMILIES[config.model_type]
@@ -254,7 +250,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
 
 
-def _loading_errors() -> tuple[type[Exception], ...]:
+def loading_errors() -> tuple[type[Exception], ...]:
     """What transformers raises over files that are damaged or do not fit together."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -264,7 +260,7 @@ def _loading_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' load report and progress bars; what matters in them is checked here."""
     import transformers
 

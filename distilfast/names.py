@@ -45,6 +45,21 @@ def local_path(key: str, name: str) -> Path | None:
     return None
 
 
+def model_source(key: str, name: str, revision: str | None = None) -> str:
+    """What transformers loads a model from: a folder, or a hub name that can be had.
+
+    Raises:
+        ConfigError: a folder without a model, or a name that the hub does not have.
+    """
+    path = local_path(key, name)
+    if path is None:
+        require_hub(key, name, revision=revision)
+        return name
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{key}: expected a folder with config.json, got {str(path)!r}")
+    return str(path)
+
+
 def require_hub(key: str, name: str, repo_type: str = "model", revision: str | None = None) -> None:
     """That a hub name can be loaded: the hub answers, or the cache holds it.
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from distilfast.report import read_metrics
 
@@ -67,35 +67,37 @@ def _tensorboard(folder: Path, start: int) -> Any:
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
 
-class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; nothing on the other ranks.
-
-    It shows figures that the step has on the host already, and so never waits for a device.
-    """
+class Bar:
+    """How far something is and how long it will take: a bar on a terminal, a line every ten seconds
+    elsewhere."""
 
     INTERVAL_S = 10.0
 
-    def __init__(self, name: str, steps: int, start: int, shown: bool):
-        self.name, self.steps, self.start, self.shown = name, steps, start, shown
+    def __init__(
+        self, name: str, total: float, start: float = 0, shown: bool = True, unit: str = "%"
+    ):
+        self.name, self.total, self.start, self.shown, self.unit = name, total, start, shown, unit
         self.bar: Any = None
         self.task: Any = None
         self.began = self.told = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.shown and sys.stderr.isatty():
             from rich import console, progress
 
             self.bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
-                progress.MofNCompleteColumn(),
+                progress.TaskProgressColumn()
+                if self.unit == "%"
+                else progress.MofNCompleteColumn(),
                 progress.TextColumn("{task.fields[figures]}"),
                 progress.TimeRemainingColumn(),
                 console=console.Console(stderr=True),
             )
             self.bar.start()
             self.task = self.bar.add_task(
-                self.name, total=self.steps, completed=self.start, figures=""
+                self.name, total=self.total, completed=self.start, figures=""
             )
         return self
 
@@ -108,32 +110,49 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, line: dict[str, Any]) -> None:
-        """Show a step's line of metrics."""
+    def update(self, done: float, figures: str) -> None:
+        """So much of the total is done."""
         if not self.shown:
             return
-        figures = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
         if self.bar:
-            self.bar.update(self.task, completed=line["step"], figures=figures)
+            self.bar.update(self.task, completed=done, figures=figures)
             return
         now = time.monotonic()
-        if now - self.told >= self.INTERVAL_S:
+        if now - self.told >= self.INTERVAL_S and done > self.start:
             self.told = now
-            left = (now - self.began) / (line["step"] - self.start) * (self.steps - line["step"])
-            self._say(f"step {line['step']}/{self.steps}  {figures}  {left:.0f} s left")
+            left = (now - self.began) / (done - self.start) * (self.total - done)
+            share = f"{done / self.total:.0%}" if self.unit == "%" else f"{done}/{self.total}"
+            self.say(f"{self.unit.removeprefix('%')} {share}  {figures}  {left:.0f} s left".strip())
+
+    def say(self, message: str) -> None:
+        """A line of its own."""
+        if not self.shown:
+            return
+        if self.bar:
+            self.bar.console.print(f"{self.name}  {message}", highlight=False)
+        else:
+            print(f"{self.name}  {message}", file=sys.stderr, flush=True)
+
+
+class Progress(Bar):
+    """The driver's, of the first rank alone.
+
+    It shows figures that the step has on the host already, and so never waits for a device.
+    """
+
+    def __init__(self, name: str, steps: int, start: int, shown: bool):
+        super().__init__(name, steps, start, shown, unit="step")
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Show a step's line of metrics."""
+        figures = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.update(line["step"], figures)
 
     def evaluated(self, step: int, scores: dict[str, Any]) -> None:
         """Show an evaluation."""
         agreement = scores["eval_agreement"]
         shown = "" if agreement is None else f", agreement {agreement:.1%}"
-        if self.shown:
-            self._say(
-                f"step {step}: held-out loss {scores['eval_loss']:.3f}, "
-                f"accuracy {scores['eval_accuracy']:.1%}{shown}"
-            )
-
-    def _say(self, message: str) -> None:
-        if self.bar:
-            self.bar.console.print(f"{self.name}  {message}", highlight=False)
-        else:
-            print(f"{self.name}  {message}", file=sys.stderr, flush=True)
+        self.say(
+            f"step {step}: held-out loss {scores['eval_loss']:.3f}, "
+            f"accuracy {scores['eval_accuracy']:.1%}{shown}"
+        )

@@ -154,7 +154,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             if metrics:
                 metrics.tokens += line["tokens"]
                 metrics.write({**line, "tokens": metrics.tokens})
-                progress.update(line)
+                progress.step(line)
             done, last = step + 1, step + 1 == setup.steps
             if last or (config.evaluate.every and done % config.evaluate.every == 0):
                 evaluate(done)

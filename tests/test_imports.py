@@ -39,12 +39,21 @@ MAY_IMPORT = {
     "evaluate": {"data", "engine", "models"},
     "records": {"report"},
     "export": {"_version", "config"},
+    "options": {"config"},
+    "jobs": {"config", "records"},
+    "tasks": {"config", "names"},
+    "finetuning": {"config", "losses", "models", "names", "tasks"},
 }
-APPLICATIONS = {"train", "checks", "results", "replay", "demo", "cli"}
+APPLICATIONS = {
+    *("train", "checks", "results", "replay", "demo", "cli"),
+    *("glue", "finetune", "ablate", "compare", "reports"),
+}
 THIRD_PARTY = {
     "deepspeed": {"engine", "train"},
-    "transformers": {"data", "models", *APPLICATIONS},
-    "datasets": {"data", "models", *APPLICATIONS},
+    "transformers": {"data", "models", "finetuning", *APPLICATIONS},
+    "datasets": {"data", "models", "tasks", *APPLICATIONS},
+    "sklearn": {"tasks"},
+    "scipy": {"tasks", "ablate"},
     "distilfast_kernels": {"backends"},
     "triton": set(),
 }

@@ -1,0 +1,414 @@
+"""`distilfast ablate`: what each part of the method is worth, over several seeds.
+
+    distilfast ablate --config configs/demo.yaml --data FOLDER --tasks CoLA,SST-2 --seeds 5 \\
+        --output runs/ablation
+    distilfast ablate --config X --grid loss.temperature=1,2,4 --grid loss.kd_weight=1,5 ...
+
+Each row is the configuration with some keys changed. All rows take the same steps on the same data,
+from the same seeds; each distilled model is fine-tuned on the tasks from its own seed. Rows are
+compared with the configuration itself, seed by seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distilfast import checks, data, glue, jobs, options
+from distilfast import config as configs
+from distilfast.config import Config, ConfigError, parse
+from distilfast.finetuning import FineTuning
+from distilfast.jobs import Job, Result, Tell, Workers
+from distilfast.report import Chart, Report, Table, read_metrics, write_report
+from distilfast.tasks import Task
+
+# Sanh et al. 2019, table 4: the change of the macro score.
+PUBLISHED = {
+    "without kd": -2.96,
+    "without hidden_cos": -1.46,
+    "without ce": -0.31,
+    "random initialisation": -3.69,
+}
+TABLE_4 = {
+    "without kd": ("loss.kd_weight=0",),
+    "without hidden_cos": ("loss.hidden_cos_weight=0",),
+    "without ce": ("loss.ce_weight=0",),
+    "random initialisation": ("student.init=random",),
+}
+BASELINE = "as configured"
+FIXED = ("output", "seed", "data.", "steps", "epochs", "resume", "checkpoint.", "evaluate.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    parser = options.Parser("distilfast ablate", __doc__)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a run; --set changes it for all rows")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all rows")
+    add(
+        "--grid",
+        action="append",
+        metavar="KEY=A,B",
+        help="a row for each value; several: each pair",
+    )
+    add("--row", nargs="+", action="append", metavar="NAME KEY=VALUE", help="a row of one's own")
+    add(
+        "--seeds",
+        type=options.positive,
+        default=5,
+        help="of the runs: the config's and those after",
+    )
+    glue.add_task_options(parser)
+    glue.add_tuning_options(parser)
+    given = parser.parse_args(arguments)
+
+    output = Path(given.output)
+    rows = chosen_rows(given.grid, given.row)
+    base = ["--config", given.config, *(f"--{key}" for key in given.set)]
+    first = parse(base)
+    seeds = range(first.seed, first.seed + given.seeds)
+    runs = {
+        (name, seed): run_config(base, changes, name, seed, output)
+        for name, changes in rows.items()
+        for seed in seeds
+    }
+    chosen = glue.chosen_tasks(given.tasks, given.data)
+    workers = Workers.of(given.processes, given.device)
+    settings = glue.tuning(given, workers)
+    splits = glue.read_inputs(chosen, given.data, {}, settings)
+    _, tokenizer, _ = checks.load_models(first)
+    what = {
+        "command": "ablate",
+        "seeds": given.seeds,
+        "threads": workers.threads,
+        "device": workers.devices[0].partition(":")[0],
+        **asdict(settings),
+        "config": yaml.safe_load(configs.to_yaml(replace(first, output="", seed=0))),
+    }
+    shown = {name: " ".join(changes) for name, changes in rows.items()}
+    glue.claim(output, what, shown, splits.identities)
+    data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
+    trained = train(runs, workers, output)
+    tuned = fine_tune(runs, splits, settings, workers, output)
+    found = {
+        name: Row(
+            [trained[name, seed] for seed in seeds],
+            {t.name: [tuned[name, seed, t.name] for seed in seeds] for t in chosen},
+        )
+        for name in rows
+    }
+    write(found, what, chosen, output, shlex.join(["distilfast", "ablate", *arguments]))
+    return 0
+
+
+# --- The rows -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's figures, a result a seed."""
+
+    runs: list[Result]
+    tasks: dict[str, list[Result]]
+
+    @property
+    def eval_loss(self) -> list[float]:
+        """Held-out loss, nats."""
+        return [run["eval_loss"] for run in self.runs]
+
+    @property
+    def score(self) -> list[float]:
+        """The mean over the tasks, x 100."""
+        return [
+            statistics.fmean(r["score"] for r in one)
+            for one in zip(*self.tasks.values(), strict=True)
+        ]
+
+
+def chosen_rows(
+    grid: Sequence[str] | None, own: Sequence[Sequence[str]] | None
+) -> dict[str, tuple[str, ...]]:
+    """The rows by name, as what they change; the configuration itself first."""
+    rows: dict[str, tuple[str, ...]] = {BASELINE: ()}
+    if not grid and not own:
+        rows |= TABLE_4
+    axes = []
+    for axis in grid or ():
+        key, _, values = axis.partition("=")
+        if not key or not values:
+            raise ConfigError(f"--grid: expected KEY=A,B, got {axis!r}")
+        axes.append([f"{key}={value}" for value in options.names(values)])
+    if axes:
+        rows |= {" ".join(changes): changes for changes in itertools.product(*axes)}
+    for name, *changes in own or ():
+        if name in rows or not changes:
+            raise ConfigError(f"--row: expected a new name and KEY=VALUE, got {[name, *changes]}")
+        rows[name] = tuple(changes)
+    for change in itertools.chain.from_iterable(rows.values()):
+        if change.startswith(FIXED) or "=" not in change:
+            raise ConfigError(
+                "--grid, --row: expected KEY=VALUE of a key that rows need not share, got "
+                f"{change!r}"
+            )
+    return rows
+
+
+def run_config(
+    base: Sequence[str], changes: Sequence[str], name: str, seed: int, output: Path
+) -> Config:
+    """The configuration of one run."""
+    prepared = next((a for a in base if a.startswith("--data.prepared")), None)
+    shared = [] if prepared else [f"--data.prepared={output / 'tokens-of-text'}"]
+    own = [f"--seed={seed}", f"--output={output / 'runs' / glue.slug(name) / f'seed-{seed}'}"]
+    return parse([*base, *(f"--{change}" for change in changes), *shared, *own])
+
+
+# --- The jobs -------------------------------------------------------------------------------------
+
+
+def train(
+    runs: Mapping[tuple[str, int], Config], workers: Workers, output: Path
+) -> dict[tuple[str, int], Result]:
+    """Distil each run; its held-out scores."""
+    wanted = {}
+    for (name, seed), config in runs.items():
+        wanted[name, seed] = Job(
+            f"distilled/{glue.slug(name)}/seed-{seed}",
+            2.0 if config.loss.needs_teacher else 1.0,
+            distil,
+            (configs.to_yaml(config), config.output, workers.threads),
+        )
+    results = jobs.run(list(wanted.values()), output, workers, "distil")
+    return {key: results[job.name] for key, job in wanted.items()}
+
+
+def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -> Result:
+    """A job: `distilfast train` in a process of its own, which goes on where it was stopped."""
+    folder = Path(output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_suffix(".yaml")
+    file.write_text(config, encoding="utf-8")
+    log = folder.with_suffix(".log")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if device.startswith("cuda"):
+        environment["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+    command = [sys.executable, "-c", "from distilfast.cli import script; script()", "train"]
+    with log.open("w", encoding="utf-8") as opened:
+        process = subprocess.Popen(
+            [*command, "--config", str(file)],
+            stdout=opened,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            steps = parse(["--config", str(file)]).steps
+            while process.poll() is None:
+                tell(_share_done(folder / "metrics.jsonl", steps))
+                time.sleep(0.5)
+        finally:
+            process.terminate()
+    summary = folder / "summary.json"
+    if process.returncode or not summary.is_file():
+        last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing"])[-1]
+        raise ConfigError(
+            f"{folder} ended with exit status {process.returncode}: {last}; see {log}"
+        )
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    return {**found["scores"]["student"], "seconds": found["seconds"], "steps": found["steps"]}
+
+
+def _share_done(metrics: Path, steps: int | None) -> float:
+    if steps is None or not metrics.is_file():
+        return 0.0
+    lines = read_metrics(metrics)
+    return min(lines[-1]["step"] / steps, 0.99) if lines else 0.0
+
+
+def fine_tune(
+    runs: Mapping[tuple[str, int], Config],
+    splits: glue.Inputs,
+    settings: FineTuning,
+    workers: Workers,
+    output: Path,
+) -> dict[tuple[str, int, str], Result]:
+    """Each distilled model on each task, from the seed that it was distilled from."""
+    store = glue.TokenStore(output / "tokens")
+    wanted = {}
+    for ((name, seed), config), task in itertools.product(runs.items(), splits.tasks.values()):
+        source = str(Path(config.output) / "model")
+        model = glue.open_model("--model", source, [task], settings)
+        files, tokens = store.files(splits.splits[task.name], task, model.tokenizer, settings)
+        work = tokens * (settings.epochs or task.epochs)
+        pad_token = model.tokenizer.pad_token_id
+        wanted[name, seed, task.name] = Job(
+            f"scores/{glue.slug(name)}/{task.name}/seed-{seed}",
+            work,
+            glue.fine_tune,
+            (source, task, files, pad_token, settings, seed),
+        )
+    results = jobs.run(list(wanted.values()), output, workers, "fine-tune")
+    store.remove()
+    return {key: results[job.name] for key, job in wanted.items()}
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a row from the configuration itself, seed by seed."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def stdev(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def p(self) -> float | None:
+        """Of a two-sided paired t-test; None where it has nothing to go by."""
+        from scipy import stats
+
+        if not self.stdev:
+            return None
+        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+
+
+def difference(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Paired by seed."""
+    return Difference([a - b for a, b in zip(ours, baseline, strict=True)])
+
+
+def write(
+    rows: Mapping[str, Row],
+    what: Mapping[str, Any],
+    chosen: Sequence[Task],
+    output: Path,
+    command: str,
+) -> None:
+    """results.json, report.html, and the table on stdout."""
+    baseline = rows[BASELINE]
+    differences = {
+        name: {
+            "score": difference(row.score, baseline.score),
+            "eval_loss": difference(row.eval_loss, baseline.eval_loss),
+        }
+        for name, row in rows.items()
+        if name != BASELINE
+    }
+    results = {
+        name: {
+            "score": glue.over_seeds(row.score),
+            "eval_loss": glue.over_seeds(row.eval_loss),
+            "tasks": {t: glue.over_seeds([r["score"] for r in f]) for t, f in row.tasks.items()},
+            "difference": {
+                part: {"values": d.values, "mean": d.mean, "stdev": d.stdev, "p": d.p}
+                for part, d in differences.get(name, {}).items()
+            },
+        }
+        for name, row in rows.items()
+    }
+    jobs.write_json(output / "results.json", results)
+    made = table(rows, differences, chosen, what["seeds"])
+    print(glue.markdown(made))
+    report = Report(
+        title=f"Ablation: {', '.join(task.name for task in chosen)}",
+        lead=lead(differences),
+        models=[],
+        curves={},
+        samples=[],
+        facts={k: str(v) for k, v in what.items() if v is not None and k != "config"},
+        config=yaml.safe_dump(what["config"], sort_keys=False),
+        tables=[made],
+        charts=[
+            Chart(
+                "Change of the score",
+                "x 100",
+                {n: d["score"].values for n, d in differences.items()},
+                zero=True,
+            ),
+            Chart(
+                "Change of the held-out loss",
+                "nats",
+                {n: d["eval_loss"].values for n, d in differences.items()},
+                zero=True,
+            ),
+        ],
+        commands=[command],
+    )
+    print(f"\nreport: {write_report(report, output / 'report.html')}")
+
+
+def table(
+    rows: Mapping[str, Row],
+    differences: Mapping[str, Mapping[str, Difference]],
+    chosen: Sequence[Task],
+    n_seeds: int,
+) -> Table:
+    """A row's means, and its changes with their standard deviations and p."""
+    published = {name: PUBLISHED[name] for name in rows if name in PUBLISHED}
+    columns = [
+        "row",
+        "score",
+        "change",
+        "p",
+        "held-out loss",
+        "change",
+        "p",
+        *(t.name for t in chosen),
+    ]
+    columns += ["change in the paper"] if published else []
+    lines = []
+    for name, row in rows.items():
+        cells = []
+        for part, values, digits in (("score", row.score, 1), ("eval_loss", row.eval_loss, 3)):
+            cells.append(f"{statistics.fmean(values):.{digits}f}")
+            found = differences.get(name, {}).get(part)
+            cells += ["", ""] if found is None else [_signed(found, digits), _p(found.p)]
+        cells += [f"{statistics.fmean(r['score'] for r in row.tasks[t.name]):.1f}" for t in chosen]
+        if published:
+            cells.append(f"{published[name]:+.2f}" if name in published else "")
+        lines.append([name, *cells])
+    several = f"Means of {n_seeds} seeds" if n_seeds > 1 else "One seed"
+    caption = (
+        f"{several}; score: the mean over {', '.join(t.name for t in chosen)}, times 100; held-out "
+        "loss: masked-LM cross entropy, nats. A change is a row's less the configuration's own, "
+        "seed by seed, ± standard deviation; p is of a two-sided paired t-test."
+    )
+    if published:
+        caption += " In the paper (Sanh et al. 2019, table 4): change of the score of nine tasks."
+    return Table("Ablation", columns, lines, caption)
+
+
+def _signed(found: Difference, digits: int) -> str:
+    spread = "" if found.stdev is None else f" ± {found.stdev:.{digits}f}"
+    return f"{found.mean:+.{digits}f}{spread}"
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def lead(differences: Mapping[str, Mapping[str, Difference]]) -> str:
+    """One sentence: what the figures say."""
+    clear = [n for n, d in differences.items() if d["score"].p is not None and d["score"].p < 0.05]
+    if not clear:
+        return "No row's score differs from the configuration's own at p < 0.05."
+    said = [f"{name} ({differences[name]['score'].mean:+.1f})" for name in clear]
+    return f"The score differs from the configuration's own at p < 0.05: {', '.join(said)}."

@@ -1,0 +1,495 @@
+"""`distilfast finetune`: distil on a task, with its labels, one teacher or an ensemble.
+
+    distilfast finetune --teacher A B --student S --task SST-2 --data FOLDER --output runs/sst-2
+
+A student learns from the teachers' soft targets at T and the hard labels at 1 (Hinton et al. 2015,
+section 2), beside one that has the labels alone. Teachers without the task's head are fine-tuned
+first; their logits are computed once. One table holds all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from distilfast import finetuning, glue, jobs, options, tasks
+from distilfast.config import ConfigError, expect, not_negative, positive
+from distilfast.data import fingerprint
+from distilfast.finetuning import FineTuning, SoftTargets
+from distilfast.glue import Model
+from distilfast.jobs import Job, Result, Tell, Workers
+from distilfast.losses import combine_teachers
+from distilfast.report import Chart, Report, Table, write_report
+from distilfast.tasks import Examples, Task
+
+LABELS, ENSEMBLE = "labels alone", "ensemble"
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How teachers teach.
+
+    Args:
+        temperature: T of the soft targets.
+        kd_weight: of T^2 KL(teacher || student) at T.
+        ce_weight: of the cross entropy of the hard labels at 1.
+        ensemble: probability is the arithmetic mean of the teachers' distributions at T, logit
+            their geometric mean.
+        weights: a teacher's share in it; they are normalised.
+    """
+
+    temperature: float = 2.0
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+    ensemble: str = "probability"
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        positive("--temperature", self.temperature)
+        positive("--kd_weight", self.kd_weight)
+        not_negative("--ce_weight", self.ce_weight)
+        for weight in self.weights:
+            not_negative("--weights", weight)
+        expect(sum(self.weights) > 0, "--weights", "a weight > 0", self.weights)
+
+    def combine(self, logits: Sequence[Tensor], task: Task, temperature: float) -> Tensor:
+        """(n, outputs): the ensemble's logits at T, or its number."""
+        if len(logits) == 1:
+            return logits[0]
+        if not task.classes:
+            shares = torch.tensor(self.weights) / sum(self.weights)
+            return (torch.stack(list(logits)) * shares[:, None, None]).sum(0)
+        weights = list(self.weights)
+        return combine_teachers(list(logits), weights, temperature=temperature, mode=self.ensemble)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status."""
+    parser = options.Parser("distilfast finetune", __doc__)
+    add, default = parser.add_argument, Teaching(weights=(1.0,))
+    add("--teacher", nargs="+", required=True, metavar="MODEL",
+        help="fine-tuned on the task or not yet; a name given twice: from two seeds")  # fmt: skip
+    add("--student", required=True, metavar="MODEL")
+    add("--task", required=True, help="of GLUE, IMDb, or one's own in --data")
+    add("--data", default="glue", metavar="FOLDER|glue")
+    add("--output", required=True, metavar="FOLDER")
+    add("--seeds", type=options.positive, default=5, help="of the students: 0 to SEEDS - 1")
+    add("--temperature", type=float, default=default.temperature)
+    add("--kd_weight", type=float, default=default.kd_weight)
+    add("--ce_weight", type=float, default=default.ce_weight)
+    add("--ensemble", choices=("probability", "logit"), default=default.ensemble,
+        help="the arithmetic or the geometric mean of the teachers' distributions")  # fmt: skip
+    add("--weights", type=numbers, metavar="A,B", help="of the teachers in the ensemble")
+    add("--transfer", metavar="FILE", help="a .tsv of unlabelled texts to imitate the teachers on")
+    add("--cache", metavar="FOLDER", help="of the teachers' logits; default: in --output")
+    glue.add_tuning_options(parser)
+    given = parser.parse_args(arguments)
+
+    task = tasks.find(given.task, given.data)
+    weights = given.weights or (1.0,) * len(given.teacher)
+    if len(weights) != len(given.teacher):
+        raise ConfigError(f"--weights: expected {len(given.teacher)}, one a teacher, got {weights}")
+    teaching = Teaching(
+        given.temperature, given.kd_weight, given.ce_weight, given.ensemble, weights
+    )
+    workers = Workers.of(given.processes, given.device)
+    settings = glue.tuning(given, workers)
+    inputs = read_inputs(task, given, settings)
+    output = Path(given.output)
+    what = {
+        "command": "finetune",
+        "task": task.name,
+        "seeds": given.seeds,
+        "threads": workers.threads,
+        "device": workers.devices[0].partition(":")[0],
+        **asdict(settings),
+        **asdict(teaching),
+        "weights": list(weights),
+        "teachers": [t.name for t in inputs.teachers],
+    }
+    identities = {"student": inputs.student.identity}
+    identities |= {teacher.name: teacher.model.identity for teacher in inputs.teachers}
+    glue.claim(output, what, identities, {task.name: inputs.identity})
+    run = Run(inputs, settings, teaching, workers, output, Path(given.cache or output / "logits"))
+    rows = run(range(given.seeds))
+    write(rows, inputs, what, output, shlex.join(["distilfast", "finetune", *arguments]))
+    return 0
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """1,2 as numbers."""
+    return tuple(float(part) for part in text.split(","))
+
+
+# --- Inputs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One of the ensemble."""
+
+    name: str  # in the table
+    model: Model
+    seed: int | None  # to be fine-tuned first, from this seed; None: has its head
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that the run needs, read and checked."""
+
+    task: Task
+    splits: dict[str, Examples]  # the task's, and "transfer" where there is one
+    identity: str
+    teachers: list[Teacher]
+    student: Model
+
+
+def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
+    """Read and check data and models. Writes nothing.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    splits = tasks.read(task, given.data)
+    if given.transfer:
+        splits["transfer"] = tasks.read_texts(Path(given.transfer), task)
+    content = json.dumps([vars(e) for e in splits.values()])
+    student = glue.open_model("--student", given.student, [task], settings)
+    teachers: list[Teacher] = []
+    for name in given.teacher:
+        known = {n: t.model for t, n in zip(teachers, given.teacher, strict=False)}.get(name)
+        model = known or glue.open_model("--teacher", name, [task], settings)
+        if fingerprint(model.tokenizer) != fingerprint(student.tokenizer):
+            raise ConfigError(
+                f"--teacher: expected the student's tokenizer ({len(student.tokenizer)} tokens), "
+                f"got another ({len(model.tokenizer)} tokens) in {name!r}"
+            )
+        seed = None if model.fine_tuned else given.teacher[: len(teachers)].count(name)
+        label = glue.short(name) + (f" from seed {seed}" if given.teacher.count(name) > 1 else "")
+        if any(t.name == label for t in teachers):
+            raise ConfigError(f"--teacher: expected each fine-tuned model once, got {name!r} twice")
+        teachers.append(Teacher(label, model, seed))
+    return Inputs(task, splits, hashlib.sha256(content.encode()).hexdigest(), teachers, student)
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: one model, or a student from several seeds."""
+
+    name: str
+    results: list[Result]  # each with "score", "metrics" and "agreement"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Teachers, their logits, students."""
+
+    inputs: Inputs
+    settings: FineTuning
+    teaching: Teaching
+    workers: Workers
+    output: Path
+    cache: Path
+
+    def __call__(self, seeds: Sequence[int]) -> list[Row]:
+        """The rows of the table, students first."""
+        task, student = self.inputs.task, self.inputs.student
+        store = glue.TokenStore(self.output / "tokens")
+        files, tokens = store.files(self.inputs.splits, task, student.tokenizer, self.settings)
+        folders = self.fine_tune_teachers(files, tokens)
+        logits = self.teachers_logits(files, folders)
+        targets = self.targets(logits)
+        rows = self.students(files, tokens, targets, seeds)
+        labels = glue.read_tokens(files[task.dev[0]]).labels
+        dev = [found[task.dev[0]] for found in logits]
+        named = {t.name: [x] for t, x in zip(self.inputs.teachers, dev, strict=True)}
+        if len(dev) > 1:
+            named[ENSEMBLE] = dev
+        for name, members in named.items():
+            own = self.teaching.combine(members, task, 1.0) if name == ENSEMBLE else members[0]
+            score = task.score(labels, own)
+            agreement = agreements(task, own, targets_of(targets, task.dev[0]))
+            result = {"score": score["score"], "metrics": score, "agreement": agreement}
+            rows.append(Row(name, [result]))
+        store.remove()
+        return rows
+
+    def fine_tune_teachers(self, files: Mapping[str, str], tokens: int) -> list[str]:
+        """Where each teacher's model is, after those without a head have got one."""
+        task, wanted, folders = self.inputs.task, [], []
+        for teacher in self.inputs.teachers:
+            if teacher.seed is None:
+                folders.append(teacher.model.source)
+                continue
+            name = f"teachers/{glue.slug(teacher.name)}"
+            folders.append(str(self.output / name / "model"))
+            arguments = (teacher.model.source, task, files, teacher.model.tokenizer, self.settings)
+            work = tokens * (self.settings.epochs or task.epochs) * teacher.model.work
+            wanted.append(
+                Job(f"{name}/scores", work, learn, (*arguments, teacher.seed, None, folders[-1]))
+            )
+        jobs.run(wanted, self.output, self.workers, "teachers")
+        return folders
+
+    def teachers_logits(
+        self, files: Mapping[str, str], folders: Sequence[str]
+    ) -> list[dict[str, Tensor]]:
+        """(n, outputs) of each teacher, by split; read where model, data and settings are those
+        that they were computed from."""
+        from safetensors.torch import load_file
+
+        task = self.inputs.task
+        length = self.settings.max_length or task.max_length
+        wanted, places = [], []
+        for teacher, folder in zip(self.inputs.teachers, folders, strict=True):
+            key = [glue.identity(folder), self.inputs.identity, length, self.settings.precision]
+            digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+            places.append(self.cache / f"{digest}.safetensors")
+            if not places[-1].is_file():
+                arguments = (folder, task, files, teacher.model.tokenizer.pad_token_id)
+                wanted.append(
+                    Job(
+                        digest,
+                        teacher.model.work,
+                        logits,
+                        (*arguments, self.settings, str(places[-1])),
+                    )
+                )
+        jobs.run(wanted, self.cache, self.workers, "logits")
+        return [load_file(place) for place in places]
+
+    def targets(self, logits: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+        """A file of targets for each way to be taught: by the first teacher, by all."""
+        from safetensors.torch import save_file
+
+        first = self.inputs.teachers[0].name
+        taught = {first: logits[:1]} | ({ENSEMBLE: logits} if len(logits) > 1 else {})
+        files = {}
+        for name, members in taught.items():
+            combined = {
+                split: self.teaching.combine(
+                    [m[split] for m in members], self.inputs.task, self.teaching.temperature
+                ).contiguous()
+                for split in members[0]
+            }
+            files[name] = str(self.output / "targets" / f"{glue.slug(name)}.safetensors")
+            Path(files[name]).parent.mkdir(parents=True, exist_ok=True)
+            save_file(combined, files[name])
+        return files
+
+    def students(
+        self,
+        files: Mapping[str, str],
+        tokens: int,
+        targets: Mapping[str, str],
+        seeds: Sequence[int],
+    ) -> list[Row]:
+        """The student from each seed, in each way."""
+        task, student = self.inputs.task, self.inputs.student
+        wanted: dict[str, list[Job]] = {}
+        work = tokens * (self.settings.epochs or task.epochs) * student.work
+        for name in (None, *targets):
+            label = LABELS if name is None else f"taught by {name}"
+            wanted[label] = []
+            for seed in seeds:
+                folder = f"students/{glue.slug(label)}"
+                taught = Taught(name, dict(targets), self.teaching)
+                kept = str(self.output / folder / "model") if seed == seeds[0] else None
+                arguments = (student.source, task, files, student.tokenizer, self.settings)
+                job = Job(f"{folder}/seed-{seed}", work, learn, (*arguments, seed, taught, kept))
+                wanted[label].append(job)
+        every = list(itertools.chain.from_iterable(wanted.values()))
+        results = jobs.run(every, self.output, self.workers, "students")
+        return [Row(label, [results[job.name] for job in some]) for label, some in wanted.items()]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Whom a student learns from."""
+
+    by: str | None  # a name in targets; None: labels alone
+    targets: dict[str, str]  # files, for the loss and for the agreement
+    teaching: Teaching
+
+
+def learn(
+    source: str,
+    task: Task,
+    files: Mapping[str, str],
+    tokenizer: Any,
+    settings: FineTuning,
+    seed: int,
+    taught: Taught | None,
+    keep: str | None,
+    *,
+    device: str,
+    tell: Tell,
+) -> Result:
+    """A job: a teacher without ``taught``, else a student; its model is saved to ``keep``."""
+    splits = {split: glue.read_tokens(file) for split, file in files.items()}
+    train, soft = splits["train"], None
+    if taught and taught.by:
+        targets = read_targets(taught.targets[taught.by])
+        rows = [targets["train"]]
+        if "transfer" in splits:
+            train = train + splits["transfer"]
+            rows.append(targets["transfer"])
+        how = taught.teaching
+        soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
+    length = settings.max_length or task.max_length
+    model = finetuning.load(source, task, seed, length).to(device)
+    pad_token = tokenizer.pad_token_id
+    finetuning.fine_tune(
+        model, train, task, settings, seed, pad_token=pad_token, targets=soft, tell=tell
+    )
+    dev = splits[task.dev[0]]
+    predicted = finetuning.predict(model, dev, settings, pad_token=pad_token)
+    score = task.score(dev.labels, predicted)
+    if keep:
+        model.to("cpu").save_pretrained(keep)
+        tokenizer.save_pretrained(keep)
+    result: Result = {"score": score["score"], "metrics": score, "seed": seed}
+    if taught:
+        result["agreement"] = agreements(task, predicted, targets_of(taught.targets, task.dev[0]))
+    return result
+
+
+def logits(
+    source: str,
+    task: Task,
+    files: Mapping[str, str],
+    pad_token: int,
+    settings: FineTuning,
+    place: str,
+    *,
+    device: str,
+    tell: Tell,
+) -> Result:
+    """A job: a teacher's logits of every split, saved to ``place``."""
+    from safetensors.torch import save_file
+
+    model = finetuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
+    found = {}
+    for split, file in files.items():
+        found[split] = finetuning.predict(
+            model, glue.read_tokens(file), settings, pad_token=pad_token
+        )
+        tell(len(found) / len(files))
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{place}.tmp")
+    save_file(found, temporary)
+    temporary.replace(place)
+    return {"splits": {split: len(x) for split, x in found.items()}}
+
+
+def read_targets(file: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def targets_of(files: Mapping[str, str], split: str) -> dict[str, Tensor]:
+    return {name: read_targets(file)[split] for name, file in files.items()}
+
+
+def agreements(task: Task, predicted: Tensor, targets: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fidelity: the share of the examples for which the class is the teacher's, or Pearson's
+    correlation with its number; each x 100."""
+    if task.classes:
+        same = {
+            n: (predicted.argmax(-1) == t.argmax(-1)).float().mean() for n, t in targets.items()
+        }
+        return {name: 100 * float(share) for name, share in same.items()}
+    pearson = tasks.METRICS["Pearson"]
+    return {n: 100 * pearson(t[:, 0].numpy(), predicted[:, 0].numpy()) for n, t in targets.items()}
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def write(
+    rows: Sequence[Row], inputs: Inputs, what: Mapping[str, Any], output: Path, command: str
+) -> None:
+    """results.json, report.html, and the table on stdout."""
+    results = {row.name: summary(inputs.task, row) for row in rows}
+    jobs.write_json(output / "results.json", results)
+    made = table(inputs, results, what)
+    print(glue.markdown(made))
+    students = {n: r["scores"] for n, r in results.items() if len(r["scores"]) > 1}
+    report = Report(
+        title=f"{inputs.task.name}: {glue.short(inputs.student.source)}",
+        lead=lead(results),
+        models=[],
+        curves={},
+        samples=[],
+        facts={key: str(value) for key, value in what.items() if value is not None},
+        config=yaml.safe_dump(json.loads((output / "settings.json").read_text(encoding="utf-8"))),
+        tables=[made],
+        charts=[Chart("Student", inputs.task.metric, students)] if students else [],
+        commands=[command],
+    )
+    print(f"\nreport: {write_report(report, output / 'report.html')}")
+
+
+def summary(task: Task, row: Row) -> dict[str, Any]:
+    """A row's figures, a score a seed, x 100."""
+    agreement = {
+        name: glue.over_seeds([r["agreement"][name] for r in row.results])
+        for name in row.results[0]["agreement"]
+    }
+    scores = glue.over_seeds([r["score"] for r in row.results])
+    return {"metric": task.metric, **scores, "agreement": agreement}
+
+
+def table(
+    inputs: Inputs, results: Mapping[str, Mapping[str, Any]], what: Mapping[str, Any]
+) -> Table:
+    """Students, teachers and the ensemble; score and fidelity."""
+    taught_by = list(next(iter(results.values()))["agreement"])
+    columns = ["model", inputs.task.metric, *(f"agrees with {name}" for name in taught_by)]
+    rows = []
+    for name, found in results.items():
+        cells = [glue.with_spread(found["median"], found["stdev"])]
+        for teacher in taught_by:
+            fidelity = found["agreement"][teacher]
+            shown = glue.with_spread(fidelity["median"], fidelity["stdev"])
+            cells.append("" if name == teacher else shown)
+        rows.append([name, *cells])
+    kind = "examples of the teacher's class" if inputs.task.classes else "correlation"
+    mean = {"probability": "arithmetic", "logit": "geometric"}[what["ensemble"]]
+    notes = [
+        f"{inputs.task.name}, development set. Of students the medians of {what['seeds']} seeds, "
+        f"± standard deviation, times 100. Agreement: {kind}, percent.",
+        f"Loss: {what['kd_weight']:g} x KL at T = {what['temperature']:g} + {what['ce_weight']:g} x "
+        "cross entropy at 1."
+        if inputs.task.classes
+        else f"Loss: {what['kd_weight']:g} x squared error to the teacher's + "
+        f"{what['ce_weight']:g} x to the labels.",
+    ]
+    if len(inputs.teachers) > 1:
+        notes.append(f"The ensemble is the {mean} mean of the teachers' distributions.")
+    if "transfer" in inputs.splits:
+        texts = len(inputs.splits["transfer"].texts)
+        notes.append(f"Students with a teacher learn from {texts:,} unlabelled texts besides.")
+    return Table("Distilled on a task", columns, rows, " ".join(notes))
+
+
+def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One sentence: what the figures say."""
+    medians = {name: found["median"] for name, found in results.items()}
+    alone = medians.pop(LABELS)
+    taught = [f"{m:.1f} {n}" for n, m in medians.items() if n.startswith("taught by")]
+    return f"The student scores {alone:.1f} on {LABELS}, {' and '.join(taught)}."

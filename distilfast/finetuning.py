@@ -1,0 +1,262 @@
+"""One model on one task: what is set, the loop, the predictions.
+
+The protocol of Sanh et al. 2019 (Devlin et al. 2019 without its grid): AdamW at a rate that falls
+linearly to 0, no warm-up, the last weights. With teachers, `distillation_loss` takes the place of
+the cross entropy: soft targets at T, hard labels at 1 (Hinton et al. 2015).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilfast.config import ConfigError, expect, not_negative, positive
+from distilfast.losses import distillation_loss
+from distilfast.models import loading_errors, quiet
+from distilfast.names import model_source
+from distilfast.tasks import IGNORE_INDEX, Encoded, Task, order
+
+EVALUATION_BATCH = 64
+# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
+# products do.
+SHORT = 128
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How a model is fine-tuned.
+
+    Args:
+        learning_rate: AdamW's at the first step (betas 0.9 and 0.999, epsilon 1e-8).
+        batch_size: examples a step.
+        epochs: null is the task's own: 3, or 5 for MRPC and WNLI.
+        max_length: tokens of an example; null is the task's own: 128, or 512 for IMDb.
+        weight_decay: not applied to biases and LayerNorms.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+        precision: of activations and products; the weights are fp32.
+    """
+
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    epochs: int | None = None
+    max_length: int | None = None
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        positive("--learning_rate", self.learning_rate)
+        not_negative("--weight_decay", self.weight_decay)
+        not_negative("--max_grad_norm", self.max_grad_norm)
+        expect(self.batch_size >= 1, "--batch_size", "at least 1", self.batch_size)
+        expect(self.epochs is None or self.epochs >= 1, "--epochs", "at least 1", self.epochs)
+        ok = self.max_length is None or self.max_length >= 8
+        expect(ok, "--max_length", "at least 8", self.max_length)
+        expect(self.precision in ("bf16", "fp32"), "--precision", "bf16 or fp32", self.precision)
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """What teachers say, and how much it counts.
+
+    Args:
+        logits: (n, outputs) fp32, of every training example.
+        temperature: T of their softmax and the student's.
+        kd_weight, ce_weight: of the loss at T and of the hard labels' at 1.
+    """
+
+    logits: Tensor
+    temperature: float = 2.0
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+
+    def of(self, rows: Tensor, device: torch.device) -> SoftTargets:
+        """Those of some examples."""
+        return replace(self, logits=self.logits[rows].to(device))
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 where the device computes in it, fp32 elsewhere."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model") -> Any:
+    """A model with the task's head, fp32. Weights that it lacks are drawn from ``seed``.
+
+    Raises:
+        ConfigError: no such model, or one with another task's head or too few positions.
+    """
+    import transformers
+
+    source = model_source(key, name)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            config = transformers.AutoConfig.from_pretrained(source)
+            if has_head(config) and not fits(config, task):
+                raise ConfigError(
+                    f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
+                    f"outputs, which {task.name} with {task.outputs} cannot start from"
+                )
+            kind = transformers.AutoModelForSequenceClassification
+            model = kind.from_pretrained(source, num_labels=task.outputs, dtype=torch.float32)
+    except ConfigError:
+        raise
+    except loading_errors() as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{key}: {name!r} cannot be loaded: {message}") from error
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    expect(max_length <= positions, "--max_length", f"at most {positions} ({name!r})", max_length)
+    return model
+
+
+def has_head(config: Any) -> bool:
+    """Whether a model has been fine-tuned on some task."""
+    kinds = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
+    return any(a.endswith(kinds) for a in config.architectures or ())
+
+
+def fits(config: Any, task: Task) -> bool:
+    """Whether its head is one of this task's shape."""
+    kind = "ForSequenceClassification"
+    return any(a.endswith(kind) for a in config.architectures) and config.num_labels == task.outputs
+
+
+def fine_tune(
+    model: Any,
+    train: Encoded,
+    task: Task,
+    settings: FineTuning,
+    seed: int,
+    *,
+    pad_token: int,
+    targets: SoftTargets | None = None,
+    tell: Callable[[float], None] = lambda done: None,
+) -> None:
+    """Train ``model`` in place, on the device where it is.
+
+    Args:
+        train: n examples.
+        seed: of the order and of dropout; the same bits with the same number of threads on a CPU.
+        targets: None: labels alone.
+        tell: is called with the share done, 0 to 1.
+
+    Raises:
+        FloatingPointError: the loss of a step is not finite.
+    """
+    device = next(model.parameters()).device
+    epochs = settings.epochs or task.epochs
+    steps = epochs * -(-len(train) // settings.batch_size)
+    optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(seed)
+    suit(model, device, int(train.lengths.max()))
+    takes = inspect.signature(model.forward).parameters
+    model.train()
+    step = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for rows in order(train.lengths, settings.batch_size, generator):
+                inputs = _inputs(train, rows, pad_token, takes, device)
+                with _autocast(device, settings):
+                    logits = model(**inputs).logits
+                labels = train.labels[rows].to(device)
+                soft = None if targets is None else targets.of(rows, device)
+                loss = task_loss(task, logits, labels, soft)
+                loss.backward()
+                if settings.max_grad_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                # One wait for the device a step, for an error at the step where it arises.
+                if not math.isfinite(value := float(loss.detach())):
+                    raise FloatingPointError(f"{task.name}: the loss of step {step + 1} is {value}")
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                step += 1
+                tell(step / steps)
+    model.eval()
+
+
+@torch.inference_mode()
+def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
+    """(n, outputs) logits in fp32, on the CPU, in the order of the examples."""
+    device = next(model.parameters()).device
+    takes = inspect.signature(model.forward).parameters
+    model.eval()
+    logits = torch.zeros(len(examples), model.config.num_labels)
+    for rows in examples.lengths.argsort(stable=True).split(EVALUATION_BATCH):
+        inputs = _inputs(examples, rows, pad_token, takes, device)
+        with _autocast(device, settings):
+            logits[rows] = model(**inputs).logits.float().cpu()
+    return logits
+
+
+def task_loss(
+    task: Task, logits: Tensor, labels: Tensor, targets: SoftTargets | None = None
+) -> Tensor:
+    """The loss of a batch, fp32.
+
+    Args:
+        logits: (B, outputs).
+        labels: (B,) class numbers or numbers; IGNORE_INDEX where there is none.
+        targets: of these examples.
+
+    Classes: kd_weight T^2 KL(softmax(targets / T) || softmax(logits / T)) + ce_weight CE(labels);
+    CE alone without targets. A number: its squared error to the targets and the labels, with the
+    same weights.
+    """
+    logits = logits.float()
+    if task.classes:
+        labels = labels.long()
+        if targets is None:
+            return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+        return distillation_loss(
+            logits,
+            targets.logits,
+            labels,
+            temperature=targets.temperature,
+            kd_weight=targets.kd_weight,
+            ce_weight=targets.ce_weight,
+        ).loss
+    labelled = labels != IGNORE_INDEX
+    squares = (logits[:, 0] - labels).square().where(labelled, 0)
+    hard = squares.sum() / labelled.sum().clamp_min(1)
+    if targets is None:
+        return hard
+    soft = (logits[:, 0] - targets.logits[:, 0]).square().mean()
+    return targets.kd_weight * soft + targets.ce_weight * hard
+
+
+def suit(model: Any, device: torch.device, max_length: int) -> None:
+    """Choose the attention that is faster to train with."""
+    if device.type == "cpu" and max_length <= SHORT:
+        model.set_attn_implementation("eager")
+
+
+def _groups(model: Any, settings: FineTuning) -> list[dict[str, Any]]:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _inputs(
+    examples: Encoded, rows: Tensor, pad_token: int, takes: Any, device: torch.device
+) -> dict[str, Tensor]:
+    batch = examples.batch(rows, pad_token)
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k in takes}
+
+
+def _autocast(device: torch.device, settings: FineTuning) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")

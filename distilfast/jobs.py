@@ -1,0 +1,208 @@
+"""Jobs over processes and devices: a file a job, so that what is done is done; time left.
+
+A job is a function of a module that returns what JSON can hold. Its result is written whole, to
+FOLDER/NAME.json; a job whose file is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilfast.config import ConfigError
+from distilfast.records import Bar
+
+Result = dict[str, Any]
+Tell = Callable[[float], None]  # is told the share done, 0 to 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done once.
+
+    Args:
+        name: unique; its file's path below the folder, without .json.
+        work: what it costs, in a unit that all jobs share; for the time left.
+        run: is called with the arguments and ``device`` and ``tell``.
+        arguments: can be pickled.
+    """
+
+    name: str
+    work: float
+    run: Callable[..., Result]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where jobs run, one at a time on each.
+
+    Args:
+        devices: one entry a process.
+        threads: of each process, on the CPU.
+    """
+
+    devices: tuple[str, ...]
+    threads: int
+
+    @classmethod
+    def of(cls, processes: int | None, device: str | None = None) -> Workers:
+        """Of the machine: on GPUs a process each; else ``processes``, or one for every four cores,
+        that share the cores."""
+        n_devices = torch.cuda.device_count() if device in (None, "cuda") else 0
+        if device == "cuda" and not n_devices:
+            raise ConfigError("--device: expected cpu, as no CUDA device is there, got 'cuda'")
+        cores = len(os.sched_getaffinity(0))
+        count = processes or n_devices or max(1, cores // 4)
+        kinds = [f"cuda:{i}" for i in range(n_devices)] or ["cpu"]
+        return cls(tuple(kinds[i % len(kinds)] for i in range(count)), max(1, cores // count))
+
+
+def run(jobs: Sequence[Job], folder: Path, workers: Workers, title: str) -> dict[str, Result]:
+    """The results of all jobs by name, those of earlier runs among them.
+
+    Raises:
+        ConfigError: as a job raises it; or a process that has died, named. What other jobs have
+            finished is kept.
+    """
+    results = {job.name: done for job in jobs if (done := _read(folder, job)) is not None}
+    left = [job for job in jobs if job.name not in results]
+    if not left:
+        return results
+    with Bar(title, sum(job.work for job in left)) as bar:
+        tally = _Tally(bar, left, len(jobs))
+        if len(workers.devices) == 1 or len(left) == 1:
+            torch.set_num_threads(workers.threads)
+            for job in left:
+                result = job.run(*job.arguments, device=workers.devices[0], tell=tally.of(job))
+                results[job.name] = _write(folder, job, result)
+                tally.finished(job)
+        else:
+            for job, result in _spread(left, workers, tally):
+                results[job.name] = _write(folder, job, result)
+                tally.finished(job)
+    return results
+
+
+class _Tally:
+    """How much of the work is done."""
+
+    def __init__(self, bar: Bar, left: Sequence[Job], total: int):
+        self.bar, self.shares = bar, {job.name: 0.0 for job in left}
+        self.work = {job.name: job.work for job in left}
+        self.total, self.before = total, total - len(left)
+
+    def of(self, job: Job) -> Tell:
+        return lambda share: self.told(job.name, share)
+
+    def told(self, name: str, share: float) -> None:
+        self.shares[name] = share
+        done = sum(share * self.work[job] for job, share in self.shares.items())
+        finished = self.before + sum(share == 1 for share in self.shares.values())
+        self.bar.update(done, f"{finished} of {self.total} done, at {name}")
+
+    def finished(self, job: Job) -> None:
+        self.told(job.name, 1.0)
+
+
+def _spread(
+    jobs: Sequence[Job], workers: Workers, tally: _Tally
+) -> Any:  # an iterator of (job, result)
+    """The jobs over processes, the dearest first, as they finish."""
+    context = multiprocessing.get_context("spawn")
+    devices, shares = context.Queue(), context.Queue()
+    for device in workers.devices:
+        devices.put(device)
+    count = min(len(workers.devices), len(jobs))
+    arguments = (devices, shares, workers.threads, os.getpid())
+    pool = futures.ProcessPoolExecutor(count, context, _start, arguments)
+    try:
+        by_work = sorted(jobs, key=lambda job: -job.work)
+        waiting = {pool.submit(_call, job): job for job in by_work}
+        while waiting:
+            done, _ = futures.wait(waiting, timeout=0.5, return_when=futures.FIRST_COMPLETED)
+            while True:
+                try:
+                    tally.told(*shares.get_nowait())
+                except queue.Empty:
+                    break
+            for future in done:
+                yield waiting.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            "a process of --processes has died, probably for want of memory; what is done is kept: "
+            "try again with fewer"
+        ) from error
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(devices: Any, shares: Any, threads: int, parent: int) -> None:
+    """Of a process, before its first job."""
+    global _device, _shares, _parent
+    _device, _shares, _parent = devices.get(), shares, parent
+    torch.set_num_threads(threads)
+
+
+def _call(job: Job) -> Result:
+    def tell(share: float) -> None:
+        if os.getppid() != _parent:  # nobody waits for the result
+            os._exit(1)
+        if share < 1:
+            _shares.put((job.name, share))
+
+    return job.run(*job.arguments, device=_device, tell=tell)
+
+
+_device: str
+_shares: Any
+_parent: int
+
+
+def _path(folder: Path, job: Job) -> Path:
+    return folder / f"{job.name}.json"
+
+
+def _read(folder: Path, job: Job) -> Result | None:
+    path = _path(folder, job)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: expected JSON, got {error}; remove it to run it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected the result of a job, got {type(found).__name__}")
+    return found
+
+
+def _write(folder: Path, job: Job, result: Result) -> Result:
+    write_json(_path(folder, job), result)
+    return result
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,493 @@
+"""Tasks to fine-tune on: GLUE, IMDb, one's own; their files, their metrics, their tokens.
+
+A task is one row in TASKS: its columns, its classes, what it is scored by. The protocol is that of
+Sanh et al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distilfast import names
+from distilfast.config import ConfigError
+
+log = logging.getLogger("distilfast.tasks")
+
+IGNORE_INDEX = -100  # the label of an example that has none
+PAD_TO = 8  # the width of a batch is a multiple of it
+
+
+# --- Metrics: shares from 0 to 1, correlations from -1 to 1 ---------------------------------------
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Of class 1; 0 where neither labels nor predictions hold it."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, zero_division=0))
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """0 where the labels or the predictions are all the same."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    def correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
+        """NaN where the labels or the predictions are all the same."""
+        from scipy import stats
+
+        if len(labels) < 2:  # scipy raises, where it gives NaN for two equal ones
+            return math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+            return float(getattr(stats, name)(labels, predictions).statistic)
+
+    return correlation
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "F1": _f1,
+    "Matthews": _matthews,
+    "Pearson": _correlation("pearsonr"),
+    "Spearman": _correlation("spearmanr"),
+}
+
+
+# --- The tasks ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of one or two texts an example.
+
+    Args:
+        name: as in the official folder.
+        texts: the columns of the one or two texts, in the official files.
+        label: the column of the label.
+        classes: the labels, in the order of their numbers; () where the label is a number.
+        metrics: names in METRICS; the score is their mean.
+        columns: of official files without a header line.
+        dev: the files of the development sets; the first one counts.
+        hub, hub_texts: the data set and its configuration on the hub, and its text columns, where
+            they have other names. There, labels are numbers and -1 is none.
+        hub_splits: the hub's names of train and of the development sets.
+        epochs: of fine-tuning.
+        max_length: tokens, the special ones included.
+        lenient: lines with fields missing, which the official files hold, are left out.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    label: str = "label"
+    classes: tuple[str, ...] = ("0", "1")
+    metrics: tuple[str, ...] = ("accuracy",)
+    columns: tuple[str, ...] | None = None
+    dev: tuple[str, ...] = ("dev",)
+    hub: tuple[str, str | None] | None = None
+    hub_texts: tuple[str, ...] | None = None
+    hub_splits: tuple[str, ...] = ("train", "validation")
+    epochs: int = 3
+    max_length: int = 128
+    lenient: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Of the head: a logit a class, or one number."""
+        return len(self.classes) or 1
+
+    @property
+    def metric(self) -> str:
+        """What the score is, in words."""
+        return (
+            self.metrics[0] if len(self.metrics) == 1 else "mean of " + " and ".join(self.metrics)
+        )
+
+    def score(self, labels: Tensor, logits: Tensor) -> dict[str, float]:
+        """The metrics and their mean, "score", each x 100.
+
+        Args:
+            labels: (n,) classes or numbers.
+            logits: (n, outputs).
+
+        A correlation that is not defined, as all predictions are the same, is NaN here and counts
+        as 0 in the score, as Matthews' is 0 there.
+        """
+        predictions = logits.argmax(-1) if self.classes else logits[:, 0]
+        pair = labels.cpu().numpy(), predictions.float().cpu().numpy()
+        found = {name: 100 * METRICS[name](*pair) for name in self.metrics}
+        counted = [0.0 if math.isnan(value) else value for value in found.values()]
+        return {**found, "score": statistics.fmean(counted)}
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+SENTENCES = ("sentence1", "sentence2")
+GLUE_HUB = "nyu-mll/glue"
+GLUE = {
+    task.name: task
+    for task in (
+        Task(
+            "CoLA",
+            ("sentence",),
+            metrics=("Matthews",),
+            columns=("source", "label", "star", "sentence"),
+            hub=(GLUE_HUB, "cola"),
+        ),
+        Task(
+            "MNLI",
+            SENTENCES,
+            label="gold_label",
+            classes=("entailment", "neutral", "contradiction"),
+            dev=("dev_matched", "dev_mismatched"),
+            hub=(GLUE_HUB, "mnli"),
+            hub_texts=("premise", "hypothesis"),
+            hub_splits=("train", "validation_matched", "validation_mismatched"),
+        ),
+        Task(
+            "MRPC",
+            ("#1 String", "#2 String"),
+            label="Quality",
+            metrics=("accuracy", "F1"),
+            hub=(GLUE_HUB, "mrpc"),
+            hub_texts=SENTENCES,
+            epochs=5,
+        ),
+        Task(
+            "QNLI",
+            ("question", "sentence"),
+            classes=ENTAILMENT,
+            hub=(GLUE_HUB, "qnli"),
+        ),
+        Task(
+            "QQP",
+            ("question1", "question2"),
+            label="is_duplicate",
+            metrics=("accuracy", "F1"),
+            hub=(GLUE_HUB, "qqp"),
+            lenient=True,
+        ),
+        Task("RTE", SENTENCES, classes=ENTAILMENT, hub=(GLUE_HUB, "rte")),
+        Task("SST-2", ("sentence",), hub=(GLUE_HUB, "sst2")),
+        Task(
+            "STS-B",
+            SENTENCES,
+            label="score",
+            classes=(),
+            metrics=("Pearson", "Spearman"),
+            hub=(GLUE_HUB, "stsb"),
+        ),
+        Task("WNLI", SENTENCES, hub=(GLUE_HUB, "wnli"), epochs=5),
+    )
+}
+IMDB = Task(
+    "IMDb",
+    ("text",),
+    classes=("neg", "pos"),
+    dev=("test",),
+    hub=("stanfordnlp/imdb", None),
+    hub_splits=("train", "test"),
+    max_length=512,
+)
+TASKS = {**GLUE, "IMDb": IMDB}
+
+
+def find(name: str, data: str) -> Task:
+    """The task of a name, in any case and with or without its hyphen, or the user's own of that
+    folder.
+
+    Raises:
+        ConfigError: neither.
+    """
+    plain = {_plain(known): task for known, task in TASKS.items()}
+    if task := plain.get(_plain(name)):
+        return task
+    known = ", ".join(TASKS)
+    folder = None if data in HUBS else names.local_path("--data", data)
+    if folder is None or not (folder / name / "train.tsv").is_file():
+        raise ConfigError(
+            f"--tasks: expected one of {known}, or the folder of one's own task with train.tsv and "
+            f"dev.tsv in --data, got {name!r} and {data!r}"
+        )
+    return _own_task(name, folder / name / "train.tsv")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "")
+
+
+def _own_task(name: str, file: Path) -> Task:
+    """A task whose columns and classes are those of its training file."""
+    header = _lines(file)[0]
+    texts = SENTENCES if "sentence1" in header else ("sentence",)
+    task = Task(name, texts, classes=("",))
+    found = {label for *_, label in _rows(file, task)}
+    classes = tuple(
+        sorted(found, key=lambda label: (len(label), label) if label.isdecimal() else (0, label))
+    )
+    if len(classes) < 2:
+        raise ConfigError(f"{file}: expected at least two labels, got {', '.join(classes)!r} alone")
+    return Task(name, texts, classes=classes)
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+HUBS = ("glue", "hub")  # what --data says for the hub
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and labels, of one split."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[float]  # classes as numbers; IGNORE_INDEX: none
+
+
+def read(task: Task, data: str) -> dict[str, Examples]:
+    """The splits of a task: train first, then the development sets.
+
+    Args:
+        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub".
+
+    Raises:
+        ConfigError: a folder, column or field that is missing, a label outside the task (with the
+            number of its line), an empty split.
+    """
+    folder = None if data in HUBS else names.local_path("--data", data)
+    if folder is None and data not in HUBS:
+        raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
+    splits = ("train", *task.dev)
+    if folder is None:
+        loaded = _from_hub(task)
+    elif task is IMDB and (folder / "train" / "pos").is_dir():
+        loaded = {split: _imdb_folder(folder / split) for split in splits}
+    else:
+        place = folder / task.name
+        if not place.is_dir():
+            there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "nothing"
+            raise ConfigError(
+                f"--data: expected the folder {task.name} in {str(folder)!r}, which has {there}"
+            )
+        loaded = {split: _read_file(place / f"{split}.tsv", task) for split in splits}
+    for split, examples in loaded.items():
+        if not examples.texts:
+            raise ConfigError(f"--data: expected examples in {task.name}'s {split}, got none")
+    return loaded
+
+
+def read_texts(file: Path, task: Task) -> Examples:
+    """Unlabelled texts for a task, of a file with its columns, or `sentence` or `sentence1`,
+    `sentence2`, under a header line."""
+    texts = task.texts
+    if file.is_file() and not set(texts) <= set(_lines(file)[0]):
+        texts = SENTENCES[: len(texts)] if len(texts) == 2 else ("sentence",)
+    rows = _rows(file, Task(task.name, texts, label=texts[0]))
+    examples = Examples([row[:-1] for row in rows], [IGNORE_INDEX] * len(rows))
+    if not rows:
+        raise ConfigError(f"--transfer: expected texts in {str(file)!r}, got none")
+    return examples
+
+
+def _read_file(file: Path, task: Task) -> Examples:
+    rows = _rows(file, task)
+    return Examples([row[:-1] for row in rows], [float(row[-1]) for row in rows])
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """The fields of every line; quotes are literal."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}: expected UTF-8, got {error.reason} at byte {error.start}"
+        ) from None
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r").split("\t") for line in lines] or [[]]
+
+
+def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
+    """(text, label) or (text, text, label) of each line, the label as its number."""
+    lines = _lines(file)
+    header = task.columns or lines[0]
+    first = 0 if task.columns else 1
+    wanted = (*task.texts, task.label)
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ConfigError(
+            f"{file}: expected the columns {', '.join(wanted)}, got {', '.join(header) or 'none'}"
+        )
+    places = [header.index(name) for name in wanted]
+    rows, short = [], 0
+    for number, fields in enumerate(lines[first:], start=first + 1):
+        if len(fields) != len(header):
+            if task.lenient and len(fields) < len(header):
+                short += 1
+                continue
+            raise ConfigError(
+                f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}"
+            )
+        *texts, label = (fields[place] for place in places)
+        rows.append((*texts, _label(task, label, f"{file}, line {number}")))
+    if short:
+        log.warning("%s: %d lines have too few fields and are left out", file, short)
+    return rows
+
+
+def _label(task: Task, label: str, where: str) -> Any:
+    if task.classes == ("",) or task.label in task.texts:  # to be collected, or none at all
+        return label
+    if task.classes:
+        if label not in task.classes:
+            raise ConfigError(
+                f"{where}: expected a label of {', '.join(task.classes)}, got {label!r}"
+            )
+        return task.classes.index(label)
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a number, got {label!r}")
+    return value
+
+
+def _imdb_folder(folder: Path) -> Examples:
+    """aclImdb's layout: neg/*.txt and pos/*.txt."""
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
+    for label, name in enumerate(IMDB.classes):
+        for file in sorted((folder / name).glob("*.txt")):
+            texts.append((file.read_text(encoding="utf-8").replace("<br />", "\n"),))
+            labels.append(label)
+    return Examples(texts, labels)
+
+
+def _from_hub(task: Task) -> dict[str, Examples]:
+    import datasets
+    import huggingface_hub
+
+    if task.hub is None:
+        raise ConfigError(f"--data: expected a folder for the task {task.name}, got the hub")
+    name, part = task.hub
+    names.require_hub("--data", name, repo_type="dataset")
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        loaded = datasets.load_dataset(name, part)
+        found = {}
+        for split, hub_split in zip(("train", *task.dev), task.hub_splits, strict=True):
+            rows = loaded[hub_split].filter(lambda row: row["label"] != -1)
+            columns = [rows[column] for column in task.hub_texts or task.texts]
+            found[split] = Examples(
+                list(zip(*columns, strict=True)), [float(x) for x in rows["label"]]
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"--data: {name!r} cannot be loaded: {message}") from error
+    return found
+
+
+# --- Tokens ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split as tokens, one example after the other.
+
+    input_ids, token_type_ids: (tokens,) int32. offsets: (n + 1,) int64, where each begins.
+    labels: (n,) float32; the class' number, or IGNORE_INDEX.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    offsets: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(n,) tokens of each example."""
+        return self.offsets.diff()
+
+    def batch(self, rows: Tensor, pad_token: int) -> dict[str, Tensor]:
+        """The inputs of a model for some examples, (B, L) each, L a multiple of PAD_TO."""
+        lengths = self.lengths[rows]
+        width = -(-int(lengths.max()) // PAD_TO) * PAD_TO
+        column = torch.arange(width)
+        real = column < lengths[:, None]
+        places = (self.offsets[rows][:, None] + column)[real]
+        input_ids = torch.full(real.shape, pad_token)
+        input_ids[real] = self.input_ids[places].long()
+        token_type_ids = torch.zeros_like(input_ids)
+        token_type_ids[real] = self.token_type_ids[places].long()
+        return {
+            "input_ids": input_ids,
+            "attention_mask": real.long(),
+            "token_type_ids": token_type_ids,
+        }
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """The examples of both."""
+        return Encoded(
+            torch.cat([self.input_ids, other.input_ids]),
+            torch.cat([self.token_type_ids, other.token_type_ids]),
+            torch.cat([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            torch.cat([self.labels, other.labels]),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are saved."""
+        return dict(vars(self))
+
+
+def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
+    """Tokens of texts; of a pair that is too long, the longer text is cut."""
+    columns = [list(column) for column in zip(*examples.texts, strict=True)]
+    made = tokenizer(*columns, truncation=True, max_length=max_length)
+    ids = made["input_ids"]
+    types = made.get("token_type_ids") or [[0] * len(row) for row in ids]
+    lengths = torch.tensor([0, *(len(row) for row in ids)])
+    return Encoded(
+        torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in ids])),
+        torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in types])),
+        lengths.cumsum(0),
+        torch.tensor(examples.labels, dtype=torch.float32),
+    )
+
+
+def order(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """An epoch's batches: all examples in a random order, neighbours in length together.
+
+    Of every 50 batches' worth of shuffled examples those of like length share a batch, and the
+    batches are shuffled again. Only the last batch of an epoch may be smaller.
+    """
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    batches: list[Tensor] = []
+    for pool in shuffled.split(50 * batch_size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
