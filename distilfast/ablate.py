@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,9 @@ def main(arguments: Sequence[str]) -> int:
         "threads": workers.threads,
         "device": workers.devices[0].partition(":")[0],
         **asdict(settings),
-        "config": yaml.safe_load(configs.to_yaml(replace(first, output="", seed=0))),
+        "config": {
+            k: v for k, v in yaml.safe_load(configs.to_yaml(first)).items() if k != "output"
+        },
     }
     shown = {name: " ".join(changes) for name, changes in rows.items()}
     glue.claim(output, what, shown, splits.identities)
@@ -169,8 +171,9 @@ def run_config(
     base: Sequence[str], changes: Sequence[str], name: str, seed: int, output: Path
 ) -> Config:
     """The configuration of one run."""
-    prepared = next((a for a in base if a.startswith("--data.prepared")), None)
-    shared = [] if prepared else [f"--data.prepared={output / 'tokens-of-text'}"]
+    shared = []
+    if parse(base).data.prepared is None:
+        shared = [f"--data.prepared={output / 'text-tokens'}"]
     own = [f"--seed={seed}", f"--output={output / 'runs' / glue.slug(name) / f'seed-{seed}'}"]
     return parse([*base, *(f"--{change}" for change in changes), *shared, *own])
 

@@ -173,6 +173,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("teacher") / "bert")
 
 
+def make_task(folder: Path, n_train: int = 48, n_dev: int = 24) -> Path:
+    """A task of one's own that can be learned: is a sentence of the first words or of the last?"""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", n_train), ("dev", n_dev)):
+        lines = ["sentence\tlabel"]
+        for i in range(count):
+            half = WORDS[: len(WORDS) // 2] if i % 2 else WORDS[len(WORDS) // 2 :]
+            lines.append(f"{' '.join(rng.choices(half, k=rng.randrange(3, 12)))}\t{i % 2}")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def recipe(teacher: Path, corpus: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run that takes seconds: 10 steps of 16 sequences, exact (fp32, no dropout)."""
