@@ -1,6 +1,6 @@
-"""The HTML report of a run: one self-contained page with a table, plots and sample guesses.
+"""The HTML report of a run: one self-contained page of tables, plots, samples and commands.
 
-    from distilfast.report import ModelRow, Report, read_metrics, write_report
+    from distilfast.report import ModelRow, Report, read_metrics, read_report, write_report
 
 The page needs no network, no JavaScript and no second file. Its plots are inlined SVG whose
 colours are variables of the page's style sheet, so that they follow its light and dark modes.
@@ -14,12 +14,24 @@ import json
 import math
 import os
 import re
+import statistics
+import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["Guess", "ModelRow", "Report", "Sample", "read_metrics", "write_report"]
+__all__ = [
+    "Chart",
+    "Guess",
+    "ModelRow",
+    "Report",
+    "Sample",
+    "Table",
+    "read_metrics",
+    "read_report",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of text under named columns."""
+
+    title: str
+    columns: list[str]  # the first heads the names of the rows
+    rows: list[list[str]]  # text as it is shown; "" where nothing was measured
+    caption: str = ""
+    published: list[int] = field(default_factory=list)  # rows that are figures of others
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a row of another width and for a published row that is not there:
+        figures under the wrong heading are worse than none."""
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                expected = f"expected {len(self.columns)} cells, got {len(row)}"
+                raise ValueError(f"table {self.title!r}, row {number}: {expected}")
+        if not set(self.published) <= set(range(len(self.rows))):
+            expected = f"expected indices below {len(self.rows)}, got {self.published}"
+            raise ValueError(f"table {self.title!r}, published: {expected}")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Values of several seeds side by side, a row a name: a dot a value, a bar at the median."""
+
+    title: str
+    unit: str
+    values: dict[str, list[float]]  # row name -> a value a seed; one that is not finite is counted
+    zero: bool = False  # they are differences: shown with their sign, and a line at 0
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that the page shows; every string is text, never HTML."""
 
@@ -63,8 +108,11 @@ class Report:
     models: list[ModelRow]
     curves: dict[str, list[dict[str, Any]]]  # run name -> the parsed lines of its metrics.jsonl
     samples: list[Sample]
-    facts: dict[str, str]  # device, versions, date, commit, command, ...
-    config: str  # the YAML of the run
+    facts: dict[str, str]  # device, versions, date, commit, ...
+    config: str | dict[str, str]  # the YAML of the run, or of several by name
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)  # what makes the figures again
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +127,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if raw.strip():
             line = _json_object(raw)
             if line is None:
-                shown = raw[:60].decode("utf-8", "replace") + ("..." if len(raw) > 60 else "")
+                shown = _short(raw.decode("utf-8", "replace"))
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown!r}")
             lines.append(line)
     # Only a line without its newline can be half-written; it still counts where it is whole.
@@ -88,20 +136,73 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the report as one HTML file and return its path.
+    """Write the report as one HTML file, and beside it as JSON for `read_report`; return the path.
 
-    The file appears whole or not at all, an earlier one stays until then, and the same report
+    Each file appears whole or not at all, an earlier one stays until then, and the same report
     gives the same bytes. Missing folders are made.
     """
     page = _render(report).encode("utf-8", "replace")
+    data = json.dumps(report, default=vars).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path.with_suffix(".json"), data)
+    _write_whole(path, page)
+    return path
+
+
+def read_report(path: Path) -> Report:
+    """Read the JSON that `write_report` left beside a page.
+
+    Raises ValueError, naming the file, the field, what was expected and what came.
+    """
+    try:
+        report: Report = _typed(Report, json.loads(path.read_bytes()), "report")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return report
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of JSON as the annotation of a field has it."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or (kind is None and _fits(hint, value)):
+        return value
+    if is_dataclass(hint) and isinstance(value, dict):
+        make: Any = hint
+        hints, known = get_type_hints(hint), fields(hint)
+        required = {f.name for f in known if (f.default, f.default_factory) == (MISSING, MISSING)}
+        for key in required - value.keys():
+            raise ValueError(f"{where}: expected {key}, which is missing")
+        for key in value.keys() - hints.keys():
+            raise ValueError(f"{where}: expected {', '.join(hints)}, got {_short(key)}")
+        return make(**{k: _typed(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    if kind is list and isinstance(value, list):
+        return [_typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if kind is dict and isinstance(value, dict):
+        return {k: _typed(arguments[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if kind is types.UnionType:
+        for option in arguments:
+            if _fits(get_origin(option) or option, value):
+                return _typed(option, value, where)
+    name = str(hint) if kind is types.UnionType else (kind or hint).__name__
+    expected = "an object" if is_dataclass(hint) else name
+    raise ValueError(f"{where}: expected {expected}, got {_short(repr(value))}")
+
+
+def _fits(kind: type, value: Any) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _short(text: str) -> str:
+    return text[:60] + "..." if len(text) > 60 else text
+
+
+def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(page)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def _json_object(raw: bytes) -> dict[str, Any] | None:
@@ -342,7 +443,66 @@ def _inline(document: str) -> str:
     return f"<svg {view_box[0]}>{body.strip()}"
 
 
+# ---- Charts -----------------------------------------------------------------------------------
+
+
+def _forest(chart: Chart) -> dict[str, Any]:
+    """What the template draws of a chart: places on the axis in percent of its width, and labels.
+
+    Names stand in HTML beside the strips, and the strips are drawn in percent, so that neither is
+    scaled: on a telephone dots and text are as large as elsewhere.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    finite = {
+        name: [v for v in map(_number, values) if not math.isnan(v)]
+        for name, values in chart.values.items()
+    }
+    drawn = [v for values in finite.values() for v in values] + [0.0] * chart.zero or [0.0]
+    margin = 0.05 * (max(drawn) - min(drawn) or abs(drawn[0]) or 1.0)
+    low, high = min(drawn) - margin, max(drawn) + margin
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    digits = max(0, 1 - math.floor(math.log10(ticks[1] - ticks[0])))  # of a tenth of a tick
+
+    def share(value: float) -> float:
+        return (value - low) / (high - low)
+
+    def place(value: float) -> str:
+        return f"{100 * share(value):.2f}%"
+
+    def signed(text: str, value: float) -> str:
+        return f"+{text}" if chart.zero and value > 0 else text.replace("-", "−")
+
+    def anchor(value: float) -> str:
+        return "start" if share(value) < 0.08 else "end" if share(value) > 0.92 else "middle"
+
+    rows = []
+    for name, values in finite.items():
+        median = statistics.median(values) if values else math.nan
+        lost = len(chart.values[name]) - len(values)
+        note = f"{lost} of {len(chart.values[name])} not finite" if lost else ""
+        label = signed(_fixed(median, digits), median) if values else "–"
+        middle = place(median) if values else None
+        dots = [place(value) for value in values]
+        rows.append(dict(name=name, note=note, dots=dots, median=middle, label=label))
+    return dict(
+        title=chart.title,
+        unit=chart.unit,
+        caption=chart.caption,
+        rows=rows,
+        ticks=[(place(t), signed(f"{t:,.6g}", t), anchor(t)) for t in ticks if low <= t <= high],
+        zero=place(0.0) if chart.zero else None,
+    )
+
+
 # ---- The page ---------------------------------------------------------------------------------
+
+
+def _figures(table: Table) -> list[bool]:
+    """Of each column, whether it holds numbers, which are set flush right, or text."""
+    figure = re.compile(r"([-+−~<>≥≤ ]*(\d|NaN|∞|–).*)?", re.DOTALL)
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
+    return [all(map(figure.fullmatch, column)) for column in columns]
 
 
 def _best_students(models: Sequence[ModelRow]) -> set[str]:
@@ -436,8 +596,12 @@ def _render(report: Report) -> str:
     heldout = _heldout_panels(report, styles)
     training = _training_panels(report, styles)
     drawn = {run for panel in heldout + training for run in panel["runs"]}
+    several = isinstance(report.config, dict)
     return environment.get_template("report.html.j2").render(
         report=report,
+        configs=report.config if several else {"": report.config} if report.config else {},
+        tables=[(table, _figures(table)) for table in report.tables],
+        charts=[_forest(chart) for chart in report.charts],
         styles=styles,
         best=_best_students(report.models),
         levels=_levels(report),

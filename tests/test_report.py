@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 from distilfast import report as report_module
-from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
+from distilfast.report import (
+    Chart,
+    Guess,
+    ModelRow,
+    Report,
+    Sample,
+    Table,
+    read_metrics,
+    read_report,
+    write_report,
+)
 
 NAN = math.nan
 
@@ -56,6 +66,19 @@ def full_report() -> Report:
         samples=[Sample("The capital of France is [MASK].", guesses, "paris")],
         facts={"Device": "2-core CPU", "Commit": "3f9c2d1"},
         config="steps: 3000\nloss: {temperature: 2.0}\n",
+        tables=[
+            Table(
+                "GLUE",
+                ["model", "RTE", "metric"],
+                [["small", "59.3 ± 1.2", "accuracy"], ["other", "", ""], ["BERT", "69.3", ""]],
+                "Medians of five seeds.",
+                published=[2],
+            )
+        ],
+        charts=[
+            Chart("Without kd", "change", {"all": [0.0, 0.0], "none": [-3.0, -1.0, NAN]}, zero=True)
+        ],
+        commands=["distilfast train --config runs/small/config.yaml"],
     )
 
 
@@ -111,7 +134,9 @@ def test_page_shows_every_name_and_figure(tmp_path: Path) -> None:
         *("109.5 M", "22.7 M", "417.8", "86.6", "1.871", "2.312", "64.1 %", "74.2 %"),
         *("3,000", "3 min 12 s", "every other layer", "The capital of France is [MASK]"),
         *("paris", "41.7 %", "rome", "12.5 %", "Device", "2-core CPU", "3f9c2d1"),
-        "steps: 3000 loss: {temperature: 2.0}",
+        *("GLUE", "RTE", "59.3 ± 1.2", "BERTpublished", "69.3", "Medians of five seeds."),
+        *("Without kd change", "−2.0", "1 of 3 not finite"),
+        *("distilfast train --config runs/small", "steps: 3000 loss: {temperature: 2.0}"),
     ):
         assert shown in text, shown
 
@@ -163,14 +188,18 @@ def test_page_escapes_every_string(tmp_path: Path) -> None:
         curves={evil: metrics(20)},
         samples=[Sample(f"{evil} [MASK]", {evil: [Guess(evil, 0.5)]}, evil)],
         facts={evil: evil},
-        config=evil,
+        config={evil: evil},
+        tables=[Table(evil, [evil], [[evil]], evil)],
+        charts=[Chart(evil, evil, {evil: [1.0]}, caption=evil)],
+        commands=[evil],
     )
     shown = page(report, tmp_path)
     assert "script" not in {tag for tag, _ in shown.elements}
     assert "<script" not in shown.html
     # title (twice), lead, name and note, teacher, two legends and a level, a caption, a sample
-    # with its model, token and answer, a fact, the configuration
-    assert shown.text.count(evil) >= 15
+    # with its model, token and answer, four in a table and in a chart, a command, a fact, the
+    # configuration and its name
+    assert shown.text.count(evil) >= 25
     assert any(
         attributes.get("aria-label", "").endswith(evil)  # type: ignore[union-attr]
         for _, attributes in shown.elements
@@ -367,6 +396,84 @@ def test_smoothing_is_the_mean_of_a_centred_window() -> None:
     assert smooth[4:] == [2.0, 2.0]
 
 
+# ---- Tables and charts ------------------------------------------------------------------------
+
+
+def test_tables_mark_the_figures_of_others(tmp_path: Path) -> None:
+    html = page(full_report(), tmp_path).html
+    rows = re.findall(r"<tr( class=\"published\")?><th scope=\"row\">(\w+)(<span)?", html)
+    assert [(name, bool(a), bool(b)) for a, name, b in rows] == [
+        ("small", False, False),
+        ("other", False, False),
+        ("BERT", True, True),
+    ]
+
+
+def test_tables_set_figures_right_and_text_left(tmp_path: Path) -> None:
+    cells = ["1.2", "-3", "−3.1 %", "NaN", "–", "", "~ 4", "+0.3 ± 0.1", "12 ms"]
+    table = Table("", ["a", "b", "c"], [["row", cell, "a 1"] for cell in cells])
+    html = page(empty_report(tables=[table]), tmp_path).html
+    assert re.findall(r'<td( class="text")?>', html) == ["", ' class="text"'] * len(cells)
+
+
+def test_tables_show_a_dash_where_nothing_was_measured(tmp_path: Path) -> None:
+    table = Table("", ["a", "b"], [["row", ""]])
+    assert "<td>–</td>" in page(empty_report(tables=[table]), tmp_path).html
+
+
+@pytest.mark.parametrize(
+    ("rows", "published", "message"),
+    [
+        ([["a", "1"], ["b"]], [], "table 't', row 2: expected 2 cells, got 1"),
+        ([["a", "1"]], [1], r"table 't', published: expected indices below 1, got \[1\]"),
+        ([["a", "1"]], [-1], r"table 't', published: expected indices below 1, got \[-1\]"),
+    ],
+)
+def test_tables_refuse_rows_that_do_not_fit(
+    rows: list[list[str]], published: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Table("t", ["model", "score"], rows, published=published)
+
+
+def test_charts_place_dots_and_medians_on_one_axis() -> None:
+    drawn = report_module._forest(Chart("", "", {"a": [0.0, 1.0, 10.0], "b": [5.0, NAN]}))
+    a, b = drawn["rows"]
+    # 0 to 10 and a margin of a twentieth on either side: 0 is at 0.5 / 11
+    assert a["dots"] == ["4.55%", "13.64%", "95.45%"]
+    assert (a["median"], a["label"], a["note"]) == ("13.64%", "1.0", "")
+    assert (b["dots"], b["median"], b["label"]) == (["50.00%"], "50.00%", "5.0")
+    assert b["note"] == "1 of 2 not finite"
+    places = [(label, place) for place, label, _ in drawn["ticks"]]
+    assert places == [("0", "4.55%"), ("5", "50.00%"), ("10", "95.45%")]
+    assert drawn["zero"] is None
+
+
+def test_charts_of_differences_show_signs_and_zero() -> None:
+    drawn = report_module._forest(Chart("", "", {"a": [2.0, 4.0], "b": [1.0]}, zero=True))
+    assert drawn["zero"] == "4.55%"  # though no value is there
+    assert [row["label"] for row in drawn["rows"]] == ["+3.0", "+1.0"]
+    below = report_module._forest(Chart("", "", {"a": [-2.0, -4.0]}, zero=True))
+    assert below["rows"][0]["label"] == "−3.0"
+    assert [label for _, label, _ in below["ticks"]] == ["−4", "−2", "0"]
+
+
+@pytest.mark.parametrize("values", [[], [NAN, math.inf], [10**400]])
+def test_charts_without_a_finite_value_have_no_dot(values: list[float]) -> None:
+    (row,) = report_module._forest(Chart("", "", {"a": values}))["rows"]
+    assert (row["dots"], row["median"], row["label"]) == ([], None, "–")
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("offset", [0.0, 1.0, -1000.0])
+def test_charts_label_medians_finer_than_their_ticks(scale: float, offset: float) -> None:
+    values = {"a": [scale * (offset + 0.12)], "b": [scale * (offset + 0.47)]}
+    drawn = report_module._forest(Chart("", "", values))
+    a, b = (float(row["label"].replace("−", "-").replace(",", "")) for row in drawn["rows"])
+    assert b - a == pytest.approx(0.35 * scale, rel=0.06)
+    assert 2 <= len({label for _, label, _ in drawn["ticks"]}) <= 6
+
+
 # ---- The file ---------------------------------------------------------------------------------
 
 
@@ -395,7 +502,7 @@ def test_report_does_not_depend_on_the_settings_of_matplotlib(tmp_path: Path) ->
 def test_report_makes_its_folder_and_returns_the_path(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "one" / "report.html"
     assert write_report(empty_report(), path) == path
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    assert {file.name for file in path.parent.iterdir()} == {"report.html", "report.json"}
 
 
 @pytest.mark.parametrize("broken", ["render", "write", "replace"])
@@ -403,7 +510,7 @@ def test_report_that_fails_leaves_the_earlier_one(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_report(full_report(), tmp_path / "report.html")
-    before = path.read_bytes()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
 
     def write_half(self: Path, data: bytes) -> int:
         with open(self, "wb") as file:
@@ -422,8 +529,7 @@ def test_report_that_fails_leaves_the_earlier_one(
         monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(Exception):  # noqa: B017 - whatever it is, the file must survive it
         write_report(replace(report, title="Another"), path)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_report_takes_text_that_is_not_valid_unicode(tmp_path: Path) -> None:
@@ -433,6 +539,57 @@ def test_report_takes_text_that_is_not_valid_unicode(tmp_path: Path) -> None:
     assert "日本 [MASK]" in text
     assert "模型 $x_1$" in text
     assert "é NaN" in text
+
+
+def test_read_report_returns_what_was_written(tmp_path: Path) -> None:
+    report = replace(
+        full_report(),
+        samples=[Sample("日本 [MASK]", {"模型": [Guess("\ud800", NAN), Guess("é", 1)]})],
+        config={"a": "steps: 1\n", "b": ""},
+    )
+    path = write_report(report, tmp_path / "a.html").with_suffix(".json")
+    again = read_report(path)
+    assert repr(again) == repr(report)  # NaN differs from itself
+    before = path.read_bytes()
+    assert write_report(again, tmp_path / "a.html").with_suffix(".json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"title": None}, "report.title: expected str, got None"),
+        ({"models": {}}, "report.models: expected list, got {}"),
+        ({"models": [[]]}, "report.models[0]: expected an object, got []"),
+        ({"models": [{"name": "a"}]}, "report.models[0]: expected "),
+        ({"curves": {"a": [3]}}, "report.curves['a'][0]: expected dict, got 3"),
+        ({"facts": {"a": 3}}, "report.facts['a']: expected str, got 3"),
+        ({"config": 3}, "report.config: expected str | dict[str, str], got 3"),
+        ({"config": {"a": 3}}, "report.config['a']: expected str, got 3"),
+        ({"charts": [{"title": "", "unit": "", "values": {"a": ["2"]}}]}, "float, got '2'"),
+        ({"charts": [{"title": "", "unit": "", "values": {"a": [True]}}]}, "float, got True"),
+        ({"tables": [{"title": "t", "columns": ["a"], "rows": [["b", "c"]]}]},
+         "table 't', row 1: expected 1 cells, got 2"),
+        ({"surprise": 1}, "report: expected title, lead, models, "),
+        ({"title": "x" * 99, "lead": 10**99}, "report.lead: expected str, got 1000"),
+    ],
+)  # fmt: skip
+def test_read_report_names_file_and_field(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_report(empty_report(), tmp_path / "a.html").with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_report(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert len(str(raised.value)) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"title": "a"}'])
+def test_read_report_refuses_what_is_no_report(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: "):
+        read_report(path)
 
 
 def test_import_is_cheap() -> None:
