@@ -1,10 +1,11 @@
-"""The command `distilfast`: train, prepare, check, recipes, replay, demo."""
+"""The command `distilfast`: train, prepare, check, recipes, replay, report, demo."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from distilfast.config import RECIPES, BatchConfig, ConfigError, parse
@@ -20,9 +21,19 @@ usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
   glue      fine-tune models on GLUE's tasks, over several seeds, and tabulate
   finetune  distil on a task: soft targets of one teacher or several, and labels
   ablate    a configuration with parts left out or changed, over several seeds
+  report    RUN [RUN ...]: one page that compares runs
   demo      a real teacher, real text, three runs and a report [--full]
 
 `distilfast train --help` lists every key."""
+
+
+# Commands with flags of their own: each module's main(arguments) gives the exit status.
+APPLICATIONS = {
+    "glue": "distilfast.glue",
+    "finetune": "distilfast.finetune",
+    "ablate": "distilfast.ablate",
+    "report": "distilfast.reports",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,13 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return train.main(rest)
     commands = {"prepare": prepare, "check": check, "recipes": recipes}
-    commands |= {
-        "demo": demo,
-        "replay": replay,
-        "glue": glue,
-        "finetune": finetune,
-        "ablate": ablate,
-    }
+    commands |= {"demo": demo, "replay": replay}
+    for command, module in APPLICATIONS.items():
+        commands[command] = lambda rest, module=module: import_module(module).main(rest)
     if name not in commands:
         known = ", ".join(("train", *commands))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
@@ -152,27 +159,6 @@ def replay(arguments: Sequence[str]) -> int:
     except train.TrainingError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 1
-
-
-def glue(arguments: Sequence[str]) -> int:
-    """Fine-tune on the tasks of GLUE."""
-    from distilfast import glue
-
-    return glue.main(arguments)
-
-
-def finetune(arguments: Sequence[str]) -> int:
-    """Distil on a task."""
-    from distilfast import finetune
-
-    return finetune.main(arguments)
-
-
-def ablate(arguments: Sequence[str]) -> int:
-    """What each part is worth."""
-    from distilfast import ablate
-
-    return ablate.main(arguments)
 
 
 def describe_batch(batch: BatchConfig, ranks: int) -> str:

@@ -23,6 +23,7 @@ from distilfast import config as configs
 from distilfast.config import RECIPES, Config, parse
 from distilfast.evaluate import fill
 from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
+from distilfast.reports import train_command
 
 # Optimiser steps of the teacher's stage and of each student, where not those of the recipes.
 FULL = (900, 500)
@@ -88,6 +89,7 @@ def main(full: bool = False) -> Path | None:
 
 def compare(teacher: Config, runs: dict[str, Config]) -> Report:
     """The runs side by side, from the files that they left."""
+    everything = {"teacher": teacher, **runs}
     summaries = {name: _summary(config) for name, config in runs.items()}
     teacher_summary, distilled = _summary(teacher), summaries["distilled"]
     share = runs["distilled"].data.heldout
@@ -113,7 +115,7 @@ def compare(teacher: Config, runs: dict[str, Config]) -> Report:
         models=rows,
         curves={
             name: read_metrics(Path(config.output) / "metrics.jsonl")
-            for name, config in {"teacher": teacher, **runs}.items()
+            for name, config in everything.items()
         },
         samples=_samples(teacher, runs),
         facts={
@@ -122,7 +124,8 @@ def compare(teacher: Config, runs: dict[str, Config]) -> Report:
             "text": f"articles of the English Wikipedia, {share:.0%} of them held out",
             "seed": str(runs["distilled"].seed),
         },
-        config=configs.to_yaml(runs["distilled"]),
+        config={name: configs.to_yaml(config) for name, config in everything.items()},
+        commands=[train_command(Path(config.output)) for config in everything.values()],
     )
 
 

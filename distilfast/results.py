@@ -14,7 +14,8 @@ from distilfast import engine, export, models
 from distilfast.checks import Setup
 from distilfast.config import Config
 from distilfast.engine import World
-from distilfast.report import ModelRow, Report, write_report
+from distilfast.report import write_report
+from distilfast.reports import training_report
 
 
 def write(
@@ -33,10 +34,10 @@ def write(
         b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *steps], steps, strict=False)
     ]
     seconds = sum(n / line["tokens_per_second"] for n, line in zip(taken, steps, strict=True))
-    size = sum(w.numel() for w in _distinct(setup.student, weights))
     summary = {
         "teacher": [t.name for t in config.teachers],
-        "parameters": size,
+        "teacher_parameters": _count(setup.teachers[0].model),
+        "parameters": sum(w.numel() for w in _distinct(setup.student, weights)),
         "student_layers": getattr(setup.student.config, models.family(setup.student).n_layers),
         "steps": setup.steps,
         "tokens": steps[-1]["tokens"],
@@ -49,28 +50,7 @@ def write(
         },
     }
     export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
-    rows = [
-        ModelRow(
-            name=name,
-            parameters=(count := _count(setup.teachers[0].model) if name in scores else size),
-            size_mib=count * 4 / 2**20,
-            train_time_s=seconds if name == "student" else None,
-            steps=setup.steps if name == "student" else None,
-            **values,
-        )
-        for name, values in summary["scores"].items()
-    ]
-    last = summary["scores"]["student"]
-    report = Report(
-        title=f"{output.name}: {summary['parameters'] / 1e6:.1f} M parameters",
-        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
-        f"{setup.steps:,} steps.",
-        models=rows,
-        curves={output.name: lines},
-        samples=[],
-        facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
-        config=configs.to_yaml(config),
-    )
+    report = training_report(output, configs.to_yaml(config), lines, summary)
     write_report(report, output / "report.html")
     temporary = output / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
