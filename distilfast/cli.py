@@ -1,4 +1,4 @@
-"""The command `distilfast`: train, prepare, check, recipes, replay, report, demo."""
+"""The command `distilfast` and its subcommands."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train.main(rest)
     commands = {"prepare": prepare, "check": check, "recipes": recipes}
     commands |= {"demo": demo, "replay": replay}
-    for command, module in APPLICATIONS.items():
-        commands[command] = lambda rest, module=module: import_module(module).main(rest)
+    if name in APPLICATIONS:
+        commands[name] = import_module(APPLICATIONS[name]).main
     if name not in commands:
-        known = ", ".join(("train", *commands))
+        known = ", ".join(("train", *commands, *APPLICATIONS))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
         return 2
     from distilfast.records import log_to_stderr
@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("distilfast: stopped; what is done is kept", file=sys.stderr)
+        return 130
 
 
 def script() -> None:
