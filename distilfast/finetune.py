@@ -470,14 +470,12 @@ def table(
         rows.append([name, *cells])
     kind = "examples of the teacher's class" if inputs.task.classes else "correlation"
     mean = {"probability": "arithmetic", "logit": "geometric"}[what["ensemble"]]
+    soft = "KL at T = {temperature:g}" if inputs.task.classes else "squared error to the teacher's"
+    hard = "cross entropy at 1" if inputs.task.classes else "squared error to the labels"
     notes = [
         f"{inputs.task.name}, development set. Of students the medians of {what['seeds']} seeds, "
         f"± standard deviation, times 100. Agreement: {kind}, percent.",
-        f"Loss: {what['kd_weight']:g} x KL at T = {what['temperature']:g} + {what['ce_weight']:g} x "
-        "cross entropy at 1."
-        if inputs.task.classes
-        else f"Loss: {what['kd_weight']:g} x squared error to the teacher's + "
-        f"{what['ce_weight']:g} x to the labels.",
+        f"Loss: {{kd_weight:g}} x {soft} + {{ce_weight:g}} x {hard}.".format(**what),
     ]
     if len(inputs.teachers) > 1:
         notes.append(f"The ensemble is the {mean} mean of the teachers' distributions.")
