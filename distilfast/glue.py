@@ -43,7 +43,7 @@ PUBLISHED = {
     "DistilBERT": (77.0, (51.3, 82.2, 87.5, 89.2, 88.5, 59.9, 91.3, 86.9, 56.3), 92.82),
 }
 MNLI_NOTE = (
-    "The published MNLI of BERT-base, 86.7, does not give its published score of 79.5; 84.7 does."
+    "* The published MNLI of BERT-base, 86.7, does not give its published score of 79.5; 84.7 does."
 )
 GRID = (16, 32), (2e-5, 3e-5, 5e-5), (2, 3, 4)  # batch, rate, epochs: Devlin et al. 2019, A.3
 
@@ -502,22 +502,16 @@ def table(
         if not medians:
             continue
         complete = set(medians) == set(known)
-        exact = score if known == list(GLUE) else macro(medians) if complete else None
-        cells = ["" if exact is None else f"{exact:.1f}"] * several
-        cells += [f"{macro(medians, False):.1f}" if complete else ""] * split_wnli
-        cells += [f"{medians[task]:g}" if task in medians else "" for task in known]
-        rows.append([f"{name} (published)", *cells, *([""] if len(results) > 1 else [])])
-    notes = [
-        f"Medians of {n_seeds} seeds on the development sets, ± standard deviation, times 100."
-        if n_seeds > 1
-        else "One seed, on the development sets, times 100.",
-        "; ".join(f"{task.name}: {task.metric}" for task in chosen) + ".",
-    ]
-    if several:
-        notes.append(
-            "Score is the mean of the tasks shown"
-            + (", with and without WNLI." if split_wnli else ".")
-        )
+        whole = macro(medians) if complete else None
+        without = macro(medians, False) if complete else None
+        if known == list(GLUE):  # the published score, which the published tasks need not give
+            whole, without = score, (score * len(GLUE) - medians["WNLI"]) / (len(GLUE) - 1)
+        heads_of = [whole] * several + [without] * split_wnli
+        cells = ["" if value is None else f"{value:.1f}" for value in heads_of]
+        for task in known:
+            mark = "*" if (name, task) == ("BERT-base", "MNLI") else ""
+            cells.append(f"{medians[task]:.1f}{mark}" if task in medians else "")
+        rows.append([name, *cells, *([""] if len(results) > 1 else [])])
     published = list(range(ours, len(rows)))
     if published:
         notes.append("Published: Sanh et al. 2019, on the official development sets.")
@@ -548,5 +542,7 @@ def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
 def markdown(made: Table) -> str:
     """A table for a terminal."""
     lines = ["| " + " | ".join(made.columns) + " |", "|" + "---|" * len(made.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in made.rows]
+    for i, (name, *cells) in enumerate(made.rows):
+        name += " (published)" if i in made.published else ""
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join([*lines, "", made.caption])
