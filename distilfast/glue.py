@@ -495,7 +495,28 @@ def table(
             whole = macro({task: results[first][task]["median"] for task in known})
             cells.append(f"{macro(medians) / whole:.1%}" if whole else "")
         rows.append([short(name), *cells])
-    ours = len(rows)
+    published = published_rows(known, several, split_wnli)
+    rows += [[*row, *([""] if len(results) > 1 else [])] for row in published]
+    notes = [
+        f"Medians of {n_seeds} seeds on the development sets, ± standard deviation, times 100."
+        if n_seeds > 1
+        else "One seed, on the development sets, times 100.",
+        "; ".join(f"{task.name}: {task.metric}" for task in chosen) + ".",
+    ]
+    if several:
+        both = ", with and without WNLI." if split_wnli else "."
+        notes.append(f"Score is the mean of the tasks shown{both}")
+    if published:
+        notes.append("Published: Sanh et al. 2019, on the official development sets.")
+    if "MNLI" in known:
+        notes.append(MNLI_NOTE)
+    ours = len(rows) - len(published)
+    return Table(title, columns, rows, " ".join(notes), list(range(ours, len(rows))))
+
+
+def published_rows(known: Sequence[str], several: bool, split_wnli: bool) -> list[list[str]]:
+    """Of the models that have a published figure for one of the tasks."""
+    rows = []
     for name, (score, by_task, imdb) in PUBLISHED.items():
         of_task = {**dict(zip(GLUE, by_task, strict=True)), "IMDb": imdb}
         medians = {task: value for task in known if (value := of_task.get(task)) is not None}
@@ -504,20 +525,15 @@ def table(
         complete = set(medians) == set(known)
         whole = macro(medians) if complete else None
         without = macro(medians, False) if complete else None
-        if known == list(GLUE):  # the published score, which the published tasks need not give
+        if set(known) == set(GLUE):  # the published score, which its own tasks need not give
             whole, without = score, (score * len(GLUE) - medians["WNLI"]) / (len(GLUE) - 1)
-        heads_of = [whole] * several + [without] * split_wnli
-        cells = ["" if value is None else f"{value:.1f}" for value in heads_of]
+        heads = [whole] * several + [without] * split_wnli
+        cells = ["" if value is None else f"{value:.1f}" for value in heads]
         for task in known:
             mark = "*" if (name, task) == ("BERT-base", "MNLI") else ""
             cells.append(f"{medians[task]:.1f}{mark}" if task in medians else "")
-        rows.append([name, *cells, *([""] if len(results) > 1 else [])])
-    published = list(range(ours, len(rows)))
-    if published:
-        notes.append("Published: Sanh et al. 2019, on the official development sets.")
-    if "MNLI" in known:
-        notes.append(MNLI_NOTE)
-    return Table(title, columns, rows, " ".join(notes), published)
+        rows.append([name, *cells])
+    return rows
 
 
 def with_spread(median: float, stdev: float | None) -> str:
