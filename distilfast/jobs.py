@@ -62,7 +62,9 @@ class Workers:
         n_devices = torch.cuda.device_count() if device in (None, "cuda") else 0
         if device == "cuda" and not n_devices:
             raise ConfigError("--device: expected cpu, as no CUDA device is there, got 'cuda'")
-        cores = len(os.sched_getaffinity(0))
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+            cores = len(os.sched_getaffinity(0))
         count = processes or n_devices or max(1, cores // 4)
         kinds = [f"cuda:{i}" for i in range(n_devices)] or ["cpu"]
         return cls(tuple(kinds[i % len(kinds)] for i in range(count)), max(1, cores // count))
