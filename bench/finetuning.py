@@ -5,7 +5,7 @@
 First the loop alone: `finetuning.fine_tune` and a plain PyTorch loop over the same batches, made
 beforehand, in turn in one process. Then all of `distilfast glue`, from the start of the process to
 the report, for one seed of the whole task: its wall time, and that of the training in it. The model
-is all-MiniLM-L6-v2, 6 layers, 384 wide. FOLDER is in GLUE's official layout. Appends to
+is all-MiniLM-L6-v2 by default: 6 layers, 384 wide. FOLDER is in GLUE's official layout. Appends to
 bench/results/finetuning.csv.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import measure
 import torch
 
-from distilfast import assets, finetuning, tasks
+from distilfast import finetuning, names, tasks
 from distilfast.finetuning import FineTuning
 from distilfast.tasks import Encoded, Task
 
@@ -56,13 +56,15 @@ def subset(train: Encoded, count: int) -> Encoded:
     return Encoded(train.input_ids[:end], train.token_type_ids[:end], offsets, train.labels[:count])
 
 
-def pairs(task: Task, train: Encoded, settings: FineTuning, rounds: int, pad_token: int) -> Any:
+def pairs(
+    source: str, task: Task, train: Encoded, settings: FineTuning, rounds: int, pad_token: int
+) -> Any:
     """Seconds of the harness and of the plain loop, a pair a round, and whether the weights are
     the same bits."""
-    source, times, same = str(assets.minilm()), ([], []), True
+    times, same = ([], []), True
 
     def model() -> Any:
-        made = finetuning.load(source, task, 0, task.max_length)
+        made = finetuning.load(source, task, 0, settings.max_length)
         finetuning.suit(made, torch.device("cpu"), int(train.lengths.max()))
         return made
 
@@ -84,13 +86,20 @@ def pairs(task: Task, train: Encoded, settings: FineTuning, rounds: int, pad_tok
     return *times, same
 
 
-def whole(data: str, task: Task, folder: Path) -> dict[str, float]:
+def whole(source: str, data: str, max_length: int, task: Task, folder: Path) -> dict[str, float]:
     """Seconds of `distilfast glue`, and of the training in it."""
     command = [sys.executable, "-c", "from distilfast.cli import script; script()", "glue"]
-    command += ["--model", f"model={assets.minilm()}", "--data", data, "--tasks", task.name]
+    command += ["--model", f"model={source}", "--data", data, "--tasks", task.name]
     began = time.perf_counter()
     subprocess.run(
-        [*command, "--seeds", "1", "--processes", "1", "--output", str(folder)], check=True
+        [
+            *command,
+            "--seeds=1",
+            "--processes=1",
+            f"--max_length={max_length}",
+            f"--output={folder}",
+        ],
+        check=True,
     )
     seconds = time.perf_counter() - began
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))["model"][task.name]
@@ -101,22 +110,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--task", default="SST-2")
+    parser.add_argument("--model", default="asset:all-MiniLM-L6-v2")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     import transformers
 
+    source = names.model_source("--model", options.model)
     task = tasks.find(options.task, options.data)
     precision = finetuning.best_precision(torch.device("cpu"))
-    settings = FineTuning(precision=precision, epochs=1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.minilm())
+    settings = FineTuning(precision=precision, epochs=1, max_length=options.max_length)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     examples = tasks.read(task, options.data)["train"]
-    encoded = tasks.encode(examples, tokenizer, task.max_length)
+    encoded = tasks.encode(examples, tokenizer, options.max_length)
     train = subset(encoded, options.steps * settings.batch_size)
-    ours, theirs, same = pairs(task, train, settings, options.rounds, tokenizer.pad_token_id)
+    ours, theirs, same = pairs(
+        source, task, train, settings, options.rounds, tokenizer.pad_token_id
+    )
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     row = {
+        "model": options.model,
         "task": task.name,
         "examples": len(encoded),
         "precision": precision,
@@ -131,7 +146,7 @@ def main() -> None:
         "same_weights": same,
     }
     with tempfile.TemporaryDirectory() as folder:
-        row |= whole(options.data, task, Path(folder) / "glue")
+        row |= whole(source, options.data, options.max_length, task, Path(folder) / "glue")
     row["glue_over_training"] = row["glue_s"] / row["training_s"]
     for key, value in row.items():
         print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")

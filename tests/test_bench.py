@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_task
 
 BENCH = ROOT / "bench"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -357,3 +357,18 @@ result = [log, {{k: len(v) for k, v in samples.items()}}, failures, path.read_te
     assert all("expected the columns" in message for message in refused)
     if Path("/proc/self/clear_refs").exists():
         assert 128 <= peak < 136  # two tensors of 64 MiB
+
+
+def test_finetuning_compares_loops_that_end_with_the_same_weights(
+    teacher: Path, tmp_path: Path
+) -> None:
+    data = make_task(tmp_path / "data" / "words").parent
+    arguments = f"--data {data} --task words --model {teacher} --max_length 32".split()
+    path = tmp_path / "a.csv"
+    done = python("finetuning.py", *arguments, *"--steps 2 --rounds 2 --csv".split(), str(path))
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["same_weights"] == "True"
+    assert 0 < float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
+    assert float(row["glue_s"]) > float(row["training_s"]) > 0
