@@ -471,14 +471,15 @@ def _partitioning(stage: int, offload: str) -> dict[str, Any]:
 
 def describe(world: World) -> Sequence[str]:
     """Device and versions, for reports."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name()
     unit = "GPU" if world.device.type == "cuda" else "process"
     plural = "es" if unit == "process" and world.ranks > 1 else "s" if world.ranks > 1 else ""
     threads = "" if world.device.type == "cuda" else f", {torch.get_num_threads()} threads each"
     return [f"{name}, {world.ranks} {unit}{plural}{threads}", f"torch {torch.__version__}"]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
