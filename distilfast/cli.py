@@ -21,6 +21,7 @@ usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
   glue      fine-tune models on GLUE's tasks, over several seeds, and tabulate
   finetune  distil on a task: soft targets of one teacher or several, and labels
   ablate    a configuration with parts left out or changed, over several seeds
+  compare   parameters, latency, throughput and memory of models
   report    RUN [RUN ...]: one page that compares runs
   demo      a real teacher, real text, three runs and a report [--full]
 
@@ -32,6 +33,7 @@ APPLICATIONS = {
     "glue": "distilfast.glue",
     "finetune": "distilfast.finetune",
     "ablate": "distilfast.ablate",
+    "compare": "distilfast.compare",
     "report": "distilfast.reports",
 }
 

@@ -1,33 +1,56 @@
-"""The flags of a command: argparse, with errors as this project words them."""
+"""Flags of the applications, by argparse, with errors that read as everywhere else: one line."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
 from distilfast.config import ConfigError
 
+KINDS = {"int": "a whole number", "float": "a number"}
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `ConfigError`s of one line."""
+    """An ArgumentParser whose errors are ConfigErrors, "--rounds: expected ..., got ...".
+
+    A `type` of one's own raises argparse.ArgumentTypeError("expected ..., got ...").
+    """
 
     def __init__(self, prog: str, description: str | None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message.replace('argument ', '', 1)}")
-
-
-def names(text: str) -> list[str]:
-    """A,B,C as a list; none may be empty or twice."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(found) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"expected names apart by commas, each once, got {text!r}")
-    return found
+        message = message.removeprefix("argument ")
+        if found := re.fullmatch(r"(.+): invalid choice: (.*) \(choose from (.*)\)", message):
+            known = found[3].replace("'", "")
+            message = f"{found[1]}: expected one of {known}, got {found[2]}"
+        elif found := re.fullmatch(r"(.+): invalid (\w+) value: (.*)", message, re.DOTALL):
+            message = f"{found[1]}: expected {KINDS.get(found[2], found[2])}, got {found[3]}"
+        elif found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{found[1]}: expected a value, got none"
+        elif found := re.fullmatch(r"(.+): (expected (?:one|at least one) argument)", message):
+            message = f"{found[1]}: {found[2]}, got none"
+        elif found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            message = f"expected the options that --help lists, got {found[1]!r}"
+        raise ConfigError(message)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """The `type` of a count."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
+
+
+def names(text: str) -> list[str]:
+    """The names in A,B,C, each once."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(f"expected names apart by commas, each once, got {text!r}")
+    return found

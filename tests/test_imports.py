@@ -46,7 +46,7 @@ MAY_IMPORT = {
 }
 APPLICATIONS = {
     *("train", "checks", "results", "replay", "demo", "cli"),
-    *("glue", "finetune", "ablate", "compare", "reports"),
+    *("glue", "finetune", "ablate", "reports", "compare", "sizes", "speed"),
 }
 THIRD_PARTY = {
     "deepspeed": {"engine", "train"},

@@ -1,0 +1,267 @@
+"""Models to be compared: where they come from, how large they are, and what they are to read."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distilfast import models, names
+from distilfast.config import ConfigError, expect
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be measured.
+
+    Args:
+        source: folder of its weights; None: random ones.
+        config: transformers'.
+        parameters: of the body, each once.
+        embedding_parameters: those of them in tables that are looked up (tokens, positions, types).
+        disk_mib: the files of its weights, whatever head they hold.
+        positions: tokens that a sequence may have; None: any number.
+        texts: token ids of the texts of --data.
+    """
+
+    name: str
+    source: str | None
+    config: Any
+    parameters: int
+    embedding_parameters: int
+    disk_mib: float | None = None
+    positions: int | None = None
+    texts: list[list[int]] = field(default_factory=list, repr=False)
+
+    def build(self) -> Any:
+        """The model, fp32 on the CPU."""
+        import transformers
+
+        if self.source is None:
+            torch.manual_seed(0)
+            return transformers.AutoModel.from_config(self.config)
+        return transformers.AutoModel.from_pretrained(self.source, dtype=torch.float32)
+
+
+def load(
+    given: Sequence[str], data: Path | None, depth_width: bool, sequence_length: int
+) -> list[Candidate]:
+    """All models, each loaded once to see that it can be.
+
+    Args:
+        given: "SOURCE" or "NAME=SOURCE"; a source is a folder or the name of something on the hub.
+        data: texts for each of them to read.
+        depth_width: add those of `depth_and_width`.
+        sequence_length: tokens that each has to take.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    candidates = [_load(*_name(text)) for text in given]
+    if data:
+        texts = read_texts(data)
+        candidates = [replace(c, texts=tokenize(c, texts)) for c in candidates]
+    if depth_width:
+        candidates += depth_and_width(candidates[0])
+    for i, candidate in enumerate(candidates):
+        if candidate.name in [c.name for c in candidates[:i]]:
+            raise ConfigError(
+                f"MODEL: expected names that differ, as NAME=MODEL gives, got {candidate.name!r} "
+                "twice"
+            )
+        if candidate.positions is not None and sequence_length > candidate.positions:
+            raise ConfigError(
+                f"--sequence_length: expected at most {candidate.positions}, the positions of "
+                f"{candidate.name!r}, got {sequence_length}"
+            )
+    return candidates
+
+
+def _name(text: str) -> tuple[str, str]:
+    """Name and source. Without one given a folder's name; what `distilfast train` leaves is called
+    model, and is named after its run."""
+    name, equals, source = text.partition("=")
+    path = Path(text)
+    if path.exists():
+        path = path.absolute()
+        return (path.parent if path.name == "model" else path).name, text
+    return (name, source) if name and equals else (text.removeprefix("asset:"), text)
+
+
+def _load(name: str, given: str) -> Candidate:
+    import huggingface_hub
+    import transformers
+
+    path = names.local_path("MODEL", given)
+    if path is None:
+        names.require_hub("MODEL", given)
+    elif not (path / "config.json").is_file():
+        raise ConfigError(f"MODEL: expected a folder with config.json, got {str(path)!r}")
+    source = given if path is None else str(path)
+    try:
+        with models.quiet():
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            if config.is_encoder_decoder or type(config) not in transformers.MODEL_MAPPING:
+                raise ConfigError(
+                    f"MODEL: expected an encoder, got {given!r}, a {config.model_type}"
+                )
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+    except ConfigError:
+        raise
+    except models.loading_errors() as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"MODEL: {given!r} cannot be loaded: {message}") from error
+    if path is None:
+        path = Path(huggingface_hub.snapshot_download(given, local_files_only=True))
+    files = list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
+    disk_mib = sum(file.stat().st_size for file in files) / MIB
+    parameters, embeddings = count(model)
+    return Candidate(name, str(path), config, parameters, embeddings, disk_mib, positions(model))
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and those of them in embeddings; a tied one counts once."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = {id(weight): weight.numel() for weight in tables}
+    return sum(p.numel() for p in model.parameters()), sum(embeddings.values())
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that a sequence may have. RoBERTa counts its positions from behind the padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def read_texts(path: Path) -> list[tuple[str, ...]]:
+    """The texts of a table like GLUE's: tabs, quotes as they stand, a header with `sentence`, or
+    with `sentence1` and `sentence2`.
+
+    Raises:
+        ConfigError: no such file or columns, or a line with another number of fields.
+    """
+    path = path / "dev.tsv" if path.is_dir() else path
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"--data: expected a .tsv of UTF-8 text, got {str(path)!r}: {error}"
+        ) from error
+    header = rows[0] if rows else []
+    columns = ["sentence"] if "sentence" in header else ["sentence1", "sentence2"]
+    if not set(columns) <= set(header):
+        raise ConfigError(
+            f"--data: expected a column sentence, or sentence1 and sentence2, in {str(path)!r}, "
+            f"got {', '.join(header)!r}"
+        )
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ConfigError(
+                f"--data: expected {len(header)} fields in {str(path)!r}, line {number}, "
+                f"got {len(row)}"
+            )
+    if len(rows) < 2:
+        raise ConfigError(f"--data: expected texts in {str(path)!r}, got none")
+    return [tuple(row[header.index(column)] for column in columns) for row in rows[1:]]
+
+
+def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """The token ids of each text, or pair of texts, as long as it is."""
+    import transformers
+
+    missing = ConfigError(f"MODEL: {candidate.name!r} has no tokenizer, which --data needs")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(candidate.source)
+    except models.loading_errors() as error:
+        raise missing from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up, of a folder without one
+        raise missing
+    cut = {} if candidate.positions is None else {"max_length": candidate.positions}
+    return [tokenizer(*text, truncation=bool(cut), **cut)["input_ids"] for text in texts]
+
+
+# --- Depth against width --------------------------------------------------------------------------
+
+
+def depth_and_width(first: Candidate) -> list[Candidate]:
+    """Two ways to make the first model smaller, with random weights, which take as long as others:
+    half the layers, and as many layers but narrower, to the same number of parameters.
+
+    For BERT-base these are 6 x 768 and, counting embeddings, 12 x 576; not counting them, 12 x 540.
+    Both counts are made.
+
+    Raises:
+        ConfigError: a model that has no half, or none of BERT's sizes.
+    """
+    config, layers = first.config, getattr(first.config, "num_hidden_layers", 0)
+    expect(layers > 1, "--depth_width", "a first model of 2 layers or more", first.name)
+    try:
+        half = resized(config, layers // 2, config.hidden_size)
+        widths = {
+            narrower(config, half, size): None
+            for size in (
+                lambda model: count(model)[0],
+                lambda model: count(model)[0] - count(model)[1],
+            )
+        }
+        configs = [half, *(resized(config, layers, width) for width in widths)]
+        sizes = [count(skeleton(c)) for c in configs]
+    except models.loading_errors() as error:
+        raise ConfigError(
+            f"--depth_width: {first.name!r}, a {config.model_type}, cannot be resized: {error}"
+        ) from error
+    return [
+        Candidate(
+            name=f"{c.num_hidden_layers} x {c.hidden_size}, random",
+            source=None,
+            config=c,
+            parameters=parameters,
+            embedding_parameters=embeddings,
+            positions=first.positions,
+            texts=first.texts,
+        )
+        for c, (parameters, embeddings) in zip(configs, sizes, strict=True)
+    ]
+
+
+def resized(config: Any, layers: int, width: int) -> Any:
+    """The config of a model of other layers and width, its feed-forward layers scaled alike."""
+    changed = copy.deepcopy(config)
+    inner = "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
+    setattr(changed, inner, getattr(config, inner) * width // config.hidden_size)
+    changed.num_hidden_layers, changed.hidden_size = layers, width
+    return changed
+
+
+def skeleton(config: Any) -> Any:
+    """A model without memory for its weights."""
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config)
+
+
+def narrower(config: Any, target: Any, size: Callable[[nn.Module], int]) -> int:
+    """The multiple of the heads to which ``config`` has to be narrowed for its model to come
+    closest, by ``size``, to that of the config ``target``."""
+    wanted = size(skeleton(target))
+
+    def excess(width: int) -> int:
+        return size(skeleton(resized(config, config.num_hidden_layers, width))) - wanted
+
+    heads = config.num_attention_heads
+    widths = range(heads, config.hidden_size + 1, heads)
+    above = bisect.bisect_left(widths, 0, key=excess)
+    return min(widths[max(above - 1, 0) : above + 1], key=lambda width: abs(excess(width)))

@@ -1,0 +1,335 @@
+"""Time and memory of models, each in a process of its own, asked in turn.
+
+Every model in every mode has a process, so that its peak of memory is its own. Those of one mode
+are alive together and asked one at a time: what a shared machine does to one it does to all. A time
+is wall clock until the result is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import multiprocessing
+import signal
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilfast import models
+from distilfast.records import Bar
+from distilfast.sizes import MIB, Candidate
+
+log = logging.getLogger("distilfast.speed")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TEXTS_A_TURN = 32
+WARM_UP = 2  # calls; compiled code is made in the first
+START_STEPS = 10  # of the progress shown: to start takes seconds, a turn less
+ENDING_S = 10.0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model is run."""
+
+    precision: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.precision}, torch.compile" if self.compiled else self.precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    device: str
+    threads: int
+    batches: list[int]
+    sequence_length: int
+    rounds: int
+
+
+# What a process is asked for: None, to load the model and tell its memory; a batch size or some of
+# the texts, to tell the time that they take.
+Request = int | range | None
+
+
+class MeasurementError(RuntimeError):
+    """What could not be measured, and why, in one line."""
+
+
+def work(pipe: Connection, candidate: Candidate, mode: Mode, plan: Plan) -> None:
+    """Answer requests until nobody is left to ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
+    runner = Runner(candidate, mode, plan)
+    try:
+        while True:
+            request = pipe.recv()
+            pipe.send(runner.start() if request is None else runner.time_ms(request))
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:
+        text = " ".join(str(error).split())
+        pipe.send(MeasurementError(f"{type(error).__name__}: {text[:200]}"))
+
+
+class Runner:
+    """One model in one mode."""
+
+    def __init__(self, candidate: Candidate, mode: Mode, plan: Plan):
+        self.candidate, self.mode, self.plan = candidate, mode, plan
+        self.device = torch.device(plan.device)
+
+    def start(self) -> dict[str, Any]:
+        """Load and warm up; what there is to know but times."""
+        import transformers
+
+        torch.set_num_threads(self.plan.threads)
+        if self.mode.compiled:
+            importlib.import_module("torch._inductor.compile_fx")
+        _ = transformers.MODEL_MAPPING[type(self.candidate.config)]  # imports the model's code
+        before = resident_mib("VmRSS")
+        with models.quiet():
+            model = self.candidate.build().eval()
+        model.to(self.device, DTYPES[self.mode.precision])
+        for parameter in model.parameters():
+            # What was loaded maps its file: pages that do not count, read where they are used.
+            parameter.data = parameter.data.clone()
+        self.model = torch.compile(model, dynamic=False) if self.mode.compiled else model
+        rows = model.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        self.batches = {
+            batch: torch.randint(rows, (batch, self.plan.sequence_length), generator=generator)
+            for batch in self.plan.batches
+        }
+        self.texts = [torch.tensor([ids]) for ids in self.candidate.texts]
+        first_call_s, peak_mib = {}, {}
+        for batch, input_ids in self.batches.items():
+            began = time.perf_counter()
+            self.forward(input_ids)
+            first_call_s[batch] = time.perf_counter() - began
+            for _ in range(WARM_UP - 1):
+                self.forward(input_ids)
+            peak_mib[batch] = self.peak_mib(input_ids, before)
+        return {
+            "attention": model.config._attn_implementation,
+            "first_call_s": first_call_s,
+            "peak_mib": peak_mib,
+        }
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor) -> None:
+        """One pass of (B, L) token ids, until its result is there."""
+        input_ids = input_ids.to(self.device)
+        self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time_ms(self, request: int | range) -> float:
+        """Of one pass of a batch, or of one over each of the texts."""
+        inputs = (
+            [self.batches[request]]
+            if isinstance(request, int)
+            else [self.texts[i] for i in request]
+        )
+        self.forward(inputs[0])  # another process has had the cores and their caches since
+        began = time.perf_counter()
+        for input_ids in inputs:
+            self.forward(input_ids)
+        return (time.perf_counter() - began) * 1e3
+
+    def peak_mib(self, input_ids: Tensor, before: float | None) -> float | None:
+        """The most memory during a pass, weights included, above ``before``."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.forward(input_ids)
+            return torch.cuda.max_memory_allocated() / MIB
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self.forward(input_ids)
+            peak = resident_mib("VmHWM")
+            return None if peak is None or before is None else peak - before
+        return None
+
+
+def resident_mib(key: str) -> float | None:
+    """This process's memory now (VmRSS) or at its high-water mark (VmHWM), without pages of files:
+    those of libraries are read as their code is used. None: the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        whole, of_files = (int(values[name].split()[0]) for name in (key, "RssFile"))
+    except (OSError, KeyError):
+        return None
+    return (whole - of_files) / 1024
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that measures, seen from outside."""
+
+    def __init__(self, candidate: Candidate, mode: Mode, plan: Plan):
+        # A fork would share the memory, and the threads, of this process.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=work, args=(theirs, candidate, mode, plan), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()  # which ends it, once it listens again
+        self.process.join(ENDING_S)
+        self.process.kill()
+        self.process.join()
+
+    def ask(self, request: Request) -> Any:
+        """The answer.
+
+        Raises:
+            MeasurementError: there is none.
+        """
+        try:
+            self.pipe.send(request)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise MeasurementError(_ending(self.process.exitcode)) from None
+        if isinstance(answer, MeasurementError):
+            raise answer
+        return answer
+
+
+def _ending(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed, as the system does when memory runs out"
+    return f"its process ended with status {code}"
+
+
+def turns(candidates: Sequence[Candidate], mode: Mode, plan: Plan) -> Iterator[tuple[str, Request]]:
+    """Who is asked for what, in order. Each round begins with another model, so that none always
+    follows the same one."""
+    order = [candidate.name for candidate in candidates]
+    yield from ((name, None) for name in order)
+    for _ in range(plan.rounds):
+        yield from ((name, batch) for batch in plan.batches for name in order)
+        order = [*order[1:], order[0]]
+    if not mode.compiled:  # which would compile anew for every length
+        n_texts = len(candidates[0].texts)
+        for start in range(0, n_texts, TEXTS_A_TURN):
+            texts = range(start, min(start + TEXTS_A_TURN, n_texts))
+            yield from ((name, texts) for name in order)
+            order = [*order[1:], order[0]]
+
+
+def measure(
+    candidates: Sequence[Candidate], modes: Sequence[Mode], plan: Plan
+) -> list[dict[str, Any]]:
+    """One mode after the other; what results.json holds. A model that cannot be measured in a mode
+    is warned of, and has an `error` there in place of figures."""
+    results = []
+    total = sum(_steps(request) for mode in modes for _, request in turns(candidates, mode, plan))
+    done = 0
+    with Bar("compare", total) as bar:
+        for mode in modes:
+            answers: dict[tuple[str, Request], list[Any]] = defaultdict(list)
+            failures: dict[str, str] = {}
+            with contextlib.ExitStack() as stack:
+                workers = {c.name: stack.enter_context(Worker(c, mode, plan)) for c in candidates}
+                for name, request in turns(candidates, mode, plan):
+                    try:
+                        if name not in failures:
+                            answers[name, request].append(workers[name].ask(request))
+                    except MeasurementError as failure:
+                        failures[name] = str(failure)
+                        log.warning("%s in %s: %s", name, mode, failure)
+                    done += _steps(request)
+                    bar.update(done, str(mode))
+            results += gather(candidates, mode, plan, answers, failures)
+    return results
+
+
+def _steps(request: Request) -> int:
+    return START_STEPS if request is None else 1
+
+
+def gather(
+    candidates: Sequence[Candidate],
+    mode: Mode,
+    plan: Plan,
+    answers: dict[tuple[str, Request], list[Any]],
+    failures: dict[str, str],
+) -> list[dict[str, Any]]:
+    """The answers of one mode as measurements: a batch each, and one of the texts."""
+    results: list[dict[str, Any]] = []
+    for c in candidates:
+        row = {"model": c.name, "precision": mode.precision, "compile": mode.compiled}
+        if c.name in failures:
+            results.append({**row, "error": failures[c.name]})
+            continue
+        row |= {
+            "parameters": c.parameters,
+            "embedding_parameters": c.embedding_parameters,
+            "size_mib": c.parameters * DTYPES[mode.precision].itemsize / MIB,
+            "disk_mib": c.disk_mib,
+        }
+        [start] = answers[c.name, None]
+        for batch in plan.batches:
+            samples = answers[c.name, batch]
+            first = [] if candidates[0].name in failures else answers[candidates[0].name, batch]
+            ratios = [theirs / ours for theirs, ours in zip(first, samples, strict=False)]
+            ms, p20, p80 = spread(samples)
+            results.append(
+                {
+                    **row,
+                    "batch": batch,
+                    "sequence_length": plan.sequence_length,
+                    "attention": start["attention"],
+                    "rounds": len(samples),
+                    "latency_ms": ms,
+                    "latency_p20_ms": p20,
+                    "latency_p80_ms": p80,
+                    "sequences_per_s": batch / ms * 1e3,
+                    "tokens_per_s": batch * plan.sequence_length / ms * 1e3,
+                    "speedup": statistics.median(ratios) if ratios else None,
+                    "peak_mib": start["peak_mib"][batch],
+                    "first_call_s": start["first_call_s"][batch],
+                }
+            )
+        pass_ms = sum(
+            sum(samples)
+            for (name, request), samples in answers.items()
+            if name == c.name and isinstance(request, range)
+        )
+        if pass_ms:
+            tokens = sum(map(len, c.texts))
+            results.append(
+                {**row, "texts": len(c.texts), "tokens": tokens, "pass_s": pass_ms / 1e3}
+            )
+    return results
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the percentiles 20 and 80."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return statistics.median(samples), fifths[0], fifths[3]
