@@ -31,7 +31,7 @@ from distilfast import config as configs
 from distilfast.config import Config, ConfigError, parse
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
-from distilfast.report import Chart, Report, Table, read_metrics, write_report
+from distilfast.report import Chart, Report, Table, markdown, read_metrics, write_report
 from distilfast.tasks import Task
 
 # Sanh et al. 2019, table 4: the change of the macro score.
@@ -329,7 +329,7 @@ def write(
     }
     jobs.write_json(output / "results.json", results)
     made = table(rows, differences, chosen, what["seeds"])
-    print(glue.markdown(made))
+    print(markdown(made))
     report = Report(
         title=f"Ablation: {', '.join(task.name for task in chosen)}",
         lead=lead(differences),

@@ -23,7 +23,7 @@ from distilfast import __version__
 from distilfast.config import ConfigError, expect
 from distilfast.engine import cpu_name
 from distilfast.options import Parser, positive
-from distilfast.report import Report, Table, write_report
+from distilfast.report import Report, Table, markdown, write_report
 from distilfast.sizes import MIB, Candidate, load
 from distilfast.speed import DTYPES, Mode, Plan, measure
 
@@ -219,16 +219,6 @@ def short(value: float | None) -> str:
     if not value:
         return "" if value is None else "0"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def markdown(table: Table) -> str:
-    names = [row[0] + " (published)" * (i in table.published) for i, row in enumerate(table.rows)]
-    body = [[name, *row[1:]] for name, row in zip(names, table.rows, strict=True)]
-    lines = [
-        f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
-        for row in (table.columns, ["---"] * len(table.columns), *body)
-    ]
-    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines])
 
 
 def lead(candidates: Sequence[Candidate], results: Sequence[dict[str, Any]]) -> str:

@@ -29,7 +29,7 @@ from distilfast.finetuning import FineTuning, SoftTargets
 from distilfast.glue import Model
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.losses import combine_teachers
-from distilfast.report import Chart, Report, Table, write_report
+from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import Examples, Task
 
 LABELS, ENSEMBLE = "labels alone", "ensemble"
@@ -427,7 +427,7 @@ def write(
     results = {row.name: summary(inputs.task, row) for row in rows}
     jobs.write_json(output / "results.json", results)
     made = table(inputs, results, what)
-    print(glue.markdown(made))
+    print(markdown(made))
     students = {n: r["scores"] for n, r in results.items() if len(r["scores"]) > 1}
     report = Report(
         title=f"{inputs.task.name}: {glue.short(inputs.student.source)}",

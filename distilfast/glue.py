@@ -33,7 +33,7 @@ from distilfast.data import fingerprint
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.models import loading_errors, quiet
-from distilfast.report import Chart, Report, Table, write_report
+from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import GLUE, Encoded, Examples, Task
 
 # Sanh et al. 2019, table 1 (medians of 5 seeds on the development sets) and table 2.
@@ -553,12 +553,3 @@ def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
     said = [f"{short(first)} scores {best:.1f}"]
     said += [f"{short(n)} {m:.1f} ({m / best:.1%} of it)" for n, m in others if best]
     return ", ".join(said) + f", the mean over {len(results[first])} tasks."
-
-
-def markdown(made: Table) -> str:
-    """A table for a terminal."""
-    lines = ["| " + " | ".join(made.columns) + " |", "|" + "---|" * len(made.columns)]
-    for i, (name, *cells) in enumerate(made.rows):
-        name += " (published)" if i in made.published else ""
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join([*lines, "", made.caption])

@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "Sample",
     "Table",
+    "markdown",
     "read_metrics",
     "read_report",
     "write_report",
@@ -159,6 +160,19 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return report
+
+
+def markdown(table: Table) -> str:
+    """A table for a terminal or a README."""
+    rows = [
+        [row[0] + " (published)" * (i in table.published), *row[1:]]
+        for i, row in enumerate(table.rows)
+    ]
+    lines = [
+        f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+        for row in (table.columns, ["---"] * len(table.columns), *rows)
+    ]
+    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines])
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
