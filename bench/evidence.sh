@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of "Does it work?" in the README again, on a CPU with two cores in about two hours:
+# The tables of "Does it work?" in the README again, on a CPU with two cores in about an hour and a half:
 #
 #     make demo FULL=1
 #     bash bench/evidence.sh GLUE_FOLDER
@@ -30,7 +30,7 @@ keep glue
 
 $distilfast ablate --config configs/demo.yaml --set teacher=$full/teacher/model \
     data.prepared=$full/tokens steps=80 evaluate.every=0 tensorboard=false --data "$data" \
-    --tasks CoLA,SST-2 --seeds 5 $rate --epochs 2 --output $runs/ablation | tee $results/ablation.md
+    --tasks CoLA,SST-2 --seeds 5 $rate --epochs 1 --output $runs/ablation | tee $results/ablation.md
 keep ablation
 
 $distilfast finetune --teacher $full/teacher/model $full/teacher/model $full/teacher/model \
