@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -30,9 +31,10 @@ from distilfast.glue import Model
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.losses import combine_teachers
 from distilfast.report import Chart, Report, Table, markdown, write_report
-from distilfast.tasks import Examples, Task
+from distilfast.tasks import Encoded, Examples, Task
 
 LABELS, ENSEMBLE = "labels alone", "ensemble"
+COMBINED = 1024  # examples whose logits are combined at a time
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class Teaching:
         expect(sum(self.weights) > 0, "--weights", "a weight > 0", self.weights)
 
     def combine(self, logits: Sequence[Tensor], task: Task, temperature: float) -> Tensor:
-        """(n, outputs): the ensemble's logits at T, or its number."""
+        """The ensemble's logits at T, (n, outputs) or (n, 2, L), or its number."""
         if len(logits) == 1:
             return logits[0]
-        if not task.classes:
+        if task.kind == "number":
             shares = torch.tensor(self.weights) / sum(self.weights)
             return (torch.stack(list(logits)) * shares[:, None, None]).sum(0)
         weights = list(self.weights)
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--teacher", nargs="+", required=True, metavar="MODEL",
         help="fine-tuned on the task or not yet; a name given twice: from two seeds")  # fmt: skip
     add("--student", required=True, metavar="MODEL")
-    add("--task", required=True, help="of GLUE, IMDb, or one's own in --data")
+    add("--task", required=True, help="of GLUE, IMDb, SQuAD, or one's own in --data")
     add("--data", default="glue", metavar="FOLDER|glue")
     add("--output", required=True, metavar="FOLDER")
     add("--seeds", type=options.positive, default=5, help="of the students: 0 to SEEDS - 1")
@@ -211,17 +213,17 @@ class Run:
         files, tokens = store.files(self.inputs.splits, task, student.tokenizer, self.settings)
         folders = self.fine_tune_teachers(files, tokens)
         logits = self.teachers_logits(files, folders)
-        targets = self.targets(logits)
+        targets = self.targets(files, logits)
         rows = self.students(files, tokens, targets, seeds)
-        labels = glue.read_tokens(files[task.dev[0]]).labels
+        examples = glue.read_tokens(files[task.dev[0]])
         dev = [found[task.dev[0]] for found in logits]
         named = {t.name: [x] for t, x in zip(self.inputs.teachers, dev, strict=True)}
         if len(dev) > 1:
             named[ENSEMBLE] = dev
         for name, members in named.items():
-            own = self.teaching.combine(members, task, 1.0) if name == ENSEMBLE else members[0]
-            score = task.score(labels, own)
-            agreement = agreements(task, own, targets_of(targets, task.dev[0]))
+            own = self.combined(members, examples, 1.0)
+            score = tasks.score(task, examples, own)
+            agreement = agreements(task, examples, own, targets_of(targets, task.dev[0]))
             result = {"score": score["score"], "metrics": score, "agreement": agreement}
             rows.append(Row(name, [result]))
         store.remove()
@@ -247,7 +249,7 @@ class Run:
     def teachers_logits(
         self, files: Mapping[str, str], folders: Sequence[str]
     ) -> list[dict[str, Tensor]]:
-        """(n, outputs) of each teacher, by split; read where model, data and settings are those
+        """Of all examples, of each teacher, by split; read where model, data and settings are those
         that they were computed from."""
         from safetensors.torch import load_file
 
@@ -271,24 +273,33 @@ class Run:
         jobs.run(wanted, self.cache, self.workers, "logits")
         return [load_file(place) for place in places]
 
-    def targets(self, logits: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    def combined(self, logits: Sequence[Tensor], examples: Encoded, temperature: float) -> Tensor:
+        """The ensemble's logits of all examples, in the shape of one teacher's."""
+        made = torch.empty_like(logits[0])
+        for rows in torch.arange(len(examples)).split(COMBINED):
+            batch = [examples.take(member, rows) for member in logits]
+            examples.put(made, rows, self.teaching.combine(batch, self.inputs.task, temperature))
+        return made
+
+    def targets(
+        self, files: Mapping[str, str], logits: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, str]:
         """A file of targets for each way to be taught: by the first teacher, by all."""
         from safetensors.torch import save_file
 
-        first = self.inputs.teachers[0].name
+        first, temperature = self.inputs.teachers[0].name, self.teaching.temperature
         taught = {first: logits[:1]} | ({ENSEMBLE: logits} if len(logits) > 1 else {})
-        files = {}
+        splits = {split: glue.read_tokens(file) for split, file in files.items()}
+        targets = {}
         for name, members in taught.items():
             combined = {
-                split: self.teaching.combine(
-                    [m[split] for m in members], self.inputs.task, self.teaching.temperature
-                ).contiguous()
-                for split in members[0]
+                split: self.combined([m[split] for m in members], examples, temperature)
+                for split, examples in splits.items()
             }
-            files[name] = str(self.output / "targets" / f"{glue.slug(name)}.safetensors")
-            Path(files[name]).parent.mkdir(parents=True, exist_ok=True)
-            save_file(combined, files[name])
-        return files
+            targets[name] = str(self.output / "targets" / f"{glue.slug(name)}.safetensors")
+            Path(targets[name]).parent.mkdir(parents=True, exist_ok=True)
+            save_file(combined, targets[name])
+        return targets
 
     def students(
         self,
@@ -342,11 +353,11 @@ def learn(
     splits = {split: glue.read_tokens(file) for split, file in files.items()}
     train, soft = splits["train"], None
     if taught and taught.by:
-        targets = read_targets(taught.targets[taught.by])
-        rows = [targets["train"]]
+        own = read_targets(taught.targets[taught.by])
+        rows = [own["train"]]
         if "transfer" in splits:
             train = train + splits["transfer"]
-            rows.append(targets["transfer"])
+            rows.append(own["transfer"])
         how = taught.teaching
         soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
     length = settings.max_length or task.max_length
@@ -357,13 +368,14 @@ def learn(
     )
     dev = splits[task.dev[0]]
     predicted = finetuning.predict(model, dev, settings, pad_token=pad_token)
-    score = task.score(dev.labels, predicted)
+    score = tasks.score(task, dev, predicted)
     if keep:
         model.to("cpu").save_pretrained(keep)
         tokenizer.save_pretrained(keep)
     result: Result = {"score": score["score"], "metrics": score, "seed": seed}
     if taught:
-        result["agreement"] = agreements(task, predicted, targets_of(taught.targets, task.dev[0]))
+        targets = targets_of(taught.targets, task.dev[0])
+        result["agreement"] = agreements(task, dev, predicted, targets)
     return result
 
 
@@ -405,16 +417,22 @@ def targets_of(files: Mapping[str, str], split: str) -> dict[str, Tensor]:
     return {name: read_targets(file)[split] for name, file in files.items()}
 
 
-def agreements(task: Task, predicted: Tensor, targets: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fidelity: the share of the examples for which the class is the teacher's, or Pearson's
-    correlation with its number; each x 100."""
-    if task.classes:
-        same = {
-            n: (predicted.argmax(-1) == t.argmax(-1)).float().mean() for n, t in targets.items()
-        }
-        return {name: 100 * float(share) for name, share in same.items()}
-    pearson = tasks.METRICS["Pearson"]
-    return {n: 100 * pearson(t[:, 0].numpy(), predicted[:, 0].numpy()) for n, t in targets.items()}
+def agreements(
+    task: Task, examples: Encoded, logits: Tensor, targets: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Fidelity: the share of the examples for which the class, or the text of the answer, is the
+    teacher's, or Pearson's correlation with its number; each x 100."""
+    measure = tasks.METRICS["Pearson"] if task.kind == "number" else same
+    own = tasks.predictions(task, examples, logits)
+    return {
+        name: 100 * measure(tasks.predictions(task, examples, t), own)
+        for name, t in targets.items()
+    }
+
+
+def same(theirs: np.ndarray, own: np.ndarray) -> float:
+    """The share of those that are equal."""
+    return float((theirs == own).mean())
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -451,7 +469,10 @@ def summary(task: Task, row: Row) -> dict[str, Any]:
         for name in row.results[0]["agreement"]
     }
     scores = glue.over_seeds([r["score"] for r in row.results])
-    return {"metric": task.metric, **scores, "agreement": agreement}
+    entry = {"metric": task.metric, **scores, "agreement": agreement}
+    if task.spans:
+        entry["EM"] = glue.over_seeds([r["metrics"]["EM"] for r in row.results])
+    return entry
 
 
 def table(
@@ -459,19 +480,26 @@ def table(
 ) -> Table:
     """Students, teachers and the ensemble; score and fidelity."""
     taught_by = list(next(iter(results.values()))["agreement"])
-    columns = ["model", inputs.task.metric, *(f"agrees with {name}" for name in taught_by)]
+    beside = ["EM"] if inputs.task.spans else []
+    columns = ["model", inputs.task.metric, *beside, *(f"agrees with {n}" for n in taught_by)]
     rows = []
     for name, found in results.items():
-        cells = [glue.with_spread(found["median"], found["stdev"])]
+        figures = [found, *(found[metric] for metric in beside)]
+        cells = [glue.with_spread(figure["median"], figure["stdev"]) for figure in figures]
         for teacher in taught_by:
             fidelity = found["agreement"][teacher]
             shown = glue.with_spread(fidelity["median"], fidelity["stdev"])
             cells.append("" if name == teacher else shown)
         rows.append([name, *cells])
-    kind = "examples of the teacher's class" if inputs.task.classes else "correlation"
+    kind = {
+        "classes": "examples of the teacher's class",
+        "spans": "questions with the teacher's answer",
+        "number": "correlation",
+    }[inputs.task.kind]
     mean = {"probability": "arithmetic", "logit": "geometric"}[what["ensemble"]]
-    soft = "KL at T = {temperature:g}" if inputs.task.classes else "squared error to the teacher's"
-    hard = "cross entropy at 1" if inputs.task.classes else "squared error to the labels"
+    number = inputs.task.kind == "number"
+    soft = "squared error to the teacher's" if number else "KL at T = {temperature:g}"
+    hard = "squared error to the labels" if number else "cross entropy at 1"
     notes = [
         f"{inputs.task.name}, development set. Of students the medians of {what['seeds']} seeds, "
         f"± standard deviation, times 100. Agreement: {kind}, percent.",

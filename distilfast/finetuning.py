@@ -35,8 +35,8 @@ class FineTuning:
     Args:
         learning_rate: AdamW's at the first step (betas 0.9 and 0.999, epsilon 1e-8).
         batch_size: examples a step.
-        epochs: null is the task's own: 3, or 5 for MRPC and WNLI.
-        max_length: tokens of an example; null is the task's own: 128, or 512 for IMDb.
+        epochs: null is the task's own: 3, 5 for MRPC and WNLI, 2 for SQuAD.
+        max_length: tokens of an example; null is the task's own: 128, 512 for IMDb, 384 for SQuAD.
         weight_decay: not applied to biases and LayerNorms.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
         precision: of activations and products; the weights are fp32.
@@ -66,7 +66,7 @@ class SoftTargets:
     """What teachers say, and how much it counts.
 
     Args:
-        logits: (n, outputs) fp32, of every training example.
+        logits: (n, outputs) fp32, of every training example; for spans (tokens, 2).
         temperature: T of their softmax and the student's.
         kd_weight, ce_weight: of the loss at T and of the hard labels' at 1.
     """
@@ -76,9 +76,9 @@ class SoftTargets:
     kd_weight: float = 0.5
     ce_weight: float = 0.5
 
-    def of(self, rows: Tensor, device: torch.device) -> SoftTargets:
+    def of(self, examples: Encoded, rows: Tensor, device: torch.device) -> SoftTargets:
         """Those of some examples."""
-        return replace(self, logits=self.logits[rows].to(device))
+        return replace(self, logits=examples.take(self.logits, rows).to(device))
 
 
 def best_precision(device: torch.device) -> str:
@@ -106,8 +106,9 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
                     f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
                     f"outputs, which {task.name} with {task.outputs} cannot start from"
                 )
-            kind = transformers.AutoModelForSequenceClassification
-            model = kind.from_pretrained(source, num_labels=task.outputs, dtype=torch.float32)
+            model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
+                source, num_labels=task.outputs, dtype=torch.float32
+            )
     except ConfigError:
         raise
     except loading_errors() as error:
@@ -118,6 +119,11 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
     return model
 
 
+def head(task: Task) -> str:
+    """The end of the names of the classes of models that have the task's head."""
+    return "ForQuestionAnswering" if task.spans else "ForSequenceClassification"
+
+
 def has_head(config: Any) -> bool:
     """Whether a model has been fine-tuned on some task."""
     kinds = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
@@ -126,7 +132,7 @@ def has_head(config: Any) -> bool:
 
 def fits(config: Any, task: Task) -> bool:
     """Whether its head is one of this task's shape."""
-    kind = "ForSequenceClassification"
+    kind = head(task)
     return any(a.endswith(kind) for a in config.architectures) and config.num_labels == task.outputs
 
 
@@ -168,9 +174,9 @@ def fine_tune(
             for rows in order(train.lengths, settings.batch_size, generator):
                 inputs = _inputs(train, rows, pad_token, takes, device)
                 with _autocast(device, settings):
-                    logits = model(**inputs).logits
+                    logits = forward(model, inputs)
                 labels = train.labels[rows].to(device)
-                soft = None if targets is None else targets.of(rows, device)
+                soft = None if targets is None else targets.of(train, rows, device)
                 loss = task_loss(task, logits, labels, soft)
                 loss.backward()
                 if settings.max_grad_norm:
@@ -188,16 +194,26 @@ def fine_tune(
 
 @torch.inference_mode()
 def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
-    """(n, outputs) logits in fp32, on the CPU, in the order of the examples."""
+    """Logits in fp32, on the CPU, in the order of the examples: (n, outputs), or (tokens, 2)."""
     device = next(model.parameters()).device
     takes = inspect.signature(model.forward).parameters
     model.eval()
-    logits = torch.zeros(len(examples), model.config.num_labels)
+    logits = examples.empty_logits(model.config.num_labels)
     for rows in examples.lengths.argsort(stable=True).split(EVALUATION_BATCH):
         inputs = _inputs(examples, rows, pad_token, takes, device)
         with _autocast(device, settings):
-            logits[rows] = model(**inputs).logits.float().cpu()
+            examples.put(logits, rows, forward(model, inputs).cpu())
     return logits
+
+
+def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of a batch, fp32: (B, outputs); of the start and end of spans (B, 2, L), with -inf
+    at the padding."""
+    out = model(**inputs)
+    if not hasattr(out, "start_logits"):
+        return out.logits.float()
+    logits = torch.stack((out.start_logits, out.end_logits), 1).float()
+    return logits.masked_fill(inputs["attention_mask"][:, None] == 0, -math.inf)
 
 
 def task_loss(
@@ -206,19 +222,22 @@ def task_loss(
     """The loss of a batch, fp32.
 
     Args:
-        logits: (B, outputs).
-        labels: (B,) class numbers or numbers; IGNORE_INDEX where there is none.
+        logits: (B, outputs), or (B, 2, L).
+        labels: (B,) class numbers or numbers, or (B, 2) positions; IGNORE_INDEX where there is
+            none.
         targets: of these examples.
 
     Classes: kd_weight T^2 KL(softmax(targets / T) || softmax(logits / T)) + ce_weight CE(labels);
-    CE alone without targets. A number: its squared error to the targets and the labels, with the
-    same weights.
+    CE alone without targets. Spans: the same, where the classes are the positions of the window,
+    and the mean is over starts and ends. A number: its squared error to the targets and the labels,
+    with the same weights.
     """
     logits = logits.float()
-    if task.classes:
+    if task.kind != "number":
         labels = labels.long()
         if targets is None:
-            return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+            rows = logits.flatten(0, -2), labels.flatten()
+            return nn.functional.cross_entropy(*rows, ignore_index=IGNORE_INDEX)
         return distillation_loss(
             logits,
             targets.logits,

@@ -1,4 +1,4 @@
-"""Tasks to fine-tune on: GLUE, IMDb, one's own; their files, their metrics, their tokens.
+"""Tasks to fine-tune on: GLUE, IMDb, SQuAD, one's own; their files, metrics and tokens.
 
 A task is one row in TASKS: its columns, its classes, what it is scored by. The protocol is that of
 Sanh et al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
@@ -6,6 +6,8 @@ Sanh et al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import math
 import statistics
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilfast import names
+from distilfast import names, squad
 from distilfast.config import ConfigError
 
 log = logging.getLogger("distilfast.tasks")
@@ -80,14 +82,16 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task of one or two texts an example.
+    """A task of one or two texts an example, which are classified ("classes"), given a number
+    ("number"), or of which the second holds the answer to the first ("spans").
 
     Args:
         name: as in the official folder.
         texts: the columns of the one or two texts, in the official files.
         label: the column of the label.
-        classes: the labels, in the order of their numbers; () where the label is a number.
-        metrics: names in METRICS; the score is their mean.
+        classes: the labels, in the order of their numbers; () for the other kinds.
+        spans: the label is a span of the second text. The files are SQuAD's.
+        metrics: names in METRICS; the score is their mean. For spans, what the score is called.
         columns: of official files without a header line.
         dev: the files of the development sets; the first one counts.
         hub, hub_texts: the data set and its configuration on the hub, and its text columns, where
@@ -102,6 +106,7 @@ class Task:
     texts: tuple[str, ...]
     label: str = "label"
     classes: tuple[str, ...] = ("0", "1")
+    spans: bool = False
     metrics: tuple[str, ...] = ("accuracy",)
     columns: tuple[str, ...] | None = None
     dev: tuple[str, ...] = ("dev",)
@@ -113,9 +118,13 @@ class Task:
     lenient: bool = False
 
     @property
+    def kind(self) -> str:
+        return "spans" if self.spans else "classes" if self.classes else "number"
+
+    @property
     def outputs(self) -> int:
-        """Of the head: a logit a class, or one number."""
-        return len(self.classes) or 1
+        """Of the head: a logit a class, or one number; a token's start and end logit."""
+        return 2 if self.spans else len(self.classes) or 1
 
     @property
     def metric(self) -> str:
@@ -132,7 +141,7 @@ class Task:
             logits: (n, outputs).
 
         A correlation that is not defined, as all predictions are the same, is NaN here and counts
-        as 0 in the score, as Matthews' is 0 there.
+        as 0 in the score, as Matthews' is 0 there. Of spans: `score`.
         """
         predictions = logits.argmax(-1) if self.classes else logits[:, 0]
         pair = labels.cpu().numpy(), predictions.float().cpu().numpy()
@@ -209,7 +218,20 @@ IMDB = Task(
     hub_splits=("train", "test"),
     max_length=512,
 )
-TASKS = {**GLUE, "IMDb": IMDB}
+# Epochs and lengths are BERT's (Devlin et al. 2019, section 4.2 and its code). DistilBERT's paper
+# gives none; the learning rate and the batch are those of the other tasks.
+SQUAD = Task(
+    "SQuAD",
+    ("question", "context"),
+    label="answers",
+    classes=(),
+    spans=True,
+    metrics=("F1",),
+    hub=("rajpurkar/squad", None),
+    epochs=2,
+    max_length=384,
+)
+TASKS = {**GLUE, "IMDb": IMDB, "SQuAD": SQUAD}
 
 
 def find(name: str, data: str) -> Task:
@@ -260,18 +282,20 @@ class Examples:
     """Texts and labels, of one split."""
 
     texts: list[tuple[str, ...]]
-    labels: list[float]  # classes as numbers; IGNORE_INDEX: none
+    # Classes as numbers; IGNORE_INDEX: none. For spans the gold answers of each: squad.Answer.
+    labels: list[Any]
 
 
 def read(task: Task, data: str) -> dict[str, Examples]:
     """The splits of a task: train first, then the development sets.
 
     Args:
-        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub".
+        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub". That of
+            IMDb may hold train/pos, that of SQuAD train-v1.1.json itself.
 
     Raises:
         ConfigError: a folder, column or field that is missing, a label outside the task (with the
-            number of its line), an empty split.
+            number of its line, or the question's id), an empty split.
     """
     folder = None if data in HUBS else names.local_path("--data", data)
     if folder is None and data not in HUBS:
@@ -281,6 +305,8 @@ def read(task: Task, data: str) -> dict[str, Examples]:
         loaded = _from_hub(task)
     elif task is IMDB and (folder / "train" / "pos").is_dir():
         loaded = {split: _imdb_folder(folder / split) for split in splits}
+    elif task.spans and (folder / "train-v1.1.json").is_file():
+        loaded = {split: _squad_file(folder, split) for split in splits}
     else:
         place = folder / task.name
         if not place.is_dir():
@@ -288,7 +314,10 @@ def read(task: Task, data: str) -> dict[str, Examples]:
             raise ConfigError(
                 f"--data: expected the folder {task.name} in {str(folder)!r}, which has {there}"
             )
-        loaded = {split: _read_file(place / f"{split}.tsv", task) for split in splits}
+        if task.spans:
+            loaded = {split: _squad_file(place, split) for split in splits}
+        else:
+            loaded = {split: _read_file(place / f"{split}.tsv", task) for split in splits}
     for split, examples in loaded.items():
         if not examples.texts:
             raise ConfigError(f"--data: expected examples in {task.name}'s {split}, got none")
@@ -296,16 +325,15 @@ def read(task: Task, data: str) -> dict[str, Examples]:
 
 
 def read_texts(file: Path, task: Task) -> Examples:
-    """Unlabelled texts for a task, of a file with its columns, or `sentence` or `sentence1`,
+    """Unlabelled texts for a task, of a .tsv with its columns, or `sentence` or `sentence1`,
     `sentence2`, under a header line."""
     texts = task.texts
     if file.is_file() and not set(texts) <= set(_lines(file)[0]):
         texts = SENTENCES[: len(texts)] if len(texts) == 2 else ("sentence",)
     rows = _rows(file, Task(task.name, texts, label=texts[0]))
-    examples = Examples([row[:-1] for row in rows], [IGNORE_INDEX] * len(rows))
     if not rows:
         raise ConfigError(f"--transfer: expected texts in {str(file)!r}, got none")
-    return examples
+    return Examples([row[:-1] for row in rows], [[] if task.spans else IGNORE_INDEX] * len(rows))
 
 
 def _read_file(file: Path, task: Task) -> Examples:
@@ -386,6 +414,10 @@ def _imdb_folder(folder: Path) -> Examples:
     return Examples(texts, labels)
 
 
+def _squad_file(folder: Path, split: str) -> Examples:
+    return Examples(*squad.read(folder / f"{split}-v1.1.json"))
+
+
 def _from_hub(task: Task) -> dict[str, Examples]:
     import datasets
     import huggingface_hub
@@ -399,11 +431,16 @@ def _from_hub(task: Task) -> dict[str, Examples]:
         loaded = datasets.load_dataset(name, part)
         found = {}
         for split, hub_split in zip(("train", *task.dev), task.hub_splits, strict=True):
-            rows = loaded[hub_split].filter(lambda row: row["label"] != -1)
+            rows = loaded[hub_split]
+            if not task.spans:
+                rows = rows.filter(lambda row: row["label"] != -1)
             columns = [rows[column] for column in task.hub_texts or task.texts]
-            found[split] = Examples(
-                list(zip(*columns, strict=True)), [float(x) for x in rows["label"]]
+            labels = (
+                [squad.of_hub(row, f"{name}, {hub_split}") for row in rows]
+                if task.spans
+                else [float(label) for label in rows["label"]]
             )
+            found[split] = Examples(list(zip(*columns, strict=True)), labels)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"--data: {name!r} cannot be loaded: {message}") from error
@@ -436,20 +473,31 @@ class Encoded:
 
     def batch(self, rows: Tensor, pad_token: int) -> dict[str, Tensor]:
         """The inputs of a model for some examples, (B, L) each, L a multiple of PAD_TO."""
-        lengths = self.lengths[rows]
-        width = -(-int(lengths.max()) // PAD_TO) * PAD_TO
-        column = torch.arange(width)
-        real = column < lengths[:, None]
-        places = (self.offsets[rows][:, None] + column)[real]
-        input_ids = torch.full(real.shape, pad_token)
-        input_ids[real] = self.input_ids[places].long()
-        token_type_ids = torch.zeros_like(input_ids)
-        token_type_ids[real] = self.token_type_ids[places].long()
+        real, places = self._places(rows)
         return {
-            "input_ids": input_ids,
+            "input_ids": _padded(self.input_ids[places].long(), real, pad_token),
             "attention_mask": real.long(),
-            "token_type_ids": token_type_ids,
+            "token_type_ids": _padded(self.token_type_ids[places].long(), real, 0),
         }
+
+    def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) bool: where a batch holds a token; and which, the number of each."""
+        lengths = self.lengths[rows]
+        column = torch.arange(-(-int(lengths.max()) // PAD_TO) * PAD_TO)
+        real = column < lengths[:, None]
+        return real, (self.offsets[rows][:, None] + column)[real]
+
+    def empty_logits(self, outputs: int) -> Tensor:
+        """For those of all examples, as `take` and `put` know them: (n, outputs) fp32."""
+        return torch.zeros(len(self), outputs)
+
+    def take(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The logits of a batch, (B, outputs)."""
+        return logits[rows]
+
+    def put(self, logits: Tensor, rows: Tensor, batch: Tensor) -> None:
+        """Store the logits of a batch."""
+        logits[rows] = batch
 
     def __add__(self, other: Encoded) -> Encoded:
         """The examples of both."""
@@ -463,6 +511,128 @@ class Encoded:
     def tensors(self) -> dict[str, Tensor]:
         """By name, as they are saved."""
         return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Windows(Encoded):
+    """Windows of questions and contexts; each is an example, and its tokens are the classes.
+
+    labels: (n, 2), the positions of the answer's first and last token.
+    questions: (n,) int32, the number of each window's question.
+    chars: (tokens, 2) int32: where in the context each begins and ends; -1: not in it.
+    source: uint8, JSON: the context and the texts of the gold answers of each question.
+
+    Logits of all are one (tokens, 2) tensor, of a batch (B, 2, L) with -inf at the padding: two
+    rows a window.
+    """
+
+    questions: Tensor
+    chars: Tensor
+    source: Tensor
+
+    def empty_logits(self, outputs: int) -> Tensor:
+        return torch.zeros(len(self.input_ids), outputs)
+
+    def take(self, logits: Tensor, rows: Tensor) -> Tensor:
+        real, places = self._places(rows)
+        return _padded(logits[places], real, -math.inf).transpose(1, 2)
+
+    def put(self, logits: Tensor, rows: Tensor, batch: Tensor) -> None:
+        real, places = self._places(rows)
+        logits[places] = batch.transpose(1, 2)[real]
+
+    def answers(self, logits: Tensor) -> list[str]:
+        """The text that answers each question.
+
+        Args:
+            logits: (tokens, 2).
+        """
+        bounds, chars = self.offsets.tolist(), self.chars.numpy()
+        start, end = logits.float().numpy().T
+        spans = (
+            squad.best_span(start[a:b], end[a:b], chars[a:b]) for a, b in itertools.pairwise(bounds)
+        )
+        contexts = [context for context, _ in self._source()]
+        return squad.answers(contexts, zip(self.questions.tolist(), spans, strict=True))
+
+    def gold(self) -> list[list[str]]:
+        """The texts of the gold answers of each question."""
+        return [answers for _, answers in self._source()]
+
+    def _source(self) -> list[tuple[str, list[str]]]:
+        return json.loads(self.source.numpy().tobytes())
+
+    def __add__(self, other: Encoded) -> Windows:
+        """The windows of both."""
+        assert isinstance(other, Windows)
+        source = self._source()
+        return Windows(
+            **vars(super().__add__(other)),
+            questions=torch.cat([self.questions, other.questions + len(source)]),
+            chars=torch.cat([self.chars, other.chars]),
+            source=_packed([*source, *other._source()]),
+        )
+
+
+def _padded(values: Tensor, real: Tensor, fill: float) -> Tensor:
+    """(B, L, ...) with the values where there is a token."""
+    made = values.new_full((*real.shape, *values.shape[1:]), fill)
+    made[real] = values
+    return made
+
+
+def _packed(content: Any) -> Tensor:
+    """JSON as bytes: a file of tensors holds nothing else."""
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def encoded(tensors: dict[str, Tensor]) -> Encoded:
+    """A split of its tensors by name."""
+    return (Windows if "chars" in tensors else Encoded)(**tensors)
+
+
+def predictions(task: Task, examples: Encoded, logits: Tensor) -> np.ndarray:
+    """What a model says: (n,) classes or numbers, or the answer's text of each question.
+
+    Args:
+        logits: of all examples.
+    """
+    if isinstance(examples, Windows):
+        return np.array(examples.answers(logits), dtype=object)
+    return (logits.argmax(-1) if task.classes else logits[:, 0]).numpy()
+
+
+def score(task: Task, examples: Encoded, logits: Tensor) -> dict[str, float]:
+    """The metrics of a model and its "score", each x 100.
+
+    Args:
+        logits: of all examples.
+    """
+    if isinstance(examples, Windows):
+        found = squad.score(examples.answers(logits), examples.gold())
+        return {**found, "score": found["F1"]}
+    return task.score(examples.labels, logits)
+
+
+def encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Windows:
+    """Questions and contexts as windows of at most ``max_length`` tokens."""
+    made = list(squad.windows(examples.texts, tokenizer, max_length))
+    labels = [
+        squad.positions(window.chars, answers[0]) if answers else (IGNORE_INDEX, IGNORE_INDEX)
+        for window in made
+        for answers in [examples.labels[window.question]]
+    ]
+    gold = [[text for text, _ in answers] for answers in examples.labels]
+    contexts = [context for _, context in examples.texts]
+    return Windows(
+        torch.from_numpy(np.concatenate([window.input_ids for window in made])),
+        torch.from_numpy(np.concatenate([window.token_type_ids for window in made])),
+        torch.tensor([0, *(len(window.input_ids) for window in made)]).cumsum(0),
+        torch.tensor(labels, dtype=torch.float32),
+        torch.tensor([window.question for window in made], dtype=torch.int32),
+        torch.from_numpy(np.concatenate([window.chars for window in made])),
+        _packed(list(zip(contexts, gold, strict=True))),
+    )
 
 
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "export": {"_version", "config"},
     "options": {"config"},
     "jobs": {"config", "records"},
-    "tasks": {"config", "names"},
+    "squad": {"config"},
+    "tasks": {"config", "names", "squad"},
     "finetuning": {"config", "losses", "models", "names", "tasks"},
 }
 APPLICATIONS = {
