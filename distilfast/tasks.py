@@ -343,18 +343,21 @@ def _read_file(file: Path, task: Task) -> Examples:
 
 def _lines(file: Path) -> list[list[str]]:
     """The fields of every line; quotes are literal."""
+    lines = _text(file).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r").split("\t") for line in lines] or [[]]
+
+
+def _text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file}: expected UTF-8, got {error.reason} at byte {error.start}"
         ) from None
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r").split("\t") for line in lines] or [[]]
 
 
 def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
@@ -408,8 +411,11 @@ def _imdb_folder(folder: Path) -> Examples:
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
     for label, name in enumerate(IMDB.classes):
-        for file in sorted((folder / name).glob("*.txt")):
-            texts.append((file.read_text(encoding="utf-8").replace("<br />", "\n"),))
+        files = sorted((folder / name).glob("*.txt"))
+        if not files:
+            raise ConfigError(f"--data: expected files *.txt in {str(folder / name)!r}, got none")
+        for file in files:
+            texts.append((_text(file).replace("<br />", "\n"),))
             labels.append(label)
     return Examples(texts, labels)
 
