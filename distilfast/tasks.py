@@ -50,7 +50,9 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
     """0 where the labels or the predictions are all the same."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, predictions))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return float(matthews_corrcoef(labels, predictions))
 
 
 def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -144,7 +146,8 @@ class Task:
         as 0 in the score, as Matthews' is 0 there. Of spans: `score`.
         """
         predictions = logits.argmax(-1) if self.classes else logits[:, 0]
-        pair = labels.cpu().numpy(), predictions.float().cpu().numpy()
+        # float64, as predictions close together lose their correlation in scipy's float32
+        pair = labels.double().cpu().numpy(), predictions.double().cpu().numpy()
         found = {name: 100 * METRICS[name](*pair) for name in self.metrics}
         counted = [0.0 if math.isnan(value) else value for value in found.values()]
         return {**found, "score": statistics.fmean(counted)}
@@ -246,7 +249,8 @@ def find(name: str, data: str) -> Task:
         return task
     known = ", ".join(TASKS)
     folder = None if data in HUBS else names.local_path("--data", data)
-    if folder is None or not (folder / name / "train.tsv").is_file():
+    one_folder = Path(name).name == name not in ("", "..")  # nor "a/b": it names outputs too
+    if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
         raise ConfigError(
             f"--tasks: expected one of {known}, or the folder of one's own task with train.tsv and "
             f"dev.tsv in --data, got {name!r} and {data!r}"
@@ -260,7 +264,7 @@ def _plain(name: str) -> str:
 
 def _own_task(name: str, file: Path) -> Task:
     """A task whose columns and classes are those of its training file."""
-    header = _lines(file)[0]
+    header = next(iter(_lines(file)), [])
     texts = SENTENCES if "sentence1" in header else ("sentence",)
     task = Task(name, texts, classes=("",))
     found = {label for *_, label in _rows(file, task)}
@@ -298,7 +302,7 @@ def read(task: Task, data: str) -> dict[str, Examples]:
             number of its line, or the question's id), an empty split.
     """
     folder = None if data in HUBS else names.local_path("--data", data)
-    if folder is None and data not in HUBS:
+    if data not in HUBS and (folder is None or not folder.is_dir()):
         raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
     splits = ("train", *task.dev)
     if folder is None:
@@ -327,8 +331,10 @@ def read(task: Task, data: str) -> dict[str, Examples]:
 def read_texts(file: Path, task: Task) -> Examples:
     """Unlabelled texts for a task, of a .tsv with its columns, or `sentence` or `sentence1`,
     `sentence2`, under a header line."""
+    if not file.is_file():
+        raise ConfigError(f"--transfer: expected a file, got {str(file)!r}")
     texts = task.texts
-    if file.is_file() and not set(texts) <= set(_lines(file)[0]):
+    if not set(texts) <= set(next(iter(_lines(file)), [])):
         texts = SENTENCES[: len(texts)] if len(texts) == 2 else ("sentence",)
     rows = _rows(file, Task(task.name, texts, label=texts[0]))
     if not rows:
@@ -346,14 +352,18 @@ def _lines(file: Path) -> list[list[str]]:
     lines = _text(file).split("\n")
     if lines[-1] == "":
         lines.pop()
-    return [line.removesuffix("\r").split("\t") for line in lines] or [[]]
+    return [line.removesuffix("\r").split("\t") for line in lines]
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")  # read_text would end a line at a lone \r
     except FileNotFoundError:
         raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--data: expected the file {str(file)!r}, got {error.strerror}"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file}: expected UTF-8, got {error.reason} at byte {error.start}"
@@ -363,13 +373,14 @@ def _text(file: Path) -> str:
 def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
     """(text, label) or (text, text, label) of each line, the label as its number."""
     lines = _lines(file)
-    header = task.columns or lines[0]
+    header = task.columns or next(iter(lines), [])
     first = 0 if task.columns else 1
     wanted = (*task.texts, task.label)
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ConfigError(
-            f"{file}: expected the columns {', '.join(wanted)}, got {', '.join(header) or 'none'}"
+            f"{file}: expected the columns {', '.join(dict.fromkeys(wanted))}, got "
+            f"{', '.join(header) or 'none'}"
         )
     places = [header.index(name) for name in wanted]
     rows, short = [], 0
@@ -389,7 +400,11 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
 
 
 def _label(task: Task, label: str, where: str) -> Any:
-    if task.classes == ("",) or task.label in task.texts:  # to be collected, or none at all
+    if task.label in task.texts:  # none at all
+        return label
+    if task.classes == ("",):  # to be collected
+        if not label:
+            raise ConfigError(f"{where}: expected a label, got none")
         return label
     if task.classes:
         if label not in task.classes:
@@ -660,7 +675,7 @@ def order(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Seque
     """An epoch's batches: all examples in a random order, neighbours in length together.
 
     Of every 50 batches' worth of shuffled examples those of like length share a batch, and the
-    batches are shuffled again. Only the last batch of an epoch may be smaller.
+    batches are shuffled again. Only one batch of an epoch may be smaller.
     """
     shuffled = torch.randperm(len(lengths), generator=generator)
     batches: list[Tensor] = []
