@@ -551,7 +551,7 @@ def published_rows(
         cells = ["" if value is None else f"{value:.1f}" for value in heads]
         for column in shown:
             mark = "*" if (name, column) == ("BERT-base", "MNLI") else ""
-            cells.append(f"{figures[column]:.1f}{mark}" if column in figures else "")
+            cells.append(f"{figures[column]}{mark}" if column in figures else "")
         rows.append([name, *cells])
     return rows
 
