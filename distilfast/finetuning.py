@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from distilfast.config import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
 from distilfast.models import loading_errors, quiet
 from distilfast.names import model_source
-from distilfast.tasks import IGNORE_INDEX, Encoded, Task, order
+from distilfast.tasks import IGNORE_INDEX, PAD_TO, Encoded, Task, order
 
 EVALUATION_BATCH = 64
 # Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
@@ -114,9 +115,17 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
     except loading_errors() as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{key}: {name!r} cannot be loaded: {message}") from error
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    expect(max_length <= positions, "--max_length", f"at most {positions} ({name!r})", max_length)
+    most = _positions(model) // PAD_TO * PAD_TO  # as a batch is padded
+    expect(max_length <= most, "--max_length", f"at most {most} ({name!r})", max_length)
     return model
+
+
+def _positions(model: Any) -> int:
+    """Tokens that there are positions for: RoBERTa's begin after the padding token's number."""
+    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    taken = (getattr(table, "padding_idx", None) for table in tables)
+    most = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    return int(most) - next((index + 1 for index in taken if index is not None), 0)
 
 
 def head(task: Task) -> str:
