@@ -174,7 +174,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
     suit(model, device, int(train.lengths.max()))
-    takes = inspect.signature(model.forward).parameters
+    takes = _takes(model)
     model.train()
     step = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -205,7 +205,7 @@ def fine_tune(
 def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
     """Logits in fp32, on the CPU, in the order of the examples: (n, outputs), or (tokens, 2)."""
     device = next(model.parameters()).device
-    takes = inspect.signature(model.forward).parameters
+    takes = _takes(model)
     model.eval()
     logits = examples.empty_logits(model.config.num_labels)
     for rows in examples.lengths.argsort(stable=True).split(EVALUATION_BATCH):
@@ -279,8 +279,16 @@ def _groups(model: Any, settings: FineTuning) -> list[dict[str, Any]]:
     ]
 
 
+def _takes(model: Any) -> set[str]:
+    """The inputs of a batch that it is given. A model of one token type or none is given no types:
+    GPT-2 would look them up as tokens."""
+    takes = set(inspect.signature(model.forward).parameters)
+    one_type = getattr(model.config, "type_vocab_size", 0) < 2
+    return takes - {"token_type_ids"} if one_type else takes
+
+
 def _inputs(
-    examples: Encoded, rows: Tensor, pad_token: int, takes: Any, device: torch.device
+    examples: Encoded, rows: Tensor, pad_token: int, takes: set[str], device: torch.device
 ) -> dict[str, Tensor]:
     batch = examples.batch(rows, pad_token)
     return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k in takes}

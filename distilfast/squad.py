@@ -115,14 +115,14 @@ def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -
             stride=max_length // 3,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            return_token_type_ids=True,
         )
         for i, ids in enumerate(made["input_ids"]):
             in_context = np.array([part == 1 for part in made.sequence_ids(i)])
-            types = made["token_type_ids"][i] if "token_type_ids" in made else [0] * len(ids)
             yield Window(
                 begin + made["overflow_to_sample_mapping"][i],
                 np.asarray(ids, np.int32),
-                np.asarray(types, np.int32),
+                np.asarray(made["token_type_ids"][i], np.int32),
                 np.where(in_context[:, None], np.asarray(made["offset_mapping"][i], np.int32), -1),
             )
 

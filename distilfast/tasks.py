@@ -503,7 +503,7 @@ class Encoded:
 
     def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) bool: where a batch holds a token; and which, the number of each."""
-        lengths = self.lengths[rows]
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
         column = torch.arange(-(-int(lengths.max()) // PAD_TO) * PAD_TO)
         real = column < lengths[:, None]
         return real, (self.offsets[rows][:, None] + column)[real]
@@ -659,9 +659,9 @@ def encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Windo
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """Tokens of texts; of a pair that is too long, the longer text is cut."""
     columns = [list(column) for column in zip(*examples.texts, strict=True)]
-    made = tokenizer(*columns, truncation=True, max_length=max_length)
-    ids = made["input_ids"]
-    types = made.get("token_type_ids") or [[0] * len(row) for row in ids]
+    # Asked for, as a store is shared by models whose tokenizers differ in nothing but that.
+    made = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=True)
+    ids, types = made["input_ids"], made["token_type_ids"]
     lengths = torch.tensor([0, *(len(row) for row in ids)])
     return Encoded(
         torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in ids])),

@@ -3,6 +3,7 @@ layouts of GLUE and one's own, and what is wrong with them; tokens and the order
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -522,6 +523,17 @@ def test_padding_is_the_tokenizers_token(tokenizer: Any) -> None:
     batch = made.batch(torch.tensor([0]), 77)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 77).all()
     assert (batch["input_ids"][batch["attention_mask"] == 1] != 77).all()
+
+
+def test_token_types_are_there_whatever_the_tokenizers_model_takes(tokenizer: Any) -> None:
+    """DistilBERT's tokenizer gives none, and BERT, which needs them, reads the same store."""
+    bare = copy.deepcopy(tokenizer)
+    bare.model_input_names = ["input_ids", "attention_mask"]
+    assert "token_type_ids" not in bare("river", "stone")
+    _, wanted = encoded(tokenizer)
+    _, made = encoded(bare)
+    assert wanted.token_type_ids.sum() > 0
+    assert torch.equal(made.token_type_ids, wanted.token_type_ids)
 
 
 def test_longer_text_of_a_pair_is_cut(tokenizer: Any) -> None:
