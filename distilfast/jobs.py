@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -86,7 +88,7 @@ def run(jobs: Sequence[Job], folder: Path, workers: Workers, title: str) -> dict
         if len(workers.devices) == 1 or len(left) == 1:
             torch.set_num_threads(workers.threads)
             for job in left:
-                result = job.run(*job.arguments, device=workers.devices[0], tell=tally.of(job))
+                result = _run(job, workers.devices[0], tally.of(job))
                 results[job.name] = _write(folder, job, result)
                 tally.finished(job)
         else:
@@ -157,17 +159,37 @@ def _start(devices: Any, shares: Any, threads: int, parent: int) -> None:
     """Of a process, before its first job."""
     global _device, _shares, _parent
     _device, _shares, _parent = devices.get(), shares, parent
+    shares.cancel_join_thread()  # nobody may be left to read the last ones
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
+    # An exception, so that a job ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
 
 
 def _call(job: Job) -> Result:
     def tell(share: float) -> None:
         if os.getppid() != _parent:  # nobody waits for the result
-            os._exit(1)
+            sys.exit(1)
         if share < 1:
             _shares.put((job.name, share))
 
-    return job.run(*job.arguments, device=_device, tell=tell)
+    try:
+        return _run(job, _device, tell)
+    except SystemExit:  # which the pool would take for a result
+        os._exit(1)
+
+
+def _run(job: Job, device: str, tell: Tell) -> Result:
+    """One job; what a user can put right is a ConfigError that names it."""
+    try:
+        return job.run(*job.arguments, device=device, tell=tell)
+    except FloatingPointError as error:
+        raise ConfigError(f"{job.name}: {error}; try a lower --learning_rate") from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{job.name}: {device} is out of memory; try a smaller --batch_size or --max_length, "
+            "or fewer --processes"
+        ) from error
 
 
 _device: str
