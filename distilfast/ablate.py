@@ -204,9 +204,11 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
     file = folder.with_suffix(".yaml")
     file.write_text(config, encoding="utf-8")
     log = folder.with_suffix(".log")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if device.startswith("cuda"):
-        environment["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": _visible(device),
+    }
     command = [sys.executable, "-c", "from distilfast.cli import script; script()", "train"]
     with log.open("w", encoding="utf-8") as opened:
         process = subprocess.Popen(
@@ -222,6 +224,7 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
                 time.sleep(0.5)
         finally:
             process.terminate()
+            process.wait()  # it saves a checkpoint, which the next one goes on from
     summary = folder / "summary.json"
     if process.returncode or not summary.is_file():
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing"])[-1]
@@ -230,6 +233,14 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
         )
     found = json.loads(summary.read_text(encoding="utf-8"))
     return {**found["scores"]["student"], "seconds": found["seconds"], "steps": found["steps"]}
+
+
+def _visible(device: str) -> str:
+    """What CUDA_VISIBLE_DEVICES has to be for a process to see this device alone. "cuda:1" is the
+    second of those that this process sees."""
+    _, _, index = device.partition(":")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[int(index)].strip() if index and seen else index
 
 
 def _share_done(metrics: Path, steps: int | None) -> float:

@@ -140,3 +140,22 @@ def test_a_folder_of_other_settings_is_refused(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "visible"),
+    [
+        (None, "cuda:1", "1"),
+        ("4,6", "cuda:1", "6"),
+        ("GPU-a, GPU-b", "cuda:0", "GPU-a"),
+        (None, "cpu", ""),
+        ("4,6", "cpu", ""),
+    ],
+)
+def test_run_sees_the_device_of_its_job_alone(
+    seen: str | None, device: str, visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert ablate._visible(device) == visible
