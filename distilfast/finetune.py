@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -261,6 +262,7 @@ class Run:
             digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
             places.append(self.cache / f"{digest}.safetensors")
             if not places[-1].is_file():
+                (self.cache / f"{digest}.json").unlink(missing_ok=True)
                 arguments = (folder, task, files, teacher.model.tokenizer.pad_token_id)
                 wanted.append(
                     Job(
@@ -401,7 +403,7 @@ def logits(
         )
         tell(len(found) / len(files))
     Path(place).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{place}.tmp")
+    temporary = Path(f"{place}.{os.getpid()}.tmp")  # other runs may share the cache
     save_file(found, temporary)
     temporary.replace(place)
     return {"splits": {split: len(x) for split, x in found.items()}}
