@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
-from distilfast import checks, data, glue, jobs, options
+from distilfast import checks, data, glue, jobs, names, options
 from distilfast import config as configs
-from distilfast.config import Config, ConfigError, parse
+from distilfast.config import Config, ConfigError, expect, parse
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.report import Chart, Report, Table, markdown, read_metrics, write_report
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     first = parse(base)
     seeds = range(first.seed, first.seed + given.seeds)
     runs = {
-        (name, seed): run_config(base, changes, name, seed, output)
+        (name, seed): run_config(base, changes, name, seed, output, first.data.prepared)
         for name, changes in rows.items()
         for seed in seeds
     }
@@ -89,6 +89,11 @@ def main(arguments: Sequence[str]) -> int:
     settings = glue.tuning(given, workers)
     splits = glue.read_inputs(chosen, given.data, {}, settings)
     _, tokenizer, _ = checks.load_models(first)
+    length = max(settings.max_length or task.max_length for task in chosen)
+    for name in rows:  # what is wrong with the last is better known before the first is trained
+        _, _, student = checks.load_models(runs[name, first.seed])
+        most = student.config.max_position_embeddings
+        expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
     what = {
         "command": "ablate",
         "seeds": given.seeds,
@@ -100,10 +105,15 @@ def main(arguments: Sequence[str]) -> int:
         },
     }
     shown = {name: " ".join(changes) for name, changes in rows.items()}
+    shown |= {
+        f"teacher {teacher.name}": glue.identity(names.model_source("teacher", teacher.name))
+        for config in runs.values()
+        for teacher in config.teachers
+    }
     glue.claim(output, what, shown, splits.identities)
     data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
     trained = train(runs, workers, output)
-    tuned = fine_tune(runs, splits, settings, workers, output)
+    tuned = fine_tune(runs, splits, tokenizer, settings, workers, output)
     found = {
         name: Row(
             [trained[name, seed] for seed in seeds],
@@ -151,7 +161,7 @@ def chosen_rows(
         key, _, values = axis.partition("=")
         if not key or not values:
             raise ConfigError(f"--grid: expected KEY=A,B, got {axis!r}")
-        axes.append([f"{key}={value}" for value in options.names(values)])
+        axes.append([f"{key}={value}" for value in options.names("--grid", values)])
     if axes:
         rows |= {" ".join(changes): changes for changes in itertools.product(*axes)}
     for name, *changes in own or ():
@@ -168,12 +178,15 @@ def chosen_rows(
 
 
 def run_config(
-    base: Sequence[str], changes: Sequence[str], name: str, seed: int, output: Path
+    base: Sequence[str],
+    changes: Sequence[str],
+    name: str,
+    seed: int,
+    output: Path,
+    prepared: str | None,
 ) -> Config:
-    """The configuration of one run."""
-    shared = []
-    if parse(base).data.prepared is None:
-        shared = [f"--data.prepared={output / 'text-tokens'}"]
+    """The configuration of one run. All share the tokens of the text."""
+    shared = [f"--data.prepared={prepared or output / 'text-tokens'}"]
     own = [f"--seed={seed}", f"--output={output / 'runs' / glue.slug(name) / f'seed-{seed}'}"]
     return parse([*base, *(f"--{change}" for change in changes), *shared, *own])
 
@@ -253,24 +266,27 @@ def _share_done(metrics: Path, steps: int | None) -> float:
 def fine_tune(
     runs: Mapping[tuple[str, int], Config],
     splits: glue.Inputs,
+    tokenizer: Any,
     settings: FineTuning,
     workers: Workers,
     output: Path,
 ) -> dict[tuple[str, int, str], Result]:
-    """Each distilled model on each task, from the seed that it was distilled from."""
+    """Each distilled model on each task, from the seed that it was distilled from.
+
+    Args:
+        tokenizer: of all of them, as they share the tokens of the text.
+    """
     store = glue.TokenStore(output / "tokens")
     wanted = {}
     for ((name, seed), config), task in itertools.product(runs.items(), splits.tasks.values()):
         source = str(Path(config.output) / "model")
-        model = glue.open_model("--model", source, [task], settings)
-        files, tokens = store.files(splits.splits[task.name], task, model.tokenizer, settings)
+        files, tokens = store.files(splits.splits[task.name], task, tokenizer, settings)
         work = tokens * (settings.epochs or task.epochs)
-        pad_token = model.tokenizer.pad_token_id
         wanted[name, seed, task.name] = Job(
             f"scores/{glue.slug(name)}/{task.name}/seed-{seed}",
             work,
             glue.fine_tune,
-            (source, task, files, pad_token, settings, seed),
+            (source, task, files, tokenizer.pad_token_id, settings, seed),
         )
     results = jobs.run(list(wanted.values()), output, workers, "fine-tune")
     store.remove()

@@ -145,7 +145,7 @@ def named_models(key: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def chosen_tasks(given: str, data: str) -> list[Task]:
-    wanted = list(GLUE) if given == "all" else options.names(given)
+    wanted = list(GLUE) if given == "all" else options.names("--tasks", given)
     found = [tasks.find(name, data) for name in wanted]
     if len({task.name for task in found}) < len(found):
         raise ConfigError(f"--tasks: expected each task once, got {given!r}")
@@ -280,6 +280,13 @@ def claim(
             raise ConfigError(
                 f"--output: expected a new folder or figures of the same settings, got "
                 f"{str(output)!r}, which differs in {', '.join(differing)}"
+            )
+    folders: dict[str, str] = {}
+    for name in wanted["models"]:
+        if (other := folders.setdefault(slug(name), name)) != name:
+            raise ConfigError(
+                f"--output: expected names that differ as folders, got {other!r} and {name!r}, "
+                f"both {slug(name)!r} there"
             )
     jobs.write_json(file, wanted)
 

@@ -48,9 +48,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def names(text: str) -> list[str]:
+def names(key: str, text: str) -> list[str]:
     """The names in A,B,C, each once."""
     found = [part.strip() for part in text.split(",")]
     if not all(found) or len(set(found)) < len(found):
-        raise ConfigError(f"expected names apart by commas, each once, got {text!r}")
+        raise ConfigError(f"{key}: expected names apart by commas, each once, got {text!r}")
     return found

@@ -117,6 +117,23 @@ def test_rows_share_steps_data_and_seeds(
     assert json.loads((output / "results.json").read_text()) == results
 
 
+def test_what_cannot_be_fine_tuned_is_found_before_anything_is_trained(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for changed, said in (
+        (("--max_length", "65"), "--max_length: expected at most 64 ('as configured'), got 65"),
+        (("--row", "deep", "student.layers=[9]"), "student.layers"),
+        (("--row", "a b", "loss.kd_weight=0", "--row", "a-b", "loss.kd_weight=2"), "'a b'"),
+    ):
+        assert cli.main([*arguments, *changed]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "ablation").exists()
+
+
 def test_a_folder_of_other_settings_is_refused(
     arguments: list[str],
     tmp_path: Path,
@@ -128,8 +145,7 @@ def test_a_folder_of_other_settings_is_refused(
 
     rows = ("--row", "labels", "loss.kd_weight=0", "loss.hidden_cos_weight=0")
     monkeypatch.setattr(ablate, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main([*arguments, *rows])
+    assert cli.main([*arguments, *rows]) == 130
     capsys.readouterr()
     for changed, said in (
         (("--epochs", "2"), "differs in epochs (1, now 2)"),
