@@ -27,6 +27,7 @@ from distilfast.config import ConfigError
 log = logging.getLogger("distilfast.tasks")
 
 IGNORE_INDEX = -100  # the label of an example that has none
+CHUNK = 10_000  # examples that are tokenised at a time: the tokenizer's own lists are large
 PAD_TO = 8  # the width of a batch is a multiple of it
 
 
@@ -658,15 +659,20 @@ def encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Windo
 
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """Tokens of texts; of a pair that is too long, the longer text is cut."""
-    columns = [list(column) for column in zip(*examples.texts, strict=True)]
-    # Asked for, as a store is shared by models whose tokenizers differ in nothing but that.
-    made = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=True)
-    ids, types = made["input_ids"], made["token_type_ids"]
-    lengths = torch.tensor([0, *(len(row) for row in ids)])
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    for begin in range(0, len(examples.texts), CHUNK):
+        columns = map(list, zip(*examples.texts[begin : begin + CHUNK], strict=True))
+        # Types are asked for, as a store is shared by models whose tokenizers differ in that alone.
+        made = tokenizer(
+            *columns, truncation=True, max_length=max_length, return_token_type_ids=True
+        )
+        ids += (np.asarray(row, np.int32) for row in made["input_ids"])
+        types += (np.asarray(row, np.int32) for row in made["token_type_ids"])
     return Encoded(
-        torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in ids])),
-        torch.from_numpy(np.concatenate([np.asarray(row, np.int32) for row in types])),
-        lengths.cumsum(0),
+        torch.from_numpy(np.concatenate(ids)),
+        torch.from_numpy(np.concatenate(types)),
+        torch.tensor([0, *map(len, ids)]).cumsum(0),
         torch.tensor(examples.labels, dtype=torch.float32),
     )
 

@@ -536,6 +536,16 @@ def test_token_types_are_there_whatever_the_tokenizers_model_takes(tokenizer: An
     assert torch.equal(made.token_type_ids, wanted.token_type_ids)
 
 
+def test_tokens_are_the_same_in_one_piece_or_several(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = encoded(tokenizer)
+    monkeypatch.setattr(tasks, "CHUNK", 2)
+    _, pieces = encoded(tokenizer)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(pieces.tensors()[name], tensor), name
+
+
 def test_longer_text_of_a_pair_is_cut(tokenizer: Any) -> None:
     for pair in (("city " * 30, "red green blue"), ("red green blue", "city " * 30)):
         made = encode(Examples([pair], [0.0]), tokenizer, 16)
