@@ -107,6 +107,11 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
                     f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
                     f"outputs, which {task.name} with {task.outputs} cannot start from"
                 )
+            if has_head(config) and not same_order(config, task):
+                raise ConfigError(
+                    f"{key}: expected the classes {', '.join(task.classes)} in this order, got "
+                    f"{', '.join(config.id2label.values())} in {name!r}"
+                )
             model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
                 source, num_labels=task.outputs, dtype=torch.float32
             )
@@ -126,6 +131,13 @@ def _positions(model: Any) -> int:
     taken = (getattr(table, "padding_idx", None) for table in tables)
     most = getattr(model.config, "max_position_embeddings", sys.maxsize)
     return int(most) - next((index + 1 for index in taken if index is not None), 0)
+
+
+def same_order(config: Any, task: Task) -> bool:
+    """Whether its outputs are the task's classes in their order, as far as they have names."""
+    found = [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
+    wanted = [name.lower() for name in task.classes]
+    return found == wanted or sorted(found) != sorted(wanted)
 
 
 def head(task: Task) -> str:
