@@ -101,12 +101,7 @@ def _load(name: str, given: str) -> Candidate:
     import huggingface_hub
     import transformers
 
-    path = names.local_path("MODEL", given)
-    if path is None:
-        names.require_hub("MODEL", given)
-    elif not (path / "config.json").is_file():
-        raise ConfigError(f"MODEL: expected a folder with config.json, got {str(path)!r}")
-    source = given if path is None else str(path)
+    source = names.model_source("MODEL", given)
     try:
         with models.quiet():
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -120,7 +115,8 @@ def _load(name: str, given: str) -> Candidate:
     except models.loading_errors() as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"MODEL: {given!r} cannot be loaded: {message}") from error
-    if path is None:
+    path = Path(source)
+    if not path.is_dir():
         path = Path(huggingface_hub.snapshot_download(given, local_files_only=True))
     files = list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
     disk_mib = sum(file.stat().st_size for file in files) / MIB
