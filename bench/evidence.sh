@@ -18,22 +18,25 @@ full=runs/demo-full
 rate="--learning_rate 1e-4 --processes 2"
 mkdir -p "$runs" "$results"
 
-keep() {
+keep() { # NAME, and the command's output on stdin
+    grep -v '^report: ' | sed -e '${/^$/d}' | tee "$results/$1.md"
     cp "$runs/$1/settings.json" "$results/$1-settings.json"
     cp "$runs/$1/results.json" "$results/$1.json"
 }
 
 $distilfast glue --model teacher=$full/teacher/model distilled=$full/distilled/model \
     undistilled=$full/undistilled/model --data "$data" --tasks CoLA,RTE,SST-2,WNLI --seeds 5 $rate \
-    --output $runs/glue | tee $results/glue.md
-keep glue
+    --output $runs/glue | keep glue
 
 $distilfast ablate --config configs/demo.yaml --set teacher=$full/teacher/model \
     data.prepared=$full/tokens steps=80 evaluate.every=0 tensorboard=false --data "$data" \
-    --tasks CoLA,SST-2 --seeds 5 $rate --epochs 1 --output $runs/ablation | tee $results/ablation.md
-keep ablation
+    --tasks CoLA,SST-2 --seeds 5 $rate --epochs 1 --output $runs/ablation | keep ablation
 
 $distilfast finetune --teacher $full/teacher/model $full/teacher/model $full/teacher/model \
     --student $full/distilled/model --task CoLA --data "$data" --seeds 5 $rate \
-    --output $runs/ensemble | tee $results/ensemble.md
-keep ensemble
+    --output $runs/ensemble | keep ensemble
+
+$distilfast compare teacher=$full/teacher/model distilled=$full/distilled/model --depth_width \
+    --data "$data/SST-2" --output $runs/compare | keep compare
+
+.venv/bin/python bench/finetuning.py --data "$data" --task SST-2

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from distilfast import config as configs
 from distilfast.config import Config, ConfigError, expect, parse
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
-from distilfast.report import Chart, Report, Table, markdown, read_metrics, write_report
+from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import Task
 
 # Sanh et al. 2019, table 4: the change of the macro score.
@@ -48,6 +49,7 @@ TABLE_4 = {
     "random initialisation": ("student.init=random",),
 }
 BASELINE = "as configured"
+TAIL = 4096  # bytes at the end of metrics.jsonl that hold its last line
 FIXED = ("output", "seed", "data.", "steps", "epochs", "resume", "checkpoint.", "evaluate.")
 
 
@@ -257,10 +259,14 @@ def _visible(device: str) -> str:
 
 
 def _share_done(metrics: Path, steps: int | None) -> float:
+    """Of a run that goes on, by the last whole line of its metrics."""
     if steps is None or not metrics.is_file():
         return 0.0
-    lines = read_metrics(metrics)
-    return min(lines[-1]["step"] / steps, 0.99) if lines else 0.0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL))
+        lines = file.read().split(b"\n")[:-1]
+    found = re.match(rb'\{"step": (\d+)', lines[-1]) if lines else None
+    return min(int(found[1]) / steps, 0.99) if found else 0.0
 
 
 def fine_tune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """`main` as a program of its own."""
+    # An exception, so that a command ends the processes that it has started. `train` has its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = main()
     if "distilfast.engine" in sys.modules:
         sys.modules["distilfast.engine"].finish()
