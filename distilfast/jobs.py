@@ -12,10 +12,11 @@ import os
 import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ class Job:
         work: what it costs, in a unit that all jobs share; for the time left.
         run: is called with the arguments and ``device`` and ``tell``.
         arguments: can be pickled.
+        marks: entries of its result by which a file is known as its own.
     """
 
     name: str
     work: float
     run: Callable[..., Result]
     arguments: tuple[Any, ...] = ()
+    marks: Result = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _spread(
     for device in workers.devices:
         devices.put(device)
     count = min(len(workers.devices), len(jobs))
-    arguments = (devices, shares, workers.threads, os.getpid())
+    arguments = (devices, shares, workers.threads)
     pool = futures.ProcessPoolExecutor(count, context, _start, arguments)
     try:
         by_work = sorted(jobs, key=lambda job: -job.work)
@@ -140,7 +143,7 @@ def _spread(
                     tally.told(*shares.get_nowait())
                 except queue.Empty:
                     break
-            for future in done:
+            for future in sorted(done, key=lambda f: f.exception() is not None):  # errors last
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise ConfigError(
@@ -155,21 +158,28 @@ def _spread(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(devices: Any, shares: Any, threads: int, parent: int) -> None:
+def _start(devices: Any, shares: Any, threads: int) -> None:
     """Of a process, before its first job."""
-    global _device, _shares, _parent
-    _device, _shares, _parent = devices.get(), shares, parent
+    global _device, _shares
+    _device, _shares = devices.get(), shares
     shares.cancel_join_thread()  # nobody may be left to read the last ones
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
     # An exception, so that a job ends what it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with a parent that was killed, in or between jobs: nobody waits for a result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _call(job: Job) -> Result:
     def tell(share: float) -> None:
-        if os.getppid() != _parent:  # nobody waits for the result
-            sys.exit(1)
         if share < 1:
             _shares.put((job.name, share))
 
@@ -194,7 +204,6 @@ def _run(job: Job, device: str, tell: Tell) -> Result:
 
 _device: str
 _shares: Any
-_parent: int
 
 
 def _path(folder: Path, job: Job) -> Path:
@@ -211,8 +220,11 @@ def _read(folder: Path, job: Job) -> Result | None:
         raise ConfigError(
             f"{path}: expected JSON, got {error}; remove it to run it again"
         ) from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected the result of a job, got {type(found).__name__}")
+    if not isinstance(found, dict) or not found.items() >= job.marks.items():
+        raise ConfigError(
+            f"{path}: expected the result of this run's {job.name}, got another; remove it to run "
+            "it again"
+        )
     return found
 
 
