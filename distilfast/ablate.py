@@ -98,9 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
     what = {
         "command": "ablate",
-        "seeds": given.seeds,
-        "threads": workers.threads,
-        "device": workers.devices[0].partition(":")[0],
+        **workers.facts,
         **asdict(settings),
         "config": {
             k: v for k, v in yaml.safe_load(configs.to_yaml(first)).items() if k != "output"
@@ -361,7 +359,7 @@ def write(
         for name, row in rows.items()
     }
     jobs.write_json(output / "results.json", results)
-    made = table(rows, differences, chosen, what["seeds"])
+    made = table(rows, differences, chosen, len(baseline.runs))
     print(markdown(made))
     report = Report(
         title=f"Ablation: {', '.join(task.name for task in chosen)}",

@@ -112,9 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     what = {
         "command": "finetune",
         "task": task.name,
-        "seeds": given.seeds,
-        "threads": workers.threads,
-        "device": workers.devices[0].partition(":")[0],
+        **workers.facts,
         **asdict(settings),
         **asdict(teaching),
         "weights": list(weights),
@@ -168,6 +166,10 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
         splits["transfer"] = tasks.read_texts(Path(given.transfer), task)
     content = json.dumps([vars(e) for e in splits.values()])
     student = glue.open_model("--student", given.student, [task], settings)
+    if student.fine_tuned:  # perhaps on another task of the same shape
+        raise ConfigError(
+            f"--student: expected a model before fine-tuning, got {given.student!r}, after it"
+        )
     teachers: list[Teacher] = []
     for name in given.teacher:
         known = {n: t.model for t, n in zip(teachers, given.teacher, strict=False)}.get(name)
@@ -499,11 +501,11 @@ def table(
         "number": "correlation",
     }[inputs.task.kind]
     mean = {"probability": "arithmetic", "logit": "geometric"}[what["ensemble"]]
-    number = inputs.task.kind == "number"
+    number, seeds = inputs.task.kind == "number", len(results[LABELS]["scores"])
     soft = "squared error to the teacher's" if number else "KL at T = {temperature:g}"
     hard = "squared error to the labels" if number else "cross entropy at 1"
     notes = [
-        f"{inputs.task.name}, development set. Of students the medians of {what['seeds']} seeds, "
+        f"{inputs.task.name}, development set. Of students the medians of {seeds} seeds, "
         f"± standard deviation, times 100. Agreement: {kind}, percent.",
         f"Loss: {{kd_weight:g}} x {soft} + {{ce_weight:g}} x {hard}.".format(**what),
     ]

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -77,18 +78,11 @@ def main(arguments: Sequence[str]) -> int:
     settings = tuning(given, workers)
     inputs = read_inputs(chosen, given.data, models, settings)
     output = Path(given.output)
-    what = {
-        "command": "glue",
-        "seeds": given.seeds,
-        "grid": given.grid,
-        "threads": workers.threads,
-        "device": workers.devices[0].partition(":")[0],
-        **asdict(settings),
-    }
+    what = {"command": "glue", "grid": given.grid, **workers.facts, **asdict(settings)}
     claim(output, what, {name: m.identity for name, m in inputs.models.items()}, inputs.identities)
     command = shlex.join(["distilfast", "glue", *arguments])
     scores = run(inputs, settings, range(given.seeds), workers, output, grid=given.grid)
-    write(scores, inputs, what, output, command)
+    write(scores, given.data, what, output, command)
     return 0
 
 
@@ -219,10 +213,11 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
         ) from error
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")
-    for task in chosen:
-        model = finetuning.load(source, task, 0, settings.max_length or task.max_length, key)
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
+    length = max(settings.max_length or task.max_length for task in chosen)
+    for task in {(task.kind, task.outputs): task for task in chosen}.values():  # a head each
+        model = finetuning.load(source, task, 0, length, key)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
     fine_tuned = finetuning.has_head(transformers.AutoConfig.from_pretrained(source))
@@ -422,38 +417,58 @@ def fine_tune(
 
 def write(
     scores: Mapping[str, Mapping[str, Sequence[Result]]],
-    inputs: Inputs,
+    data: str,
     what: Mapping[str, Any],
     output: Path,
     command: str,
 ) -> None:
-    """results.json, report.html, and the table on stdout."""
+    """results.json, report.html, and the table on stdout: of these models, and of those that
+    earlier commands have left in the folder."""
+    seeds = len(next(iter(next(iter(scores.values())).values())))
+    settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    known = {name: tasks.find(name, data) for name in settings["data"]}
+    if not what["grid"]:
+        scores = recorded(output, settings["models"], known, seeds)
     results = {
-        name: {task: summary(inputs.tasks[task], found) for task, found in of_model.items()}
+        name: {task: summary(known[task], found) for task, found in of_model.items()}
         for name, of_model in scores.items()
     }
     jobs.write_json(output / "results.json", results)
     title = "GLUE: best of BERT's grid on the development sets" if what["grid"] else "GLUE"
-    made = table(results, list(inputs.tasks.values()), title, what["seeds"])
+    # What all models have; the rest is in results.json.
+    shown = [t for t in known.values() if all(t.name in found for found in results.values())]
+    made = table(results, shown, title, seeds)
     print(markdown(made))
     report = Report(
         title=f"{title}: {', '.join(results)}",
-        lead=lead(results),
+        lead=lead(results, [task.name for task in shown]),
         models=[],
         curves={},
         samples=[],
         facts={key: str(value) for key, value in what.items() if value is not None},
-        config=yaml.safe_dump(json.loads((output / "settings.json").read_text(encoding="utf-8"))),
+        config=yaml.safe_dump(settings),
         tables=[made],
         charts=[
-            Chart(
-                task, inputs.tasks[task].metric, {n: r[task]["scores"] for n, r in results.items()}
-            )
-            for task in inputs.tasks
+            Chart(task.name, task.metric, {n: r[task.name]["scores"] for n, r in results.items()})
+            for task in shown
         ],
         commands=[command],
     )
     print(f"\nreport: {write_report(report, output / 'report.html')}")
+
+
+def recorded(
+    output: Path, models: Sequence[str], known: Mapping[str, Task], seeds: int
+) -> dict[str, dict[str, list[Result]]]:
+    """The results in the folder, by model and task, where there is one of every seed."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for name, task in itertools.product(models, known):
+        folder = output / "scores" / slug(name) / task
+        files = [folder / f"seed-{seed}.json" for seed in range(seeds)]
+        if all(file.is_file() for file in files):
+            results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            found.setdefault(name, {})[task] = results
+    return found
 
 
 def summary(task: Task, found: Sequence[Result]) -> dict[str, Any]:
@@ -472,9 +487,13 @@ def summary(task: Task, found: Sequence[Result]) -> dict[str, Any]:
     return entry
 
 
-def over_seeds(scores: list[float]) -> dict[str, Any]:
-    """Scores, their median and standard deviation."""
-    return {"scores": scores, "median": statistics.median(scores), "stdev": _stdev(scores)}
+def over_seeds(scores: Sequence[float | None]) -> dict[str, Any]:
+    """Scores, their median and standard deviation; one that is not defined is None, and left out
+    of both."""
+    defined = [s for s in scores if s is not None and math.isfinite(s)]
+    shown = [s if s in defined else None for s in scores]
+    median = statistics.median(defined) if defined else None
+    return {"scores": shown, "median": median, "stdev": _stdev(defined)}
 
 
 def _stdev(scores: Sequence[float]) -> float | None:
@@ -563,7 +582,9 @@ def published_rows(
     return rows
 
 
-def with_spread(median: float, stdev: float | None) -> str:
+def with_spread(median: float | None, stdev: float | None) -> str:
+    if median is None:
+        return ""
     return f"{median:.1f}" if stdev is None else f"{median:.1f} ± {stdev:.1f}"
 
 
@@ -573,10 +594,10 @@ def short(name: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
+def lead(results: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> str:
     """One sentence: what the figures say."""
-    macros = {n: macro({t: e["median"] for t, e in found.items()}) for n, found in results.items()}
+    macros = {n: macro({t: found[t]["median"] for t in known}) for n, found in results.items()}
     (first, best), *others = macros.items()
     said = [f"{short(first)} scores {best:.1f}"]
     said += [f"{short(n)} {m:.1f} ({m / best:.1%} of it)" for n, m in others if best]
-    return ", ".join(said) + f", the mean over {len(results[first])} tasks."
+    return ", ".join(said) + f", the mean over {len(known)} tasks."

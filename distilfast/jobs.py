@@ -7,6 +7,7 @@ FOLDER/NAME.json; a job whose file is there is not run again.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -59,6 +60,12 @@ class Workers:
 
     devices: tuple[str, ...]
     threads: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the bits of a result depend on."""
+        kind = self.devices[0].partition(":")[0]
+        return {"device": kind, "threads": self.threads if kind == "cpu" else None}
 
     @classmethod
     def of(cls, processes: int | None, device: str | None = None) -> Workers:
@@ -238,7 +245,17 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_defined(content), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _defined(content: Any) -> Any:
+    """With null where a number is not finite, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _defined(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_defined(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -149,7 +149,6 @@ def test_a_folder_of_other_settings_is_refused(
     capsys.readouterr()
     for changed, said in (
         (("--epochs", "2"), "differs in epochs (1, now 2)"),
-        (("--seeds", "3"), "differs in seeds (2, now 3)"),
         (("--set", "steps=4"), "differs in config"),
     ):
         assert cli.main([*arguments, *rows, *changed]) == 2
