@@ -9,6 +9,7 @@ first; their logits are computed once. One table holds all of them.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     glue.add_tuning_options(parser)
     given = parser.parse_args(arguments)
 
-    task = tasks.find(given.task, given.data)
+    task = tasks.find(given.task, given.data, "--task")
     weights = given.weights or (1.0,) * len(given.teacher)
     if len(weights) != len(given.teacher):
         raise ConfigError(f"--weights: expected {len(given.teacher)}, one a teacher, got {weights}")
@@ -129,7 +130,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def numbers(text: str) -> tuple[float, ...]:
     """1,2 as numbers."""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as in 1,2, got {text!r}") from None
 
 
 # --- Inputs ---------------------------------------------------------------------------------------
@@ -181,8 +185,11 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
             )
         seed = None if model.fine_tuned else given.teacher[: len(teachers)].count(name)
         label = glue.short(name) + (f" from seed {seed}" if given.teacher.count(name) > 1 else "")
-        if any(t.name == label for t in teachers):
-            raise ConfigError(f"--teacher: expected each fine-tuned model once, got {name!r} twice")
+        if label in (LABELS, ENSEMBLE, "student", *(t.name for t in teachers)):
+            raise ConfigError(
+                f"--teacher: expected each fine-tuned model once, under its own name, got {name!r} "
+                f"({label!r} is taken)"
+            )
         teachers.append(Teacher(label, model, seed))
     return Inputs(task, splits, hashlib.sha256(content.encode()).hexdigest(), teachers, student)
 
@@ -244,7 +251,13 @@ class Run:
             arguments = (teacher.model.source, task, files, teacher.model.tokenizer, self.settings)
             work = tokens * (self.settings.epochs or task.epochs) * teacher.model.work
             wanted.append(
-                Job(f"{name}/scores", work, learn, (*arguments, teacher.seed, None, folders[-1]))
+                Job(
+                    f"{name}/scores",
+                    work,
+                    learn,
+                    (*arguments, teacher.seed, None, folders[-1]),
+                    {"seed": teacher.seed},
+                )
             )
         jobs.run(wanted, self.output, self.workers, "teachers")
         return folders
@@ -324,7 +337,13 @@ class Run:
                 taught = Taught(name, dict(targets), self.teaching)
                 kept = str(self.output / folder / "model") if seed == seeds[0] else None
                 arguments = (student.source, task, files, student.tokenizer, self.settings)
-                job = Job(f"{folder}/seed-{seed}", work, learn, (*arguments, seed, taught, kept))
+                job = Job(
+                    f"{folder}/seed-{seed}",
+                    work,
+                    learn,
+                    (*arguments, seed, taught, kept),
+                    {"seed": seed},
+                )
                 wanted[label].append(job)
         every = list(itertools.chain.from_iterable(wanted.values()))
         results = jobs.run(every, self.output, self.workers, "students")

@@ -238,7 +238,7 @@ SQUAD = Task(
 TASKS = {**GLUE, "IMDb": IMDB, "SQuAD": SQUAD}
 
 
-def find(name: str, data: str) -> Task:
+def find(name: str, data: str, key: str = "--tasks") -> Task:
     """The task of a name, in any case and with or without its hyphen, or the user's own of that
     folder.
 
@@ -253,7 +253,7 @@ def find(name: str, data: str) -> Task:
     one_folder = Path(name).name == name not in ("", "..")  # nor "a/b": it names outputs too
     if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
         raise ConfigError(
-            f"--tasks: expected one of {known}, or the folder of one's own task with train.tsv and "
+            f"{key}: expected one of {known}, or the folder of one's own task with train.tsv and "
             f"dev.tsv in --data, got {name!r} and {data!r}"
         )
     return _own_task(name, folder / name / "train.tsv")
