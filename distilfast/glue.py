@@ -437,7 +437,8 @@ def write(
         for name, of_model in scores.items()
     }
     jobs.write_json(output / "results.json", results)
-    title = "GLUE: best of BERT's grid on the development sets" if what["grid"] else "GLUE"
+    title = "GLUE" if set(known) & set(GLUE) else "Tasks"
+    title += ": best of BERT's grid on the development sets" if what["grid"] else ""
     # What all models have; the rest is in results.json.
     shown = [t for t in known.values() if all(t.name in found for found in results.values())]
     made = table(results, shown, title, seeds)

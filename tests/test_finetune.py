@@ -443,7 +443,6 @@ def test_teacher_whose_name_is_another_rows_is_refused(
         (("--temperature", "3"), "temperature (2.0, now 3.0)"),
         (("--weights", "1,2"), "weights ([1.0, 1.0], now [1.0, 2.0])"),
         (("--ensemble", "logit"), "ensemble ('probability', now 'logit')"),
-        (("--seeds", "3"), "seeds (2, now 3)"),
         (("--transfer", "texts.tsv"), "the files of words"),
         (("--student", "bert"), "the files of student"),
     ],

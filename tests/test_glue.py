@@ -98,7 +98,7 @@ def test_run_leaves_results_a_table_and_a_page(finished: Path) -> None:
         assert entry["median"] == statistics.median(entry["scores"])
         assert entry["stdev"] == pytest.approx(statistics.stdev(entry["scores"]))
     settings = json.loads((out / "settings.json").read_text())
-    assert (settings["seeds"], settings["learning_rate"], settings["epochs"]) == (2, 1e-3, 1)
+    assert (settings["learning_rate"], settings["epochs"], settings["device"]) == (1e-3, 1, "cpu")
     assert set(settings["models"]) == {"one", "two"}
     assert set(settings["data"]) == {"words"}
 
@@ -202,6 +202,26 @@ def test_stopped_run_goes_on(
         ("two", 0),
         ("two", 1),
     ]
+
+
+def test_table_keeps_what_earlier_commands_left(
+    copy: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_teacher(copy / "three", n_layers=1, seed=2)
+    assert cli.main(command(copy, models=("three",))) == 0
+    results = json.loads((copy / "out" / "results.json").read_text())
+    assert list(results) == ["one", "two", "three"]
+    assert {name for name, *_ in calls} == {"three"}
+    shown = [
+        line.split("|")[1].strip() for line in capsys.readouterr().out.split("\n") if "|" in line
+    ]
+    assert shown == ["model", "---", "one", "two", "three"]
+    # one of them gets a third seed: the others have none, and are not shown beside it
+    calls.clear()
+    assert cli.main(command(copy, "--seeds", "3", models=("one",))) == 0
+    assert [(name, seed) for name, _, _, seed in calls] == [("one", 2)]
+    results = json.loads((copy / "out" / "results.json").read_text())
+    assert {name: len(found["words"]["scores"]) for name, found in results.items()} == {"one": 3}
 
 
 def test_models_and_tasks_are_added(copy: Path, calls: Calls) -> None:
@@ -308,7 +328,6 @@ def refused(
     ("changes", "said"),
     [
         (("--epochs", "2"), "epochs (1, now 2)"),
-        (("--seeds", "3"), "seeds (2, now 3)"),
         (("--learning_rate", "2e-3"), "learning_rate (0.001, now 0.002)"),
         (("--batch_size", "16"), "batch_size (8, now 16)"),
         (("--max_length", "16"), "max_length (24, now 16)"),
