@@ -186,6 +186,17 @@ def make_task(folder: Path, n_train: int = 48, n_dev: int = 24) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Jobs on a single core: threads that wait for each other cost more than tiny models do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def recipe(teacher: Path, corpus: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run that takes seconds: 10 steps of 16 sequences, exact (fp32, no dropout)."""

@@ -22,6 +22,7 @@ from distilfast.finetuning import FineTuning
 from distilfast.losses import combine_teachers
 from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read
 
+pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",
         "--precision", "fp32", "--processes", "1")  # fmt: skip
 ROWS = [

@@ -19,6 +19,7 @@ from distilfast.config import ConfigError
 from distilfast.finetuning import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
 from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read
 
+pytestmark = pytest.mark.usefixtures("one_core")
 SETTINGS = FineTuning(learning_rate=2e-3, batch_size=8, epochs=1)
 SENTENCE, PAIR, NUMBER = GLUE["SST-2"], GLUE["MNLI"], GLUE["STS-B"]
 

@@ -22,6 +22,7 @@ from distilfast.finetuning import FineTuning
 from distilfast.report import markdown
 from distilfast.tasks import GLUE, TASKS, Task
 
+pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",
         "--precision", "fp32", "--processes", "1")  # fmt: skip
 

@@ -595,6 +595,11 @@ def test_order_belongs_to_the_seed() -> None:
     assert not torch.equal(*epochs)
 
 
+def test_batches_of_one_length_are_random() -> None:
+    made = batches(torch.full((400,), 9), 8)
+    assert sum(bool((rows.diff() == 1).all()) for rows in made) == 0
+
+
 def test_neighbours_in_length_are_together_and_batches_in_no_order_of_length() -> None:
     lengths = torch.randint(5, 60, (400,), generator=torch.Generator().manual_seed(1))
     made = batches(lengths, 8)  # 50 batches: one pool
