@@ -291,6 +291,7 @@ def fine_tune(
             work,
             glue.fine_tune,
             (source, task, files, tokenizer.pad_token_id, settings, seed),
+            {"seed": seed, "settings": asdict(settings)},
         )
     results = jobs.run(list(wanted.values()), output, workers, "fine-tune")
     store.remove()

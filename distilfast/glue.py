@@ -34,6 +34,7 @@ from distilfast.data import fingerprint
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.models import loading_errors, quiet
+from distilfast.records import Bar
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import GLUE, Encoded, Examples, Task
 
@@ -365,7 +366,9 @@ class TokenStore:
             files, tokens = {}, []
             for split, examples in splits.items():
                 encode = tasks.encode_windows if task.spans else tasks.encode
-                made = encode(examples, tokenizer, settings.max_length or task.max_length)
+                length = settings.max_length or task.max_length
+                with Bar(f"tokens of {task.name}, {split}", len(examples.texts)) as bar:
+                    made = encode(examples, tokenizer, length, lambda n, b=bar: b.update(n, ""))
                 files[split] = str(self.folder / f"{key}-{split}.safetensors")
                 save_file(made.tensors(), files[split])
                 tokens.append(int(made.offsets[-1]))

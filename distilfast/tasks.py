@@ -636,9 +636,17 @@ def score(task: Task, examples: Encoded, logits: Tensor) -> dict[str, float]:
     return task.score(examples.labels, logits)
 
 
-def encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Windows:
+def encode_windows(
+    examples: Examples,
+    tokenizer: Any,
+    max_length: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Windows:
     """Questions and contexts as windows of at most ``max_length`` tokens."""
-    made = list(squad.windows(examples.texts, tokenizer, max_length))
+    made = []
+    for window in squad.windows(examples.texts, tokenizer, max_length):
+        made.append(window)
+        tell(window.question)
     labels = [
         squad.positions(window.chars, answers[0]) if answers else (IGNORE_INDEX, IGNORE_INDEX)
         for window in made
@@ -657,8 +665,17 @@ def encode_windows(examples: Examples, tokenizer: Any, max_length: int) -> Windo
     )
 
 
-def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokens of texts; of a pair that is too long, the longer text is cut."""
+def encode(
+    examples: Examples,
+    tokenizer: Any,
+    max_length: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Encoded:
+    """Tokens of texts; of a pair that is too long, the longer text is cut.
+
+    Args:
+        tell: is called with the number of examples that are done.
+    """
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     for begin in range(0, len(examples.texts), CHUNK):
@@ -669,6 +686,7 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
         )
         ids += (np.asarray(row, np.int32) for row in made["input_ids"])
         types += (np.asarray(row, np.int32) for row in made["token_type_ids"])
+        tell(len(ids))
     return Encoded(
         torch.from_numpy(np.concatenate(ids)),
         torch.from_numpy(np.concatenate(types)),
