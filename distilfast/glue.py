@@ -368,7 +368,7 @@ class TokenStore:
                 encode = tasks.encode_windows if task.spans else tasks.encode
                 length = settings.max_length or task.max_length
                 with Bar(f"tokens of {task.name}, {split}", len(examples.texts)) as bar:
-                    made = encode(examples, tokenizer, length, lambda n, b=bar: b.update(n, ""))
+                    made = encode(examples, tokenizer, length, bar.update)
                 files[split] = str(self.folder / f"{key}-{split}.safetensors")
                 save_file(made.tensors(), files[split])
                 tokens.append(int(made.offsets[-1]))

@@ -110,7 +110,7 @@ class Bar:
         if self.bar:
             self.bar.stop()
 
-    def update(self, done: float, figures: str) -> None:
+    def update(self, done: float, figures: str = "") -> None:
         """So much of the total is done."""
         if not self.shown:
             return
