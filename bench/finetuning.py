@@ -24,7 +24,7 @@ from typing import Any
 import measure
 import torch
 
-from distilfast import finetuning, names, tasks
+from distilfast import finetuning, models, names, tasks
 from distilfast.finetuning import FineTuning
 from distilfast.tasks import Encoded, Task
 
@@ -65,7 +65,7 @@ def pairs(
 
     def model() -> Any:
         made = finetuning.load(source, task, 0, settings.max_length)
-        finetuning.suit(made, torch.device("cpu"), int(train.lengths.max()))
+        models.choose_attention(made, torch.device("cpu"), int(train.lengths.max()))
         return made
 
     generator = torch.Generator().manual_seed(0)

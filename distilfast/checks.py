@@ -33,11 +33,6 @@ FREE_KEYS = (
 )
 
 
-# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
-# products do (a three-layer student, 32 x 128 tokens, bf16: 380 ms a step with it, 228 without).
-SHORT = 128
-
-
 @dataclass
 class Setup:
     """What a run is made of."""
@@ -58,8 +53,7 @@ def prepare(config: Config, world: World) -> Setup:
     config.batch.check(world.ranks, config.data.max_length)
     world.first(lambda: check_output(config, Path(config.output)))
     teachers, tokenizer, student = world.together(lambda: load_models(config))
-    if world.device.type == "cpu" and config.data.max_length <= SHORT:
-        student.set_attn_implementation("eager")
+    models.choose_attention(student, world.device, config.data.max_length)
     if world.device.type == "cpu" and config.precision == "bf16":
         use_fp32_sums(student)
     folder = config.token_folder

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from distilfast.config import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
-from distilfast.models import loading_errors, quiet
+from distilfast.models import choose_attention, loading_errors, quiet
 from distilfast.names import model_source
 from distilfast.tasks import IGNORE_INDEX, PAD_TO, Encoded, Task, order
 
 EVALUATION_BATCH = 64
-# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
-# products do.
-SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(_groups(model, settings), lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
-    suit(model, device, int(train.lengths.max()))
+    choose_attention(model, device, int(train.lengths.max()))
     takes = _takes(model)
     model.train()
     step = 0
@@ -274,12 +271,6 @@ def task_loss(
         return hard
     soft = (logits[:, 0] - targets.logits[:, 0]).square().mean()
     return targets.kd_weight * soft + targets.ce_weight * hard
-
-
-def suit(model: Any, device: torch.device, max_length: int) -> None:
-    """Choose the attention that is faster to train with."""
-    if device.type == "cpu" and max_length <= SHORT:
-        model.set_attn_implementation("eager")
 
 
 def _groups(model: Any, settings: FineTuning) -> list[dict[str, Any]]:

@@ -273,6 +273,17 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
+# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
+# products do (a three-layer student, 32 x 128 tokens, bf16: 380 ms a step with it, 228 without).
+SHORT = 128
+
+
+def choose_attention(model: Any, device: torch.device, max_length: int) -> None:
+    """The attention that is faster to train with."""
+    if device.type == "cpu" and max_length <= SHORT:
+        model.set_attn_implementation("eager")
+
+
 def start_transform(model: Any) -> None:
     """A masked-LM transform that was never trained starts at the identity: an encoder whose hidden
     states already resemble its embeddings then starts far ahead of a random one."""
