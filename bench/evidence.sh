@@ -30,7 +30,7 @@ $distilfast glue --model teacher=$full/teacher/model distilled=$full/distilled/m
 
 $distilfast ablate --config configs/demo.yaml --set teacher=$full/teacher/model \
     data.prepared=$full/tokens steps=80 evaluate.every=0 tensorboard=false --data "$data" \
-    --tasks CoLA,SST-2 --seeds 5 $rate --epochs 1 --output $runs/ablation | keep ablation
+    --tasks SST-2 --seeds 5 $rate --epochs 1 --output $runs/ablation | keep ablation
 
 $distilfast finetune --teacher $full/teacher/model $full/teacher/model $full/teacher/model \
     --student $full/distilled/model --task CoLA --data "$data" --seeds 5 $rate \
