@@ -365,9 +365,6 @@ def write(
     report = Report(
         title=f"Ablation: {', '.join(task.name for task in chosen)}",
         lead=lead(differences),
-        models=[],
-        curves={},
-        samples=[],
         facts={k: str(v) for k, v in what.items() if v is not None and k != "config"},
         config=yaml.safe_dump(what["config"], sort_keys=False),
         tables=[made],

@@ -258,9 +258,6 @@ def write(
     report = Report(
         title=f"distilfast {__version__}: models compared",
         lead=lead,
-        models=[],
-        curves={},
-        samples=[],
         facts={
             "device": settings["device_name"],
             "threads": str(settings["threads"]),

@@ -473,9 +473,6 @@ def write(
     report = Report(
         title=f"{inputs.task.name}: {glue.short(inputs.student.source)}",
         lead=lead(results),
-        models=[],
-        curves={},
-        samples=[],
         facts={key: str(value) for key, value in what.items() if value is not None},
         config=yaml.safe_dump(json.loads((output / "settings.json").read_text(encoding="utf-8"))),
         tables=[made],

@@ -449,9 +449,6 @@ def write(
     report = Report(
         title=f"{title}: {', '.join(results)}",
         lead=lead(results, [task.name for task in shown]),
-        models=[],
-        curves={},
-        samples=[],
         facts={key: str(value) for key, value in what.items() if value is not None},
         config=yaml.safe_dump(settings),
         tables=[made],

@@ -106,11 +106,12 @@ class Report:
 
     title: str
     lead: str  # one sentence: what the figures say
-    models: list[ModelRow]
-    curves: dict[str, list[dict[str, Any]]]  # run name -> the parsed lines of its metrics.jsonl
-    samples: list[Sample]
-    facts: dict[str, str]  # device, versions, date, commit, ...
-    config: str | dict[str, str]  # the YAML of the run, or of several by name
+    models: list[ModelRow] = field(default_factory=list)
+    # run name -> the parsed lines of its metrics.jsonl
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)  # device, versions, date, commit, ...
+    config: str | dict[str, str] = ""  # the YAML of the run, or of several by name
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)  # what makes the figures again
