@@ -32,6 +32,7 @@ from distilfast import config as configs
 from distilfast.config import Config, ConfigError, expect, parse
 from distilfast.finetuning import FineTuning
 from distilfast.jobs import Job, Result, Tell, Workers
+from distilfast.paired import Difference, difference
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import Task
 
@@ -301,35 +302,6 @@ def fine_tune(
 # --- The table ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of a row from the configuration itself, seed by seed."""
-
-    values: list[float]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def stdev(self) -> float | None:
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def p(self) -> float | None:
-        """Of a two-sided paired t-test; None where it has nothing to go by."""
-        from scipy import stats
-
-        if not self.stdev:
-            return None
-        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
-
-
-def difference(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Paired by seed."""
-    return Difference([a - b for a, b in zip(ours, baseline, strict=True)])
-
-
 def write(
     rows: Mapping[str, Row],
     what: Mapping[str, Any],
@@ -412,7 +384,7 @@ def table(
         for part, values, digits in (("score", row.score, 1), ("eval_loss", row.eval_loss, 3)):
             cells.append(f"{statistics.fmean(values):.{digits}f}")
             found = differences.get(name, {}).get(part)
-            cells += ["", ""] if found is None else [_signed(found, digits), _p(found.p)]
+            cells += ["", ""] if found is None else found.cells(digits)
         cells += [f"{statistics.fmean(r['score'] for r in row.tasks[t.name]):.1f}" for t in chosen]
         if published:
             cells.append(f"{published[name]:+.2f}" if name in published else "")
@@ -426,15 +398,6 @@ def table(
     if published:
         caption += " In the paper (Sanh et al. 2019, table 4): change of the score of nine tasks."
     return Table("Ablation", columns, lines, caption)
-
-
-def _signed(found: Difference, digits: int) -> str:
-    spread = "" if found.stdev is None else f" ± {found.stdev:.{digits}f}"
-    return f"{found.mean:+.{digits}f}{spread}"
-
-
-def _p(p: float | None) -> str:
-    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def lead(differences: Mapping[str, Mapping[str, Difference]]) -> str:

@@ -32,10 +32,11 @@ from distilfast.finetuning import FineTuning, SoftTargets
 from distilfast.glue import Model
 from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.losses import combine_teachers
+from distilfast.paired import difference
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.tasks import Encoded, Examples, Task
 
-LABELS, ENSEMBLE = "labels alone", "ensemble"
+LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
 COMBINED = 1024  # examples whose logits are combined at a time
 
 
@@ -330,7 +331,7 @@ class Run:
         wanted: dict[str, list[Job]] = {}
         work = tokens * (self.settings.epochs or task.epochs) * student.work
         for name in (None, *targets):
-            label = LABELS if name is None else f"taught by {name}"
+            label = LABELS if name is None else f"{TAUGHT}{name}"
             wanted[label] = []
             for seed in seeds:
                 folder = f"students/{glue.slug(label)}"
@@ -501,11 +502,17 @@ def table(
     """Students, teachers and the ensemble; score and fidelity."""
     taught_by = list(next(iter(results.values()))["agreement"])
     beside = ["EM"] if inputs.task.spans else []
-    columns = ["model", inputs.task.metric, *beside, *(f"agrees with {n}" for n in taught_by)]
+    columns = ["model", inputs.task.metric, "change", "p", *beside]
+    columns += [f"agrees with {name}" for name in taught_by]
+    alone = results[LABELS]["scores"]
     rows = []
     for name, found in results.items():
-        figures = [found, *(found[metric] for metric in beside)]
-        cells = [glue.with_spread(figure["median"], figure["stdev"]) for figure in figures]
+        change = ["", ""]
+        if name.startswith(TAUGHT):
+            change = difference(found["scores"], alone).cells(1)
+        cells = [glue.with_spread(found["median"], found["stdev"]), *change]
+        figures = (found[metric] for metric in beside)
+        cells += [glue.with_spread(figure["median"], figure["stdev"]) for figure in figures]
         for teacher in taught_by:
             fidelity = found["agreement"][teacher]
             shown = glue.with_spread(fidelity["median"], fidelity["stdev"])
@@ -523,6 +530,7 @@ def table(
     notes = [
         f"{inputs.task.name}, development set. Of students the medians of {seeds} seeds, "
         f"± standard deviation, times 100. Agreement: {kind}, percent.",
+        "A change is from the labels alone, seed by seed; p is of a two-sided paired t-test.",
         f"Loss: {{kd_weight:g}} x {soft} + {{ce_weight:g}} x {hard}.".format(**what),
     ]
     if len(inputs.teachers) > 1:
@@ -537,5 +545,5 @@ def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One sentence: what the figures say."""
     medians = {name: found["median"] for name, found in results.items()}
     alone = medians.pop(LABELS)
-    taught = [f"{m:.1f} {n}" for n, m in medians.items() if n.startswith("taught by")]
+    taught = [f"{m:.1f} {n}" for n, m in medians.items() if n.startswith(TAUGHT)]
     return f"The student scores {alone:.1f} on {LABELS}, {' and '.join(taught)}."

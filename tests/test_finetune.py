@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from distilfast.config import ConfigError
 from distilfast.finetune import Teaching, agreements
 from distilfast.finetuning import FineTuning
 from distilfast.losses import combine_teachers
+from distilfast.paired import difference
 from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -123,9 +125,21 @@ def test_table_has_students_teachers_and_the_ensemble(
     assert contents(copy / "out" / "students") == before
     assert json.loads((copy / "out" / "results.json").read_text()) == results
     lines = capsys.readouterr().out.splitlines()
-    head = "| model | accuracy | agrees with bert from seed 0 | agrees with ensemble |"
+    head = "| model | accuracy | change | p | agrees with bert from seed 0 | agrees with ensemble |"
     start = lines.index(head)
-    assert [line.split(" | ")[0].strip("| ") for line in lines[start + 2 : start + 8]] == ROWS
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 2 : start + 8]
+    ]
+    assert [row[0] for row in rows] == ROWS
+    alone = results["labels alone"]["scores"]
+    for name, _, change, p, *_ in rows:
+        if name.startswith("taught"):
+            scores = results[name]["scores"]
+            found = difference(scores, alone)
+            assert [change, p] == found.cells(1)
+            assert found.mean == pytest.approx(statistics.fmean(scores) - statistics.fmean(alone))
+        else:
+            assert (change, p) == ("", "")
     assert not (copy / "out" / "tokens").exists()
 
 

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "records": {"report"},
     "export": {"_version", "config"},
     "options": {"config"},
+    "paired": set(),
     "jobs": {"config", "records"},
     "squad": {"config"},
     "tasks": {"config", "names", "squad"},
@@ -54,7 +55,7 @@ THIRD_PARTY = {
     "transformers": {"data", "models", "finetuning", *APPLICATIONS},
     "datasets": {"data", "models", "tasks", *APPLICATIONS},
     "sklearn": {"tasks"},
-    "scipy": {"tasks", "ablate"},
+    "scipy": {"tasks", "paired"},
     "distilfast_kernels": {"backends"},
     "triton": set(),
 }
