@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distilfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distilfast: stopped; what is done is kept", file=sys.stderr)
+        kept = "; what is done is kept" if name in ("glue", "finetune", "ablate") else ""
+        print(f"distilfast: stopped{kept}", file=sys.stderr)
         return 130
 
 

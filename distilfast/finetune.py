@@ -86,12 +86,13 @@ def main(arguments: Sequence[str]) -> int:
         help="fine-tuned on the task or not yet; a name given twice: from two seeds")  # fmt: skip
     add("--student", required=True, metavar="MODEL")
     add("--task", required=True, help="of GLUE, IMDb, SQuAD, or one's own in --data")
-    add("--data", default="glue", metavar="FOLDER|glue")
+    add("--data", default="glue", metavar="FOLDER|glue",
+        help="a folder in GLUE's official layout, or glue: from the hub")  # fmt: skip
     add("--output", required=True, metavar="FOLDER")
     add("--seeds", type=options.positive, default=5, help="of the students: 0 to SEEDS - 1")
-    add("--temperature", type=float, default=default.temperature)
-    add("--kd_weight", type=float, default=default.kd_weight)
-    add("--ce_weight", type=float, default=default.ce_weight)
+    add("--temperature", type=float, default=default.temperature, help="T of the soft targets")
+    add("--kd_weight", type=float, default=default.kd_weight, help="of the soft targets")
+    add("--ce_weight", type=float, default=default.ce_weight, help="of the hard labels")
     add("--ensemble", choices=("probability", "logit"), default=default.ensemble,
         help="the arithmetic or the geometric mean of the teachers' distributions")  # fmt: skip
     add("--weights", type=numbers, metavar="A,B", help="of the teachers in the ensemble")
@@ -527,9 +528,10 @@ def table(
     number, seeds = inputs.task.kind == "number", len(results[LABELS]["scores"])
     soft = "squared error to the teacher's" if number else "KL at T = {temperature:g}"
     hard = "squared error to the labels" if number else "cross entropy at 1"
+    shown = f"the medians of {seeds} seeds, ± standard deviation" if seeds > 1 else "one seed"
     notes = [
-        f"{inputs.task.name}, development set. Of students the medians of {seeds} seeds, "
-        f"± standard deviation, times 100. Agreement: {kind}, percent.",
+        f"{inputs.task.name}, development set, times 100. Of students {shown}. Agreement: {kind}, "
+        "percent.",
         "A change is from the labels alone, seed by seed; p is of a two-sided paired t-test.",
         f"Loss: {{kd_weight:g}} x {soft} + {{ce_weight:g}} x {hard}.".format(**what),
     ]

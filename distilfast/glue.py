@@ -260,14 +260,21 @@ def claim(
             )
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
+            if before["command"] != what["command"]:
+                raise ConfigError(
+                    f"--output: expected a new folder or one of `distilfast {what['command']}`, "
+                    f"got {str(output)!r} of `distilfast {before['command']}`"
+                )
             kept = {key: before[key] for key in wanted}
             for part in ("models", "data"):
                 kept[part] = {**wanted[part], **before[part]}
                 wanted[part] = {**before[part], **wanted[part]}
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{file}: expected the settings of `distilfast {what['command']}`, got a damaged "
-                f"file or another command's ({error!r})"
+                f"file ({error!r})"
             ) from error
         differing = [
             *(f"{k} ({kept[k]!r}, now {wanted[k]!r})" for k in what if kept[k] != wanted[k]),

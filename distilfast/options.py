@@ -11,6 +11,16 @@ from distilfast.config import ConfigError
 KINDS = {"int": "a whole number", "float": "a number"}
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Names the defaults where the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ConfigErrors, "--rounds: expected ..., got ...".
 
@@ -21,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Formatter,
             allow_abbrev=False,
         )
 

@@ -250,6 +250,8 @@ def find(name: str, data: str, key: str = "--tasks") -> Task:
         return task
     known = ", ".join(TASKS)
     folder = None if data in HUBS else names.local_path("--data", data)
+    if folder is None and data not in HUBS:
+        raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
     one_folder = Path(name).name == name not in ("", "..")  # nor "a/b": it names outputs too
     if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
         raise ConfigError(
