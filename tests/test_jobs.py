@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import queues
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,13 @@ def test_process_that_dies_is_said_in_one_line(tmp_path: Path, log: Path) -> Non
     assert sorted(f.name for f in tmp_path.rglob("*.json")) == ["done.json"]
 
 
-def test_progress_that_nobody_has_read_keeps_no_process(tmp_path: Path) -> None:
+def test_progress_that_nobody_has_read_keeps_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(_: Any) -> None:
+        raise queue.Empty
+
+    monkeypatch.setattr(queues.Queue, "get_nowait", nothing)
     results = jobs.run([Job("a", 1, talk), Job("b", 1, talk)], tmp_path, TWO, "talk")
     assert results == {"a": {"told": 50_000}, "b": {"told": 50_000}}
 
