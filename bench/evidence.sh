@@ -37,6 +37,6 @@ $distilfast finetune --teacher $full/teacher/model $full/teacher/model $full/tea
     --output $runs/ensemble | keep ensemble
 
 $distilfast compare teacher=$full/teacher/model distilled=$full/distilled/model --depth_width \
-    --data "$data/SST-2" --output $runs/compare | keep compare
+    --no-compile --rounds 4 --output $runs/compare | keep compare
 
 .venv/bin/python bench/finetuning.py --data "$data" --task SST-2
