@@ -496,7 +496,7 @@ def test_finetune_teaches_it(
     arguments += tuned(tmp_path / "out", data)
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "| model | F1 | EM |" in out
+    assert "| model | F1 | change | p | EM |" in out
     assert "questions with the teacher's answer" in out
     assert "3 unlabelled texts" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
