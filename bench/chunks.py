@@ -21,6 +21,7 @@ from typing import Any
 import measure
 import torch
 from measure import Spread, figure
+from products import BareProducts
 from torch import Tensor
 
 from distilfast import linear_distillation_loss
@@ -75,32 +76,11 @@ class Head:
         return copy
 
 
-class Products:
-    """The four products of a chunk, into memory that is there."""
-
-    def __init__(self, head: Head, most: int):
-        (self.hidden, self.weight, _), (self.t_hidden, self.t_weight, _) = (
-            tuple(x.detach() for x in side) for side in head.sides
-        )
-        self.logits = [self.hidden.new_zeros(most, len(self.weight)) for _ in range(2)]
-        self.d_hidden = torch.empty_like(self.hidden)
-        self.d_weight = torch.empty_like(self.weight)
-
-    def run(self, chunk: int, gradients: bool = True) -> None:
-        for start in range(0, len(self.hidden), chunk):
-            hidden = self.hidden[start : start + chunk]
-            g, t = (x[: len(hidden)] for x in self.logits)
-            torch.mm(hidden, self.weight.T, out=g)
-            torch.mm(self.t_hidden[start : start + chunk], self.t_weight.T, out=t)
-            if gradients:
-                torch.mm(g, self.weight, out=self.d_hidden[start : start + chunk])
-                torch.mm(g.T, hidden, out=self.d_weight)
-
-
 def contestants(head: Head) -> dict[str, Callable[[int], Any]]:
     """Everything that is timed, by name."""
     sizes = [n for n in CHUNKS[head.labels.device.type] if n <= len(head.labels)]
-    products = Products(head, max(sizes))
+    student, teacher = (side[:2] for side in head.sides)
+    products = BareProducts(student, teacher, sizes)
 
     def without_scratch(_: int) -> None:
         Scratch.release()
@@ -108,12 +88,13 @@ def contestants(head: Head) -> dict[str, Callable[[int], Any]]:
 
     calls: dict[str, Callable[[int], Any]] = {}
     for n in sizes:
-        calls[f"products, chunks of {n}"] = lambda _, n=n: products.run(n)
+        if n in products.sizes:
+            calls[f"products, chunks of {n}"] = lambda _, n=n: products.run(n)
         calls[f"fused, chunks of {n}"] = lambda _, n=n: head.gradients(chunk_rows=n)
     calls["fused, auto"] = lambda _: head.gradients()
     calls["fused, auto, sums in bf16"] = lambda _: head.gradients(accum_dtype=torch.bfloat16)
     calls["fused, auto, fresh scratch"] = without_scratch
-    calls["both logits once more"] = lambda _: products.run(max(sizes), gradients=False)
+    calls["both logits once more"] = lambda _: products.run(products.sizes[-1], gradients=False)
     return calls
 
 

@@ -39,6 +39,7 @@ import peers
 import torch
 from heads import HeadCase, HeadContestant, HeadLoss, Inputs
 from measure import figure
+from products import BareProducts
 from torch import Tensor
 
 CSV = Path(__file__).parent / "results" / "linear.csv"
@@ -57,7 +58,6 @@ WARM_ROWS = 64
 SECONDS, QUICK_SECONDS = {"cuda": 75, "cpu": 360}, 45  # nothing new is begun after so long
 ROUNDS_SECONDS = {"cuda": 0.5, "cpu": 4.0}  # for the rounds of a case, or five of them
 LONGEST_CALL_SECONDS = 10.0  # one that takes longer would take the time of all others
-FEWEST_CHUNK_ROUNDS = 3  # for the choice of the chunk
 # What rounding the logits to the dtype costs. A row of the hidden states' gradient may be off by so
 # much of its largest entry. A row of the weight's gradient sums over the rows: its budget is for
 # the root mean square of the rows' relative errors, which a few rows that are wrong exceed too.
@@ -137,7 +137,7 @@ def fitting_rows(case: HeadCase) -> int:
 def skip(contestant: HeadContestant, case: HeadCase, options: argparse.Namespace) -> str | None:
     """Why a contestant does not take part in a case, or None."""
     device = torch.device(options.device)
-    if contestant.slow and not options.only:
+    if device.type in contestant.slow and not options.only:
         return "slow to get ready, ask for it with --only"
     why = contestant.skip(case, device)
     if why is None and contestant.materialises:
@@ -182,56 +182,15 @@ def run(loss: HeadLoss, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     return value.detach(), list(torch.autograd.grad(value, inputs.trained))
 
 
-class BareProducts:
-    """The products that a loss needs, in chunks of rows, into outputs that are there already."""
-
-    def __init__(self, case: HeadCase, x: Inputs):
-        hidden, self.weight = x.hidden.detach(), x.weight.detach()
-        if case.needed_rows < case.rows:
-            hidden = hidden[x.labels != peers.IGNORED]
-        self.hidden, self.teacher_weight = hidden, x.teacher_weight
-        columns = case.columns
-        if hidden.is_cuda and columns % 64:  # a GPU's products are at their best with whole 64s
-            columns += -columns % 64
-            padding = (0, 0, 0, columns - case.columns)
-            self.weight = torch.nn.functional.pad(self.weight, padding)
-            if x.teacher_weight is not None:
-                self.teacher_weight = torch.nn.functional.pad(x.teacher_weight, padding)
-        self.teacher_hidden = x.teacher_hidden
-        self.rows = len(hidden)
-        self.sizes = [n for n in CHUNKS if n <= self.rows] or [self.rows]
-        sides = 2 if case.teacher else 1
-        room = measure.free_bytes(hidden.device) // 4
-        while len(self.sizes) > 1 and (
-            sides * self.sizes[-1] * columns * case.dtype.itemsize > room
-        ):
-            self.sizes.pop()
-        # Zeros: a gradient of whatever was in memory may be full of NaN or slow subnormals.
-        self.logits = [hidden.new_zeros(self.sizes[-1], columns) for _ in range(sides)]
-        self.d_hidden, self.d_weight = torch.empty_like(hidden), torch.empty_like(self.weight)
-
-    def run(self, chunk: int) -> None:
-        for start in range(0, self.rows, chunk):
-            hidden = self.hidden[start : start + chunk]
-            gradient = self.logits[0][: len(hidden)]
-            torch.mm(hidden, self.weight.T, out=gradient)
-            if self.teacher_hidden is not None:
-                teacher = self.teacher_hidden[start : start + chunk]
-                torch.mm(teacher, self.teacher_weight.T, out=self.logits[1][: len(hidden)])
-            torch.mm(gradient, self.weight, out=self.d_hidden[start : start + chunk])
-            torch.mm(gradient.T, hidden, out=self.d_weight)
-
-    def fastest_chunk(self, stopwatch: measure.Stopwatch) -> dict[int, float]:
-        """Milliseconds by chunk size, the fastest first."""
-        calls = {str(n): lambda turn, n=n: self.run(n) for n in self.sizes}
-        self.run(self.sizes[0])
-        samples, failures = measure.interleave(calls, stopwatch, 0, fewest=FEWEST_CHUNK_ROUNDS)
-        if not any(name not in failures for name in samples):
-            raise RuntimeError(next(iter(failures.values())))
-        found = {
-            int(n): measure.Spread.of(x).median for n, x in samples.items() if n not in failures
-        }
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+def bare_products(case: HeadCase, x: Inputs) -> BareProducts:
+    """The products that a loss needs: CE alone needs those of the labelled rows."""
+    hidden, teacher = x.hidden.detach(), None
+    if case.needed_rows < case.rows:
+        hidden = hidden[x.labels != peers.IGNORED]
+    if x.teacher_hidden is not None:
+        teacher = x.teacher_hidden, x.teacher_weight
+    sizes = [n for n in CHUNKS if n <= len(hidden)] or [len(hidden)]
+    return BareProducts((hidden, x.weight), teacher, sizes)
 
 
 class Oracle:
@@ -416,7 +375,7 @@ def fill_in(
     }
     chunk = None
     try:
-        bare = BareProducts(case, problem.inputs)
+        bare = bare_products(case, problem.inputs)
         by_chunk = bare.fastest_chunk(stopwatch)
         chunk = next(iter(by_chunk))
         calls = {BARE: lambda turn: bare.run(chunk), **calls}
