@@ -35,11 +35,17 @@ from distilfast.memory import Scratch
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
-# On a GPU every call is queued behind reads of this many bytes. They take longer than the host
-# needs to queue the call, so launches do not show in its time (a contestant that waits for the
-# device still pays for it), and they leave a cache that holds nothing of the inputs and has nothing
+# On a GPU every call is queued behind LEADS reads of LEAD_BYTES. While the device reads, the host
+# queues the call, so launches do not show in its time. (A contestant that waits for the device
+# still pays for it.) The reads also leave a cache that holds nothing of the inputs and has nothing
 # to write back.
-LEAD_BYTES, LEADS = 512 * MIB, 8
+#
+# How many: 512 MiB take 0.11 ms at the 4.8 TB/s of an H200's data sheet, longer on a slower memory.
+# If the host takes 0.01 ms to queue a kernel, 16 reads hide 16 x (0.11 - 0.01) = 1.6 ms of it, or
+# 160 launches; if it takes 0.03 ms, they hide 16 x (0.11 - 0.03) = 1.3 ms, or 43 launches. 8 reads
+# would hide half. bench/device/smoke.py measures the host's time of a call, and
+# Stopwatch.exposed counts the calls whose launches were not hidden.
+LEAD_BYTES, LEADS = 512 * MIB, 16
 
 
 class Spread(NamedTuple):
@@ -61,9 +67,14 @@ class Spread(NamedTuple):
 
 
 class Stopwatch:
-    """Milliseconds of one call on a device, until its last kernel has ended."""
+    """Milliseconds of one call on a device, until its last kernel has ended.
+
+    ``exposed`` counts the calls on a GPU whose time includes launches: the device had begun with
+    the call before the host had queued all of it.
+    """
 
     def __init__(self, device: torch.device):
+        self.exposed = 0
         cuda = device.type == "cuda"
         self.lead = torch.ones(LEAD_BYTES // 4, device=device) if cuda else None
 
@@ -80,6 +91,7 @@ class Stopwatch:
         start.record()
         call()
         end.record()
+        self.exposed += start.query()
         end.synchronize()
         return float(start.elapsed_time(end))
 
