@@ -386,11 +386,13 @@ def contestants() -> list[HeadContestant]:
             LOSSES,
             functools.partial(compiled, mode="default"),
             materialises=True,
+            slow=("cuda",),
         ),
         cce(
             "Cut Cross Entropy, torch.compile",
             build=functools.partial(cut_cross_entropy, impl="torch_compile"),
             materialises=True,
+            slow=("cuda",),
         ),
         HeadContestant(
             "Liger chunked JSD",
@@ -401,13 +403,14 @@ def contestants() -> list[HeadContestant]:
             lacks="T^2 (PyTorch's, timed)",
             package="liger-kernel",
             module="liger_kernel.chunked_loss",
+            slow=("cuda",),
         ),
         HeadContestant(
             "torch.compile, max-autotune",
             LOSSES,
             functools.partial(compiled, mode="max-autotune-no-cudagraphs"),
             materialises=True,
-            slow=True,
+            slow=("cuda", "cpu"),
         ),
     ]
 

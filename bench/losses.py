@@ -12,9 +12,11 @@ over that time, as a fraction of what a copy of the logits reaches in the same r
 loss and gradient of that very call are from the fp64 reference, so that a contestant which computes
 something else is seen.
 
-Without --loss, --vocab, --rows or --labels a plan of cases is measured, the most telling first, and
-nothing new is begun after SECONDS: a run ends within five minutes, with --quick within one and a
-half. Every run appends to bench/results/losses.csv, from which --plot draws.
+Without --loss, --vocab, --rows or --labels a plan of cases is measured, the most telling first: on
+a GPU V = 30,522, then 128,256. Nothing new is begun after SECONDS: a run ends within five minutes,
+with --quick within one and a half. Contestants that are slow to get ready take part in one case of
+the plan, the first one measured again, so that nothing important waits for them. Every run appends
+to bench/results/losses.csv, from which --plot draws.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ from distilfast import reference
 
 CSV = Path(__file__).parent / "results" / "losses.csv"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The first of each is the one where everything is measured.
-VOCABULARIES = {"cuda": [30528, 50304, 128256, 151936], "cpu": [30522]}
+# Every loss is measured at the first of each. Most rows of 30,522 (BERT) and of 50,257 (GPT-2)
+# begin at no 16-byte boundary. 30,528 is BERT's, padded.
+VOCABULARIES = {"cuda": [30522, 128256, 50257, 30528, 151936], "cpu": [30522]}
+EARLY = 2  # vocabularies that are measured with most of the plan to come
 ROWS = {"cuda": [8192, 2048, 32768], "cpu": [512]}
 QUICK_ROWS = {"cuda": 8192, "cpu": 128}
 WIDTH, LAYERS, TEACHERS = 768, 6, 3  # of hidden_cosine and combine
@@ -61,18 +65,25 @@ RESULT = (  # the columns beside the environment's and the case's
 # --- The cases ------------------------------------------------------------------------------------
 
 
-def plan(options: argparse.Namespace, kind: str) -> list[Case]:
+class Planned(NamedTuple):
+    """A case, and whether the contestants that are slow to get ready take part in it."""
+
+    case: Case
+    slow: bool
+
+
+def plan(options: argparse.Namespace, kind: str) -> list[Planned]:
     """What is measured, the most telling first: a run that is out of time leaves out the rest."""
-    own = any((options.loss, options.vocab, options.rows, options.labels))
-    quick = options.quick
-    every_vocab = VOCABULARIES[kind][:1] if quick else VOCABULARIES[kind]
-    every_rows = [QUICK_ROWS[kind]] if quick else ROWS[kind]
-    labels = options.labels or ["none", "some"] + ([] if quick else ["all"])
-    dense = options.loss or ["kl_ce"]
-    found: list[Case] = []
+    labels = options.labels or ["none", "some"] + ([] if options.quick else ["all"])
+    found: list[Planned] = []
 
     def add(
-        loss: str, n_rows: int, columns: int, label: str = "none", dtype: str = options.dtype
+        loss: str,
+        n_rows: int,
+        columns: int,
+        label: str = "none",
+        dtype: str = options.dtype,
+        slow: bool = False,
     ) -> None:
         """A case once, under its own name: KL + CE without labels is KL, and CE is nothing."""
         tensors = {"hidden_cosine": LAYERS, "combine": TEACHERS}.get(loss, 1)
@@ -83,36 +94,56 @@ def plan(options: argparse.Namespace, kind: str) -> list[Case]:
                 return
             loss = "kl"
         case = Case(loss, n_rows, columns, label, DTYPES[dtype], options.temperature, tensors)
-        if case not in found:
-            found.append(case)
+        if Planned(case, slow) not in found:
+            found.append(Planned(case, slow))
 
-    for number, columns in enumerate(options.vocab or every_vocab):
-        for n_rows, loss, label in itertools.product(options.rows or every_rows, dense, labels):
+    def block(
+        losses: Sequence[str], rows: Sequence[int], vocabularies: Sequence[int], **keywords: bool
+    ) -> None:
+        """A loss at every vocabulary, then the next loss, then the next number of rows."""
+        for n_rows, loss, label, columns in itertools.product(rows, losses, labels, vocabularies):
             width = WIDTH if loss == "hidden_cosine" and not options.vocab else columns
-            add(loss, n_rows, width, label)
-        if own:
-            continue
-        add("ce", every_rows[0], columns, "all")
-        if number == 0:
-            for n_rows in every_rows:
-                add("hidden_cosine", n_rows, WIDTH)
-            for loss in () if quick else ("ce", "reverse_kl", "jsd", "combine"):
-                add(loss, every_rows[0], columns, "some")
-            if kind == "cpu" and not quick:  # small students are trained in fp32 there
-                add("kl_ce", every_rows[0], columns, "some", "fp32")
-                add("hidden_cosine", every_rows[0], WIDTH, dtype="fp32")
+            add(loss, n_rows, width, label, **keywords)
+
+    if any((options.loss, options.vocab, options.rows, options.labels)):
+        slow = bool(options.vocab or options.rows or options.only)
+        vocabularies = options.vocab or VOCABULARIES[kind][: 1 if options.quick else None]
+        rows = options.rows or ([QUICK_ROWS[kind]] if options.quick else ROWS[kind])
+        block(options.loss or ["kl_ce"], rows, vocabularies, slow=slow)
+        return found
+    slow = bool(options.only)
+    first = VOCABULARIES[kind][0]
+    if options.quick:
+        rows = QUICK_ROWS[kind]
+        block(["kl_ce"], [rows], [first], slow=slow)
+        add("ce", rows, first, "all", slow=slow)
+        add("hidden_cosine", rows, WIDTH, slow=slow)
+        return found
+    rows, *more_rows = ROWS[kind]
+    early, late = VOCABULARIES[kind][:EARLY], VOCABULARIES[kind][EARLY:]
+    block(["kl_ce"], [rows], early, slow=slow)
+    add("ce", rows, first, "all", slow=slow)
+    for loss in ("hidden_cosine", "ce", "reverse_kl", "jsd", "combine"):
+        add(loss, rows, WIDTH if loss == "hidden_cosine" else first, "some", slow=slow)
+    if kind == "cpu":  # small students are trained in fp32 there
+        add("kl_ce", rows, first, "some", "fp32", slow=slow)
+        add("hidden_cosine", rows, WIDTH, dtype="fp32", slow=slow)
+    add("kl_ce", rows, first, "some", slow=True)
+    block(["kl_ce"], [rows], late, slow=slow)
+    for columns in VOCABULARIES[kind]:
+        add("ce", rows, columns, "all", slow=slow)
+    for n_rows in more_rows:
+        add("hidden_cosine", n_rows, WIDTH, slow=slow)
+    block(["kl_ce"], more_rows, VOCABULARIES[kind], slow=slow)
     return found
 
 
-def skip(contestant: Contestant, case: Case, options: argparse.Namespace) -> str | None:
+def skip(contestant: Contestant, planned: Planned, device: torch.device) -> str | None:
     """Why a contestant does not take part in a case, or None."""
-    kind = options.device
-    if contestant.slow and not (options.vocab or options.rows or options.only):
+    if device.type in contestant.slow and not planned.slow:
         # Asked before anything is imported, which can be slow, too.
-        first = (case.rows, case.columns) == (ROWS[kind][0], VOCABULARIES[kind][0])
-        if options.quick or not first or case.loss not in ("kl", "kl_ce"):
-            return "slow to get ready, ask for it with --vocab, --rows or --only"
-    return contestant.skip(case, torch.device(kind))
+        return "slow to get ready: in one case of the plan, or with --vocab, --rows or --only"
+    return contestant.skip(planned.case, device)
 
 
 # --- One case -------------------------------------------------------------------------------------
@@ -246,15 +277,15 @@ class Oracle:
 
 
 def measure_case(
-    case: Case, field: Sequence[Contestant], options: argparse.Namespace, ends: float
+    planned: Planned, field: Sequence[Contestant], device: torch.device, ends: float
 ) -> list[dict[str, Any]]:
     """A row a contestant."""
-    device = torch.device(options.device)
+    case = planned.case
     field = [c for c in field if case.loss in c.computes or c.unable]
     rows = {c.name: result_row(case, c) for c in field}
     waiting = []
     for c in field:
-        why = skip(c, case, options)
+        why = skip(c, planned, device)
         if why is None:
             waiting.append(c)
         else:
@@ -382,13 +413,15 @@ def table(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, [*parts, measure.skipped(rows)])) + "\n"
 
 
-def profile(case: Case, field: Sequence[Contestant], options: argparse.Namespace) -> None:
+def profile(
+    planned: Planned, field: Sequence[Contestant], device: torch.device, path: Path
+) -> None:
     """A Chrome trace of a case, and its kernels as a table beside it."""
-    device, path = torch.device(options.device), options.profile
+    case = planned.case
     problem = Problem(case, device)
     losses: dict[str, peers.Loss] = {}
     for c in field:
-        if c.interpreted or skip(c, case, options) is not None:
+        if c.interpreted or skip(c, planned, device) is not None:
             continue
         try:
             losses[c.name] = c.build(case)
@@ -400,7 +433,7 @@ def profile(case: Case, field: Sequence[Contestant], options: argparse.Namespace
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for name, loss in losses.items():
             for turn in range(PROFILED_CALLS):
                 problem.restore(turn)
@@ -468,14 +501,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     environment, results = measure.environment(device), []
     try:
-        measure.check_csv(options.csv, [*environment, *result_row(cases[0], field[0])])
+        measure.check_csv(options.csv, [*environment, *result_row(cases[0].case, field[0])])
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    for number, case in enumerate(cases, 1):
-        spent = time.perf_counter() - began
+    for number, planned in enumerate(cases, 1):
+        case, spent = planned.case, time.perf_counter() - began
         print(f"[{number}/{len(cases)}, {spent:.0f} s] {case}", file=sys.stderr)
         try:
-            rows = measure_case(case, field, options, began + seconds)
+            rows = measure_case(planned, field, device, began + seconds)
         except Exception as error:  # a device that no longer answers, say: the others keep theirs
             status = {"status": f"failed: {measure.reason(error)}"}
             rows = [result_row(case, c) | status for c in field]
@@ -488,7 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot:
         plot(options.csv, options.plot)
     if options.profile:
-        profile(cases[0], field, options)
+        profile(cases[0], field, device, options.profile)
     print(f"{time.perf_counter() - began:.0f} s, appended to {options.csv}", file=sys.stderr)
 
 

@@ -117,7 +117,7 @@ class Contestant:
     backend: str = ""  # for ours
     kernels: str = ""  # "triton" needs a GPU or Triton's interpreter, "cuda" a GPU
     overwrites: tuple[str, ...] = ()  # losses in which the gradient replaces the student's logits
-    slow: bool = False  # takes a minute to get ready
+    slow: tuple[str, ...] = ()  # devices where it takes long to get ready for each case
 
     @property
     def interpreted(self) -> bool:
@@ -331,7 +331,6 @@ def contestants() -> list[Contestant]:
     torch_own = [
         Contestant("PyTorch eager, fp32", LOSSES, formula),
         Contestant("PyTorch eager, same dtype", LOSSES, functools.partial(formula, upcast=False)),
-        Contestant("torch.compile", LOSSES, functools.partial(compiled, mode="default")),
     ]
     liger_entry = functools.partial(
         Contestant,
@@ -374,10 +373,13 @@ def contestants() -> list[Contestant]:
         Contestant("Cut Cross Entropy", (), no_logits, unable=linear, package="cut-cross-entropy"),
         Contestant("F.linear_cross_entropy", (), no_logits, unable=linear),
         Contestant(
+            "torch.compile", LOSSES, functools.partial(compiled, mode="default"), slow=("cuda",)
+        ),
+        Contestant(
             "torch.compile, max-autotune",
             LOSSES,
             functools.partial(compiled, mode="max-autotune-no-cudagraphs"),
-            slow=True,
+            slow=("cuda", "cpu"),
         ),
         Contestant(
             "speculators",
@@ -388,7 +390,7 @@ def contestants() -> list[Contestant]:
             package="speculators",
             module="speculators.losses.fused",
             kernels="triton",
-            slow=True,
+            slow=("cuda", "cpu"),
         ),
     ]
 
