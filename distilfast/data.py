@@ -393,14 +393,19 @@ class MicroBatch:
     """What one forward sees. Row numbers count the B x L positions, row by row."""
 
     input_ids: Tensor  # (B, L) int64, masked
-    attention_mask: Tensor  # (B, L) int64
+    attention_mask: Tensor | None  # (B, L) int64; None where nothing is padding
     tokens: Tensor  # (n,) int64, rows that are no padding
     masked: Tensor  # (m,) int64, rows with a label
     labels: Tensor  # (B * L,) int64, IGNORE_INDEX where there is none
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = (x.to(device, non_blocking=True) for x in vars(self).values())
-        return MicroBatch(*moved)
+        """The same on ``device``. A GPU's copy is queued on the current stream, and nobody waits
+        for it; its tensors are views of one piece of memory."""
+        if device.type == "cpu":
+            return self
+        fields = {name: x for name, x in vars(self).items() if x is not None}
+        moved = copy_to(device, list(fields.values()))
+        return dataclasses.replace(self, **dict(zip(fields, moved, strict=True)))
 
     def without_rows(self) -> MicroBatch:
         """The same forward, of which nothing counts."""
@@ -480,6 +485,7 @@ class Batches:
         longest = int(lengths.max())
         width = max(longest, min(-(-longest // PAD_TO) * PAD_TO, self.store.record["max_length"]))
         real = torch.arange(width) < lengths[:, None]
+        padded = int(lengths.min()) < width
         input_ids = torch.full(real.shape, self.pad_token)
         input_ids[real] = self.store.tokens(split, examples).long()
         masker = self.masker
@@ -489,7 +495,7 @@ class Batches:
         labels = labels.flatten()
         return MicroBatch(
             input_ids=masked_ids,
-            attention_mask=real.long(),
+            attention_mask=real.long() if padded else None,
             tokens=real.flatten().nonzero()[:, 0],
             masked=(labels != IGNORE_INDEX).nonzero()[:, 0],
             labels=labels,
@@ -534,6 +540,38 @@ class Share:
             for lengths, examples, epochs in zip(*pieces, strict=True)
         )
         return int(lengths.sum()), masked
+
+
+def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """CPU tensors of one dtype on ``device``, by one copy that the host does not wait for.
+
+    From pageable memory it would wait until the copy is done, and so for all that the GPU was told
+    to do before. The pinned memory is given back on return: PyTorch hands it out again when the
+    copy is done, and not before. The GPU's memory belongs to the current stream, on which the copy
+    comes before whatever is queued later; another stream would have to wait for it.
+    """
+    sizes = [x.numel() for x in tensors]
+    pinned = device.type == "cuda"
+    staged = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=pinned)
+    torch.cat([x.flatten() for x in tensors], out=staged)
+    moved = staged.to(device, non_blocking=True).split(sizes)
+    return [there.view(x.shape) for there, x in zip(moved, tensors, strict=True)]
+
+
+def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The batches on ``device``, for the stream that is current here, whichever thread takes them:
+    a thread has a current stream of its own."""
+    if device.type != "cuda":
+        return (batch.to(device) for batch in batches)
+    stream = torch.cuda.current_stream(device)
+
+    def moved() -> Iterator[MicroBatch]:
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                batch = batch.to(device)
+            yield batch
+
+    return moved()
 
 
 def prefetch(items: Iterable[Item], ahead: int = 2) -> Generator[Item]:

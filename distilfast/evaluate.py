@@ -64,7 +64,7 @@ class Evaluator:
                     loss,
                     (guess == labels).sum(),
                     (guess == teacher).sum(),
-                    loss.new_tensor(len(labels)),
+                    loss.new_full((), len(labels)),  # new_tensor would wait for the device
                 ]
             ).double()
         loss, right, agreeing, tokens = self.world.sum(sums).tolist()

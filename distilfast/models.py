@@ -23,7 +23,8 @@ from distilfast.config import ConfigError, StudentConfig, TeacherSpec
 class Family:
     """How a masked-LM model of a family is taken apart.
 
-    hidden: (model, input_ids, attention_mask) -> (B, L, D), the last hidden states.
+    hidden: (model, input_ids, attention_mask) -> (B, L, D), the last hidden states. The mask is
+        (B, L), or None where nothing is padding; `attend` is for bodies without other masks.
     features: (model, (n, D)) -> (n, D), what the head's product over the vocabulary is applied to.
     head: the nn.Linear of that product; its weight may be tied to the embeddings.
     layers: prefix of the layers' names in the state dict.
@@ -33,7 +34,7 @@ class Family:
         with a softcap c becomes c tanh(product / c).
     """
 
-    hidden: Callable[[Any, Tensor, Tensor], Tensor]
+    hidden: Callable[[Any, Tensor, Tensor | None], Tensor]
     features: Callable[[Any, Tensor], Tensor]
     head: Callable[[Any], nn.Linear]
     layers: str
@@ -45,13 +46,36 @@ class Family:
     logit_softcap: Callable[[Any], float | None] = lambda config: None
 
 
+def attend(model: Any, mask: Tensor | None) -> Tensor | None:
+    """The attention mask to give to a body in which every token attends to every other.
+
+    transformers reads a (B, L) mask to see whether anything is padding, and waits for the GPU to do
+    so, in every forward. It takes a (B, 1, L, L) one as it is.
+
+    Args:
+        mask: (B, L), 0 at the padding; None: nothing is padding.
+    """
+    if mask is None or mask.device.type == "cpu":
+        return mask
+    causal = getattr(model.config, "is_decoder", False)
+    if causal or model.config._attn_implementation != "sdpa":
+        return mask
+    return spread(mask)
+
+
+def spread(mask: Tensor) -> Tensor:
+    """(B, 1, L, L) bool, what transformers makes of a (B, L) mask for PyTorch's fused attention."""
+    batch, length = mask.shape
+    return mask.bool()[:, None, None, :].expand(batch, 1, length, length)
+
+
 def _distilbert_features(model: Any, hidden: Tensor) -> Tensor:
     return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
 
 
 FAMILIES = {
     "bert": Family(
-        hidden=lambda m, ids, mask: m.bert(ids, attention_mask=mask).last_hidden_state,
+        hidden=lambda m, ids, mask: m.bert(ids, attention_mask=attend(m, mask)).last_hidden_state,
         features=lambda m, hidden: m.cls.predictions.transform(hidden),
         head=lambda m: m.cls.predictions.decoder,
         layers="bert.encoder.layer.",
@@ -61,7 +85,9 @@ FAMILIES = {
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     ),
     "distilbert": Family(
-        hidden=lambda m, ids, mask: m.distilbert(ids, attention_mask=mask).last_hidden_state,
+        hidden=lambda m, ids, mask: (
+            m.distilbert(ids, attention_mask=attend(m, mask)).last_hidden_state
+        ),
         features=_distilbert_features,
         head=lambda m: m.vocab_projector,
         layers="distilbert.transformer.layer.",
@@ -83,7 +109,7 @@ def logit_scaling(model: Any) -> tuple[float, float | None]:
     return parts.logit_scale(model.config), parts.logit_softcap(model.config)
 
 
-def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor) -> Tensor:
     """The logits at some of the B x L positions, (n, V), by way of `Family`: what
     `linear_distillation_loss` computes chunk by chunk, with the head's weight read as it is
     there."""

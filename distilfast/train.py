@@ -208,7 +208,7 @@ def optimiser_step(
     counts = count(config, world, share)
     normalizers = Normalizers(*counts.float())
     parts = [torch.zeros(len(PARTS), device=world.device)]
-    on_device = (batch.to(world.device) for batch in share)
+    on_device = data.on_device(share, world.device)
     with contextlib.closing(data.prefetch(on_device)) as micro_batches:
         for i, batch in enumerate(micro_batches):
             # At stages 2 and 3 the other ranks wait for this one in every backward.
@@ -249,7 +249,8 @@ def count(config: Config, world: World, share: data.Share) -> Tensor:
     """The whole step's rows of the vocabulary losses, masked tokens and tokens: (3,) int64."""
     tokens, masked = share.counts()
     rows = tokens if config.loss.all_rows else masked
-    return world.sum(torch.tensor([rows, masked, tokens], device=world.device))
+    (counts,) = data.copy_to(world.device, [torch.tensor([rows, masked, tokens])])
+    return world.sum(counts)
 
 
 SHOWN = 16  # examples, of a rank, in an error

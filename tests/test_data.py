@@ -3,6 +3,7 @@ is split."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import json
@@ -741,14 +742,20 @@ def store(stored: Path) -> Store:
     return Store.open(stored)
 
 
+def real(batch: MicroBatch) -> Tensor:
+    """(B, L) bool, what is no padding."""
+    if batch.attention_mask is None:
+        return torch.ones_like(batch.input_ids, dtype=torch.bool)
+    return batch.attention_mask.bool()
+
+
 def examples_of(batches: Sequence[MicroBatch]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Each example's (ids as seen, labels), without its padding, in some order that is none of the
     batches'."""
     found = []
     for batch in batches:
         labels = batch.labels.view(batch.input_ids.shape)
-        for ids, mask, label in zip(batch.input_ids, batch.attention_mask, labels, strict=True):
-            kept = mask.bool()
+        for ids, kept, label in zip(batch.input_ids, real(batch), labels, strict=True):
             found.append((tuple(ids[kept].tolist()), tuple(label[kept].tolist())))
     return sorted(found)
 
@@ -766,9 +773,7 @@ def deal(
 def unmasked(batch: MicroBatch) -> list[list[int]]:
     labels = batch.labels.view(batch.input_ids.shape)
     whole = torch.where(labels != IGNORE_INDEX, labels, batch.input_ids)
-    return [
-        row[mask.bool()].tolist() for row, mask in zip(whole, batch.attention_mask, strict=True)
-    ]
+    return [row[kept].tolist() for row, kept in zip(whole, real(batch), strict=True)]
 
 
 # The longest text is of 24 tokens.
@@ -890,7 +895,7 @@ def test_neighbours_in_length_share_a_batch_and_ranks_take_turns(store: Store) -
     """Little padding, and no rank has much more to do than another."""
     batches = make_batches(store, 32)
     dealt = [batches.step(0, rank, 4, 2) for rank in range(4)]
-    lengths = sorted(sorted(b.attention_mask.sum(1).tolist()) for mine in dealt for b in mine)
+    lengths = sorted(sorted(real(b).sum(1).tolist()) for mine in dealt for b in mine)
     assert list(chain(*lengths)) == sorted(chain(*lengths))
     work = [sum(b.input_ids.numel() for b in mine) for mine in dealt]
     assert max(work) - min(work) <= max(b.input_ids.numel() for mine in dealt for b in mine)
@@ -960,19 +965,21 @@ def held_bytes() -> int:
 
 def check_fields(batch: MicroBatch) -> None:
     n_rows, width = batch.input_ids.shape
-    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
-    assert batch.attention_mask.shape == (n_rows, width)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    kept = real(batch)
+    assert kept.shape == (n_rows, width)
+    assert (batch.attention_mask is None) == bool(kept.all())
     assert batch.labels.shape == (n_rows * width,)
-    lengths = batch.attention_mask.sum(1)
+    lengths = kept.sum(1)
     assert width % 8 == 0
     assert width - int(lengths.max()) < 8
-    assert torch.equal(batch.attention_mask, (torch.arange(width) < lengths[:, None]).long())
-    real = batch.attention_mask.bool()
-    assert (batch.input_ids[~real] == PAD).all()
-    assert (batch.input_ids[real] != PAD).all()
+    if batch.attention_mask is not None:
+        assert torch.equal(batch.attention_mask, (torch.arange(width) < lengths[:, None]).long())
+    assert (batch.input_ids[~kept] == PAD).all()
+    assert (batch.input_ids[kept] != PAD).all()
     assert (batch.input_ids[:, 0] == CLS).all()
     assert (batch.input_ids[torch.arange(n_rows), lengths - 1] == SEP).all()
-    flat = real.flatten()
+    flat = kept.flatten()
     assert batch.tokens.tolist() == [i for i in range(n_rows * width) if flat[i]]
     labelled = [i for i in range(n_rows * width) if batch.labels[i] != IGNORE_INDEX]
     assert batch.masked.tolist() == labelled
@@ -991,11 +998,60 @@ def test_fields_of_a_batch_agree(store: Store) -> None:
 
 
 def test_batch_moves_whole(store: Store) -> None:
-    batch = next(iter(make_batches(store, 8).step(0, 0, 1, 8)))
-    moved = batch.to(torch.device("meta"))
-    for name, value in vars(batch).items():
-        assert getattr(moved, name).device.type == "meta"
-        assert getattr(moved, name).shape == value.shape
+    for batch in make_batches(store, 32).step(0, 0, 1, 1):
+        assert batch.to(torch.device("cpu")) is batch
+        moved = batch.to(torch.device("meta"))
+        for name, value in vars(batch).items():
+            there = getattr(moved, name)
+            assert (there is None) == (value is None)
+            if value is not None:
+                assert there.device.type == "meta"
+                assert (there.shape, there.dtype) == (value.shape, value.dtype)
+
+
+def test_tensors_are_copied_in_one_piece_to_the_same_bits() -> None:
+    tensors = [torch.arange(6).view(2, 3), torch.arange(0), torch.tensor(7), -torch.arange(5)[::2]]
+    copies = data.copy_to(torch.device("cpu"), tensors)
+    for copied, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copied, tensor)
+        assert copied.dtype == tensor.dtype
+    assert len({copied.untyped_storage().data_ptr() for copied in copies}) == 1
+    assert copies[0].untyped_storage().data_ptr() != tensors[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu", "meta"])
+def test_memory_is_pinned_for_a_gpu_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on the stream of the caller, though another thread makes the copies."""
+    asked, streams, empty = [], [], torch.empty
+
+    def fake_empty(*shape: Any, pin_memory: bool, **keywords: Any) -> Tensor:
+        asked.append(pin_memory)
+        return empty(*shape, **keywords)
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.append(None)
+
+    monkeypatch.setattr(torch, "empty", fake_empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: threading.current_thread())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(
+        Tensor, "to", lambda x, *_, non_blocking: x.clone() if non_blocking else None
+    )
+    labels = torch.tensor([4, 5])
+    batch = MicroBatch(torch.tensor([[1, 2]]), None, torch.tensor([0, 1]), labels[:0], labels)
+    (moved,) = data.prefetch(data.on_device([batch], torch.device(device)))
+    assert [x is None or x.tolist() for x in vars(moved).values()] == [
+        [[1, 2]],
+        True,
+        [0, 1],
+        [],
+        [4, 5],
+    ]
+    assert asked == {"cuda": [True], "cpu": [], "meta": [False]}[device]
+    assert streams == ([threading.current_thread(), None] if device == "cuda" else [])
 
 
 def test_masks_change_from_epoch_to_epoch(store: Store) -> None:

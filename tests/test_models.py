@@ -167,6 +167,69 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def bodies(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A model of each family, with both kinds of attention."""
+    made = {"bert": make_bert(), "distilbert": make_distilbert()}
+    assert made.keys() == models.FAMILIES.keys()
+    for model in made.values():
+        model.eval().set_attn_implementation(request.param)
+    return made
+
+
+@torch.no_grad()
+def test_without_padding_no_mask_is_one_of_ones(
+    bodies: dict[str, Any], inputs: tuple[Tensor, Tensor]
+) -> None:
+    """To the bit, in fp32 and bf16."""
+    ids, _ = inputs
+    for name, model in bodies.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden = models.FAMILIES[name].hidden
+            one, other = (hidden(model.to(dtype), ids, m) for m in (None, torch.ones_like(ids)))
+            assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_mask_of_four_dimensions_is_the_one_that_transformers_makes(
+    bodies: dict[str, Any], inputs: tuple[Tensor, Tensor]
+) -> None:
+    """It is taken as it is, also where the body is trained; hidden states to the bit."""
+    from transformers import masking_utils
+
+    ids, mask = inputs
+    four = models.spread(mask)
+    for name, model in bodies.items():
+        if model.config._attn_implementation != "sdpa":
+            continue
+        embedded = torch.zeros(*ids.shape, 32)
+        theirs = masking_utils.create_bidirectional_mask(model.config, embedded, mask)
+        assert torch.equal(four, theirs)
+        assert (four.dtype, four.shape) == (theirs.dtype, theirs.shape)
+        hidden = models.FAMILIES[name].hidden
+        for m in (model, model.bfloat16()):
+            assert torch.equal(hidden(m, ids, four), hidden(m, ids, mask))
+
+
+def test_mask_is_spread_on_a_gpu_where_every_token_attends_to_all(
+    bodies: dict[str, Any], inputs: tuple[Tensor, Tensor]
+) -> None:
+    _, mask = inputs
+    there = torch.empty_like(mask, device="meta")  # stands for a GPU
+    for model in bodies.values():
+        spread = model.config._attn_implementation == "sdpa"
+        made = models.attend(model, there)
+        assert (made.shape == (3, 1, 16, 16)) if spread else (made is there)
+        assert models.attend(model, mask) is mask
+        assert models.attend(model, None) is None
+    causal = make_bert(is_decoder=True)
+    causal.set_attn_implementation("sdpa")
+    assert models.attend(causal, there) is there
+
+
 # --- Layers ---------------------------------------------------------------------------------------
 
 
@@ -765,7 +828,7 @@ def direct_scores(model: Any, teacher: Any, held: Held) -> Scores:
     """One text at a time, without padding, from transformers' own logits, in float64."""
     loss, right, agreeing, total = 0.0, 0, 0, 0
     for batch in held.batches.heldout(0, 1, 1, None):
-        n = int(batch.attention_mask.sum())
+        n = len(batch.tokens)
         labels = batch.labels[:n]
         at = labels != -100
         made = {}
