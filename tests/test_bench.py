@@ -372,3 +372,137 @@ def test_finetuning_compares_loops_that_end_with_the_same_weights(
     assert row["same_weights"] == "True"
     assert 0 < float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
     assert float(row["glue_s"]) > float(row["training_s"]) > 0
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the scripts say they would do on a GPU, all asked in one process."""
+    pytest.importorskip("triton")
+    return result_of(
+        f"""
+import sys, torch
+import losses, measure, peers, products, step, tune
+from torch import testing
+cuda, cpu, result = torch.device("cuda"), torch.device("cpu"), {{}}
+
+# losses.py: the cases of a plan, and who takes part
+plans = {{}}
+for kind in ("cuda", "cpu"):
+    plan = losses.plan(losses.parser().parse_args([]), kind)
+    plans[kind] = [(x.case.loss, x.case.rows, x.case.columns, x.slow) for x in plan]
+chosen = losses.parser().parse_args("--loss kl_ce jsd --vocab 9 7 --labels none some".split())
+plans["chosen"] = [(x.case.loss, x.case.columns, x.slow) for x in losses.plan(chosen, "cuda")]
+(slow,) = (c for c in peers.contestants() if c.name == "torch.compile")
+case = peers.Case("kl", 8, 64)
+result["plans"] = plans
+result["skips"] = [
+    losses.skip(slow, losses.Planned(case, asked), device)
+    for asked, device in ((False, cuda), (True, cuda), (False, cpu))
+]
+
+# step.py: sequences a batch
+parse = lambda *more: step.parse(["--device", *more]).sequences
+result["step"] = [parse("cuda"), parse("cuda:0"), parse("cpu"), parse("cuda", "--sequences", "3")]
+
+# products.py
+student, teacher = ((torch.randn(10, 4), torch.randn(100, 4)) for _ in range(2))
+padded = products.BareProducts(student, teacher, [3, 5], multiple=64)
+plain = products.BareProducts(student, None, [10])
+padded.run(5)
+testing.assert_close(padded.logits[1][:, :100], teacher[0][5:] @ teacher[1].T)
+testing.assert_close(padded.d_hidden[5:], padded.logits[0] @ padded.weight)
+assert not padded.weight[100:].any() and not padded.logits[1][:, 100:].any()
+few = products.BareProducts(student, teacher, [1 << 50, 5])  # the larger does not fit
+result["products"] = [
+    products.MULTIPLES["cuda"],
+    [len(x.weight) for x in (padded, plain)],
+    [len(x.logits) for x in (padded, plain)],
+    padded.sizes, few.sizes,
+]
+
+# measure.py: a device that is done with the leading reads before the call is queued, or not
+class Event:
+    done = False
+    def __init__(self, enable_timing): pass
+    record = synchronize = lambda self: None
+    def query(self): return Event.done
+    def elapsed_time(self, end): return 2.0
+torch.cuda.Event = Event
+watch = measure.Stopwatch(cpu)
+watch.lead = torch.ones(1)
+times = [watch.ms(lambda: None)]
+Event.done = True
+times.append(watch.ms(lambda: None))
+result["stopwatch"] = [times, watch.exposed, measure.LEADS]
+
+# tune.py: a tile of 24 elements is none; and the order of a timed run
+result["tile"] = tune.compile_tile("kl", 30522, tune.Tile(4, 24), 90)["status"]
+order = result["order"] = []
+def instead(loss, vocab, tiles, n_rows, device, seconds):
+    order.append([loss, vocab])
+    row = dict(loss=loss, vocab=vocab, warps=4, elements=8, status="ok", time_ms="1",
+               gb_per_s="1", over_best="1.5", launcher="chosen")
+    return [row | dict(launcher="", warps=8, over_best="1.0"), row]
+tune.tune = instead
+sys.argv = ["tune.py", "--device", "cpu", "--csv", {str(tmp_path_factory.mktemp("a") / "a")!r}]
+tune.main()
+"""
+    )
+
+
+def test_losses_on_a_gpu_begin_with_the_main_question(asked: dict[str, Any]) -> None:
+    cuda = [tuple(x) for x in asked["plans"]["cuda"]]
+    assert [x[:3] for x in cuda[:4]] == [
+        ("kl", 8192, 30522),
+        ("kl", 8192, 128256),
+        ("kl_ce", 8192, 30522),
+        ("kl_ce", 8192, 128256),
+    ]
+    assert {x[2] for x in cuda} >= {30522, 30528, 50257, 128256}
+    # Who compiles for long takes part once, after every loss was measured without.
+    (slow,) = (number for number, x in enumerate(cuda) if x[3])
+    before = {x[0] for x in cuda[:slow]}
+    assert before == {"kl", "kl_ce", "ce", "reverse_kl", "jsd", "hidden_cosine", "combine"}
+    assert cuda[slow][:3] == ("kl_ce", 8192, 30522)
+    assert sum(x[3] for x in asked["plans"]["cpu"]) == 1
+    # Vocabularies take turns; whoever chose the sizes has everybody in every case.
+    cases = [("kl", 9), ("kl", 7), ("kl_ce", 9), ("kl_ce", 7), ("jsd", 9), ("jsd", 7)]
+    assert asked["plans"]["chosen"] == [[*case, True] for _ in range(3) for case in cases]
+
+
+def test_slow_contestants_take_part_where_they_are_asked_for(asked: dict[str, Any]) -> None:
+    unasked, on_request, on_a_cpu = asked["skips"]
+    assert unasked.startswith("slow to get ready")
+    assert on_request is on_a_cpu is None
+
+
+def test_step_on_a_gpu_has_more_tokens(asked: dict[str, Any]) -> None:
+    assert asked["step"] == [64, 64, 8, 3]
+
+
+def test_bare_products_are_padded_to_whole_64s_on_a_gpu(asked: dict[str, Any]) -> None:
+    assert asked["products"] == [64, [128, 100], [2, 1], [3, 5], [5]]
+
+
+def test_stopwatch_counts_the_calls_whose_launches_show(asked: dict[str, Any]) -> None:
+    times, exposed, leads = asked["stopwatch"]
+    assert times == [2.0, 2.0]
+    assert exposed == 1
+    assert leads >= 12
+
+
+def test_tune_asks_the_main_question_first(asked: dict[str, Any]) -> None:
+    assert asked["order"][:3] == [["kl", 30522], ["kl", 128256], ["kl", 50257]]
+    assert [loss for loss, _ in asked["order"][::3]] == ["kl", "kl_ce", "jsd", "ce"]
+
+
+def test_tune_compiles_without_a_gpu_and_times_nothing(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    tile = "--losses kl --warps 4 --elements 8 --jobs 1".split()
+    path = tmp_path / "tune.csv"
+    done = python("tune.py", "--compile-only", *tile, "--csv", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "1 tiles compiled, 0 failed" in done.stdout
+    assert not path.exists()
+    assert asked["tile"] != "ok"
