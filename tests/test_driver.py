@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from distilfast import checkpoint, checks, cli, data, engine, linear, optimizers
 from distilfast import config as configs
 from distilfast.losses import distillation_loss, hidden_cosine_loss
 from distilfast.masking import permutation
+from distilfast.step import Distillation, Normalizers, TeacherSide
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 TIMES = ("tokens_per_second",)
@@ -195,11 +197,13 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
     expected = [line for line in metrics(folder) if "loss" in line]
     for step, line in enumerate(expected):
         (batch,) = setup.batches.step(step, 0, 1, 16)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+        mask[batch.tokens] = True
+        mask = mask.view_as(batch.input_ids)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
         out = student(**inputs, output_hidden_states=True)
         with torch.no_grad():
             target = teacher(**inputs, output_hidden_states=True)
-        mask = batch.attention_mask.bool()
         loss = distillation_loss(
             out.logits,
             target.logits,
@@ -233,17 +237,49 @@ class Aligned(torch.nn.Module):
         return self.weight.float().sum() * 2**-10
 
 
-def test_bf16_sum_of_a_thousand_gradients_loses_nothing() -> None:
-    """Added up in bf16 the sum would stand still at a quarter: 2^-10 is less than half of what bf16
-    can tell apart there."""
+def sum_of_a_thousand(*layout: Any) -> float:
+    """The gradient's norm over sqrt(64 * 64): the sum in each weight."""
     world = engine.start()
     config = configs.Config(
-        batch=configs.BatchConfig(sequences=1024, micro_sequences=1), steps=1, precision="bf16"
+        batch=configs.BatchConfig(sequences=1024, micro_sequences=1),
+        zero=configs.ZeroConfig(*layout),
+        steps=1,
+        precision="bf16",
     )
     runner = engine.Engine(Aligned(), config, world)
     for _ in range(1024):
         runner.backward(runner())
-    assert runner.step(1e-3) == pytest.approx(64.0, rel=1e-6)  # sqrt(64 * 64) weights, each 1
+    return runner.step(1e-3) / 64
+
+
+def test_bf16_sum_of_a_thousand_gradients_loses_nothing() -> None:
+    """Added up in bf16 the sum would stand still at a quarter: 2^-10 is less than half of what bf16
+    can tell apart there."""
+    assert sum_of_a_thousand() == pytest.approx(1, rel=1e-6)
+
+
+def test_gradients_are_summed_in_one_call_to_the_same_bits(
+    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are for a GPU, which drops each as soon as it is in the sum."""
+    recipe, _ = whole
+    changes = ("--precision=bf16", "--batch.micro_sequences=4")
+    one = run(recipe, *changes, f"--output={tmp_path / 'one'}")
+    add, backward = engine._sum_in_one_pass, engine.Engine.backward
+    left = []
+
+    def watch(self: engine.Engine, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        left.extend(p for p in self.deepspeed.module.parameters() if p.grad is not None)
+
+    monkeypatch.setattr(engine.Engine, "backward", watch)
+    monkeypatch.setattr(
+        engine, "_sum_in_one_pass", lambda optimizer, _: add(optimizer, torch.device("cuda"))
+    )
+    other = run(recipe, *changes, f"--output={tmp_path / 'other'}")
+    assert not left
+    assert metrics(other) == metrics(one)
+    assert all(torch.equal(x, weights(other)[name]) for name, x in weights(one).items())
 
 
 # --- Resume and stops -----------------------------------------------------------------------------
@@ -724,3 +760,172 @@ def test_masked_rows_alone_are_projected(
     line = metrics(tmp_path / "all")[1]
     assert rows["all"] == line["tokens"]
     assert 0.2 < rows["masked"] / rows["all"] < 0.4  # masking.probability is 0.3
+
+
+# --- On a GPU, and nowhere else -------------------------------------------------------------------
+#
+# DeepSpeed has one accelerator a process, so here the CPU takes its steps without DeepSpeed.
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can tell")
+GPU_LAYOUTS = [(0, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+
+
+class OnAGpu:
+    """A run's parts on the GPU."""
+
+    def __init__(self, recipe: list[str], *changes: str):
+        self.config = configs.parse([*recipe, *changes])
+        self.world = engine.start()
+        assert self.world.device.type == "cuda"
+        self.setup = checks.prepare(self.config, self.world)
+        self.teacher = train.teacher_side(self.config, self.world, self.setup.teachers)
+        module = Distillation(self.setup.student, self.config.loss, self.teacher)
+        self.engine = engine.Engine(module, self.config, self.world)
+
+    def step(self, number: int) -> dict[str, Any]:
+        things = self.config, self.world, self.setup, self.engine, self.teacher
+        line, _ = train.optimiser_step(*things, number, train.Stop())
+        assert line is not None
+        return line
+
+
+def steps_of_a_cpu(recipe: list[str], steps: int) -> tuple[list[list[float]], dict[str, Any]]:
+    """Loss and gradient norm of each step, and the last weights: the module's own gradients, and
+    PyTorch's AdamW."""
+    config, cpu = configs.parse(recipe), torch.device("cpu")
+    setup = checks.prepare(config, engine.World(0, 1, cpu))
+    teacher = TeacherSide(setup.teachers, config.loss, cpu, torch.float32)
+    module = Distillation(setup.student, config.loss, teacher)
+    optimizer = optimizers.make(module, config.optimizer)
+    values = []
+    for step in range(steps):
+        share = setup.batches.step(step, 0, 1, config.batch.micro_sequences)
+        counts = train.count(config, engine.World(0, 1, cpu), share)
+        total = 0.0
+        for batch in share:
+            loss, _ = module(batch, teacher(batch), Normalizers(*counts.float()))
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.optimizer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = optimizers.learning_rate(config.optimizer, step, setup.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append([total, float(norm)])
+    return values, dict(module.named_parameters(remove_duplicate=False))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("layout", GPU_LAYOUTS, ids=str)
+def test_steps_are_a_cpus_on_a_gpu(recipe: list[str], layout: tuple[int, str]) -> None:
+    """In fp32, three of them, with clipping. Nothing is compiled."""
+    changes = (f"--zero.stage={layout[0]}", f"--zero.offload={layout[1]}")
+    values, wanted = steps_of_a_cpu(recipe, 3)
+    on = OnAGpu(recipe, *changes)
+    lines = [on.step(number) for number in range(3)]
+    found = [[line["loss"], line["grad_norm"]] for line in lines]
+    assert found == [pytest.approx(pair, rel=1e-4) for pair in values]
+    got = on.engine.weights()
+    difference = sum(float((got[name] - x.detach()).square().sum()) for name, x in wanted.items())
+    moved = sum(float(x.detach().square().sum()) for x in wanted.values())
+    assert math.sqrt(difference / moved) <= 1e-4
+
+
+@on_a_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_micro_batch_waits_for_nothing_on_a_gpu(
+    recipe: list[str], precision: str, padded: bool
+) -> None:
+    """From the examples to the sum of the gradients, and an evaluation: a copy that waits, a value
+    that is read, would be an error. The second of its kind: the first compiles and allocates."""
+    on = OnAGpu(recipe, f"--precision={precision}", "--zero.stage=1")
+    lengths = on.setup.batches.lengths["train"]
+    examples = (lengths < 24 if padded else lengths == 24).nonzero()[:4, 0]
+    assert len(examples) == 4
+    share = data.Share(on.setup.batches, examples, torch.zeros(4).long(), [4])
+    assert [batch.attention_mask is None for batch in share] == [not padded]
+    for number in range(2):
+        torch.cuda.synchronize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode says of itself that it is a prototype
+            try:
+                torch.cuda.set_sync_debug_mode("error" if number else "default")
+                counts = train.count(on.config, on.world, share)
+                normalizers = Normalizers(*counts.float())
+                for batch in data.prefetch(data.on_device(share, on.world.device)):
+                    loss, _ = on.engine(batch, on.teacher(batch), normalizers)
+                    on.engine.backward(loss)
+                    on.engine.predict(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(on.engine.step(1e-3))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("layout", [(1, "none"), *GPU_LAYOUTS[1:4]], ids=str)
+def test_bf16_sum_of_a_thousand_gradients_loses_nothing_on_a_gpu(layout: tuple[int, str]) -> None:
+    assert sum_of_a_thousand(*layout) == pytest.approx(1, rel=1e-6)
+
+
+@on_a_gpu
+def test_norm_of_a_large_gradient_is_exact_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(30522, 768), torch.randn(5), torch.tensor(2.0)]
+    wanted = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    there = [g.cuda() for g in gradients]
+    assert float(engine.total_norm(there)) == pytest.approx(wanted, rel=1e-6)
+
+
+@on_a_gpu
+def test_layers_lose_little_of_a_bf16_gradient_on_a_gpu() -> None:
+    """PyTorch's own, which are not replaced there: sums over rows that point one way. An embedding
+    of at most 3,072 tokens adds up 32 rows in fp32, and those sums in bf16."""
+    for rows in (2048, 4096, 70_000):
+        gradient = (torch.rand(rows, 64, device="cuda") + 0.5).bfloat16()
+        norm = torch.nn.LayerNorm(64).cuda().bfloat16()
+        norm(torch.randn(rows, 64, device="cuda").bfloat16()).backward(gradient)
+        table = torch.nn.Embedding(10, 64).cuda().bfloat16()
+        table(torch.full((rows,), 3, device="cuda")).backward(gradient)
+        wanted = gradient.float().sum(0)
+        for found in (norm.bias.grad, table.weight.grad[3]):
+            error = float((found.float() - wanted).norm() / wanted.norm())
+            assert error <= 0.02, (rows, error)
+
+
+@on_a_gpu
+def test_checkpoint_of_a_gpu_holds_its_bits_on_a_gpu(recipe: list[str], tmp_path: Path) -> None:
+    """Written through pinned memory, and put back into another engine and another layout."""
+    on = OnAGpu(recipe, "--precision=bf16", "--zero.stage=1")
+    for number in range(2):
+        on.step(number)
+    pieces = {p.name: p for p in on.engine.pieces()}
+    writer = checkpoint.Checkpoints(tmp_path, 0, 1, 1)
+    writer.reserve(on.engine.piece_bytes(), True)
+    writer.save(2, list(pieces.values()))
+    writer.wait()
+    saved = checkpoint.Saved(tmp_path, 2)
+    for layout in ((1, "none"), (2, "optimizer")):
+        changes = (f"--zero.stage={layout[0]}", f"--zero.offload={layout[1]}")
+        other = OnAGpu(recipe, "--precision=bf16", *changes)
+        other.engine.restore(saved)
+        restored = {p.name: p for p in other.engine.pieces()}
+        assert restored.keys() == pieces.keys()
+        for name, piece in pieces.items():
+            for kind, tensor in piece.tensors.items():
+                read = saved.read(name, kind, 0, piece.length)
+                assert torch.equal(tensor.cpu(), read), (name, kind)
+                assert torch.equal(restored[name].tensors[kind].cpu(), read), (name, kind)
+        assert math.isfinite(other.step(2)["loss"])
+
+
+@on_a_gpu
+def test_run_goes_on_on_a_cpu_from_steps_on_a_gpu(recipe: list[str], tmp_path: Path) -> None:
+    """The whole driver on a GPU, and the second half of its run again on a CPU."""
+    for needed in ("matplotlib", "rich", "jinja2"):  # by a report
+        pytest.importorskip(needed)
+    folder = run(recipe, "--checkpoint.every=4")
+    again = tmp_path / "again"
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("summary.json", "step-8", "model"))
+    run_processes([sys.executable], recipe, f"--output={again}", DS_ACCELERATOR="cpu")
+    assert_same_curve(folder, again, tolerance=1e-3)
