@@ -182,7 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sequences", type=int, help=f"default: {SEQUENCES}")
+    parser.add_argument("--sequences", type=int, help="a batch; 64 on a GPU, 8 on a CPU")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants, by part of a name")

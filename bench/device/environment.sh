@@ -4,7 +4,10 @@ site=$scratch/site # wheels that the image lacks
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 export HF_HOME=$scratch/huggingface HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-export TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
+export TOKENIZERS_PARALLELISM=false
+for tools in /usr/local/cuda*/bin /opt/nvidia/nsight-compute/*; do # ncu, compute-sanitizer
+    PATH=$PATH:$tools
+done
 if [ -n "$DRY" ]; then
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 elif [ -z "$LIST" ] &&

@@ -11,23 +11,24 @@ cd "$(dirname "$0")/../.." || exit 2
 . bench/device/steps.sh
 begin 600 "${1:-$(mktemp -d)}"
 python=$scratch/bare/bin/python
-export python scratch CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
-export PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench
+export python scratch CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench PYTHONPYCACHEPREFIX=$scratch/bytecode
 
-# What the two runs use of the image, and Triton 3.6 beside it.
+# What the two runs use of the image. Beside it Triton 3.6, whose interpreter wants an older NumPy: it
+# takes arrays of one element for numbers.
 environment() {
     local index=() url=https://download.pytorch.org/whl/cpu # as in the Makefile
     curl -fsI -m 3 $url/torch/ >/dev/null 2>&1 && index=(--extra-index-url $url)
-    local pip=("$python" -m pip --disable-pip-version-check install -q)
+    local pip=("$python" -m pip --disable-pip-version-check install -q --no-compile)
     "${PYTHON:-python3}" -m venv "$scratch/bare" &&
         "${pip[@]}" --constraint constraints.txt "${index[@]}" torch triton transformers pytest \
             pytest-xdist hypothesis matplotlib &&
-        "${pip[@]}" --no-deps --target "$scratch/triton-3.6" triton==3.6.0
+        "${pip[@]}" --no-deps --target "$scratch/triton-3.6" triton==3.6.0 "numpy<2.4"
 }
 export -f environment
 
-step environment 240 bash -c environment
-[ ${#failed[@]} -eq 0 ] || { finish && exit; }
+step environment 300 bash -c environment
+[ ${#failed[@]} -eq 0 ] || { finish || exit 1; }
 step benches 90 "$python" bench/device/answers.py
 step triton-3.6 120 env TRITON_INTERPRET=1 PYTHONPATH="$scratch/triton-3.6:$PYTHONPATH" \
     "$python" bench/device/smoke.py --device cpu --rows 4 --scale 400
