@@ -4,9 +4,9 @@
 
 Times `linear_distillation_loss` (KL at T = 2, CE on 15 % of the rows, heads with a bias, bf16,
 forward and backward) at several chunk_rows, in turns with the four products alone (products.py) in
-chunks of the same size; then what each decision is worth: sums in fp32, scratch memory that is kept, logits that
-are not computed a second time. The error is that of the weight's gradient, the norm of the
-difference over the norm, against the same loss on fp32 copies of the inputs. Appends to
+chunks of the same size; then what each decision is worth: sums in fp32, scratch memory that is
+kept, logits that are not computed a second time. The error is that of the weight's gradient, the
+norm of the difference over the norm, against the same loss on fp32 copies of the inputs. Appends to
 bench/results/chunks.csv. docs/kernels.md quotes it.
 """
 
