@@ -1,15 +1,17 @@
 """The one door to the implementations of the losses. A new backend is one entry in BACKENDS.
 
-A backend is five functions, three of them named and defined as in `reference.py`, written by row:
-(N, V) logits in, (4, N) parts out, gradients into tensors that the caller gives. Shapes,
-reductions, autograd, torch.compile and errors are not its business; they live in `losses.py`.
+A backend is a set of functions, most of them named and defined as in `reference.py`, written by
+row: (N, V) logits in, (4, N) parts out, gradients into tensors that the caller gives. Shapes,
+autograd, torch.compile and errors are not its business; they live in `losses.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +40,11 @@ class Backend:
     ``unavailable`` says why the backend cannot be used on this machine, or returns None.
     ``accepts`` says whether it takes tensors of a device type ("cpu", "cuda") and dtype.
     ``combine_teachers`` writes into its last argument, (N, vocab_size), which may be the first of
-    the logits. ``scale`` multiplies (N, M)
-    by () or (N,), in place, computing in fp32 at least. What is written to is dense along its rows.
-    ``accumulate`` adds (N, M) to an fp32 sum that holds something if told that it has begun.
-    ``adds_bias``: whether ``distillation`` takes heads with a bias, and faster than a pass over the
-    products that adds it.
+    the logits. ``scale`` multiplies each of a list of (N, M) by () or (N,), in place, computing in
+    fp32 at least. What is written to is dense along its rows. ``row_scales`` and ``reduce_rows``
+    stand before and after the row kernels. ``accumulate`` adds (N, M) to an fp32 sum that holds
+    something if told that it has begun. ``adds_bias``: whether ``distillation`` takes heads with a
+    bias, and faster than a pass over the products that adds it.
     """
 
     name: str
@@ -51,7 +53,9 @@ class Backend:
     distillation: Callable[..., Tensor]
     hidden_cosine: Callable[..., Tensor]
     combine_teachers: Callable[..., None]
-    scale: Callable[[Tensor, Tensor], None]
+    scale: Callable[[Sequence[Tensor], Tensor], None]
+    row_scales: Callable[..., Tensor] = reference.row_scales
+    reduce_rows: Callable[..., tuple[Tensor, Tensor]] = reference.reduce_rows
     accumulate: Callable[[Tensor, Tensor, bool], None] = _torch_accumulate
     adds_bias: bool = False
 
@@ -104,27 +108,34 @@ def _torch_combine_teachers(*arguments: Any) -> None:
         z[part] = reference.combine_teachers([t[part] for t in logits], *others)
 
 
-def _torch_scale(gradient: Tensor, by: Tensor) -> None:
-    compute = reference.accumulation_dtype(gradient)
-    block = max(1, BLOCK_ELEMENTS.get(gradient.device.type, 1 << 26) // max(1, gradient.shape[1]))
-    for start in range(0, gradient.shape[0], block):
-        part = gradient[start : start + block]
-        factor = by[start : start + block, None] if by.ndim else by
-        part.copy_(part.to(compute) * factor.to(compute))
+def _torch_scale(gradients: Sequence[Tensor], by: Tensor) -> None:
+    for gradient in gradients:
+        compute = reference.accumulation_dtype(gradient)
+        elements = BLOCK_ELEMENTS.get(gradient.device.type, 1 << 26)
+        block = max(1, elements // max(1, gradient.shape[1]))
+        for start in range(0, gradient.shape[0], block):
+            part = gradient[start : start + block]
+            factor = by[start : start + block, None] if by.ndim else by
+            part.copy_(part.to(compute) * factor.to(compute))
 
 
 def _kernels(file: str, function: str) -> Callable[..., Any]:
-    """A launcher, imported when it is first called: triton or the library may be absent."""
+    """A launcher, imported when it is first called: triton or the library may be absent.
+
+    The caller has made the tensors' device the current one, on which triton launches: `on_device`.
+    """
+    name = f"distilfast_kernels.{file}"
 
     def launch(*arguments: Any) -> Any:
-        module = importlib.import_module(f"distilfast_kernels.{file}")
-        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        if not first.is_cuda:
-            return getattr(module, function)(*arguments)
-        with torch.cuda.device_of(first):  # triton launches on the current device
-            return getattr(module, function)(*arguments)
+        module = sys.modules.get(name) or importlib.import_module(name)
+        return getattr(module, function)(*arguments)
 
     return launch
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The tensor's device is the current one, once for all launches of an operator."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 # What the fused kernels take; fp64 is for the reference.
@@ -145,6 +156,8 @@ BACKENDS: dict[str, Backend] = {
         hidden_cosine=_kernels("hidden_cosine", "hidden_cosine"),
         combine_teachers=_kernels("ensemble", "combine_teachers"),
         scale=_kernels("scale", "scale"),
+        row_scales=_kernels("reductions", "row_scales"),
+        reduce_rows=_kernels("reductions", "reduce_rows"),
     ),
     "cpp": Backend(
         name="cpp",

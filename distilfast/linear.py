@@ -13,6 +13,7 @@ fp16, where the gradient of a mean is too small to be stored before the loss sca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from distilfast import backends, reference
 from distilfast.losses import (
+    TOTALS,
     DistillationOutput,
-    as_arguments,
+    Rows,
+    as_matrix,
     as_options,
     as_output,
+    as_totals,
     check_ensemble_mode,
     check_labels,
     check_like,
@@ -35,9 +39,10 @@ from distilfast.losses import (
     check_values,
     check_vocab,
     flatten_rows,
+    late_scales,
     normalize_weights,
-    reduce_parts,
-    scale_gradient,
+    once,
+    scale_gradients,
 )
 from distilfast.memory import Scratch
 from distilfast.reference import PARTS, Head, Options
@@ -196,6 +201,34 @@ def _padded(n: int) -> int:
 # --- The operator ---------------------------------------------------------------------------------
 
 
+class HeadCall(NamedTuple):
+    """How the operator is called: one string of its schema, as `losses.Call`."""
+
+    divergence: str
+    reduction: str
+    backend: str
+    ensemble: str
+    accum_dtype: str
+    late: bool  # the gradients are the backward's, which calls the operator again without it
+    hidden: bool  # which gradients are wanted
+    weight: bool
+    bias: bool
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self[:5])) + "".join(f" {int(flag)}" for flag in self[5:])
+
+    @staticmethod
+    @functools.cache
+    def read(text: str) -> HeadCall:
+        divergence, reduction, backend, ensemble, accum_dtype, *flags = text.split()
+        named = divergence, reduction, backend, ensemble, accum_dtype
+        return HeadCall(*named, *(flag == "1" for flag in flags))
+
+
+HEADS = slice(8, 12)  # among the numbers: scale and softcap of the student, of the teachers
+SHARES = slice(12, None)  # the teachers' weights
+
+
 @torch.library.custom_op("distilfast::linear_distillation", mutates_args=())
 def linear_distillation_op(
     student_hidden: Tensor,
@@ -206,49 +239,69 @@ def linear_distillation_op(
     teacher_bias: list[Tensor],
     labels: Tensor | None,
     mask: Tensor | None,
-    kd_scale: Tensor,
-    ce_scale: Tensor,
-    scalars: list[float],
-    divergence: str,
-    ignore_index: int,
-    vocab_size: int,
-    heads: list[float],
-    teacher_weights: list[float],
-    ensemble: str,
-    chunk_rows: int,
-    accum_dtype: torch.dtype,
-    reduction: str,
-    late: bool,
-    backend: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the parts, and the gradients of hidden, weight and bias (empty if not wanted).
+    kd_normalizer: Tensor | None,
+    ce_normalizer: Tensor | None,
+    scales: Tensor | None,
+    numbers: list[float],
+    sizes: list[int],
+    how: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the parts, the gradients of hidden, weight and bias (empty if not wanted, or late),
+    and the scales (2,) by which late ones have to be multiplied (empty where they were given).
 
-    The products are in the dtypes of the hidden states. kd_scale and ce_scale are () or, in a late
-    backward of reduction="none", (N,). ``late`` leaves the gradients to the backward, which calls
-    this again without it. A teacher without a bias has an empty one.
+    The products are in the dtypes of the hidden states. A teacher without a bias has an empty one.
+    ``scales``, (2,) or (2, N), are a late backward's, times the grad_output; None: from the
+    normalisers. ``sizes`` ends with the rows a chunk.
     """
-    want_hidden, want_weight, want_bias = [False] * 3 if late else wanted
-    training = want_hidden or want_weight or want_bias
-    options = as_options(scalars, divergence, ignore_index, vocab_size)
+    call = HeadCall.read(how)
+    options = as_options(numbers, sizes, call.divergence)
     check_values(labels, mask, options)
-    distillation = backends.BACKENDS[backend].distillation
+    with backends.on_device(student_hidden):
+        return _linear_distillation(
+            (student_hidden, student_weight, student_bias),
+            (teacher_hidden, teacher_weight, teacher_bias),
+            Rows(labels, mask, kd_normalizer, ce_normalizer),
+            scales,
+            options,
+            numbers,
+            sizes[-1],
+            call,
+        )
+
+
+def _linear_distillation(
+    student_tensors: tuple[Tensor, Tensor, Tensor | None],
+    teacher_tensors: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    each: Rows,
+    scales: Tensor | None,
+    options: Options,
+    numbers: Sequence[float],
+    chunk_rows: int,
+    call: HeadCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student_hidden, student_weight, student_bias = student_tensors
+    teacher_hidden, teacher_weight, teacher_bias = teacher_tensors
+    labels, mask = each.labels, each.mask
+    want_hidden, want_weight, want_bias = [False] * 3 if call.late else call[6:]
+    training = want_hidden or want_weight or want_bias
+    vocab_size, backend = options.vocab_size, backends.BACKENDS[call.backend]
     n_rows, device = student_hidden.shape[0], student_hidden.device
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
 
-    in_kernel = backends.BACKENDS[backend].adds_bias
-    head, dtype = Head(heads[0], heads[1]), student_hidden.dtype
+    scale, softcap, teacher_scale, teacher_softcap = numbers[HEADS]
+    head, dtype = Head(scale, softcap), student_hidden.dtype
+    in_kernel = backend.adds_bias
     student = Side.of(student_weight, student_bias, head, vocab_size, dtype, in_kernel)
-    used = [k for k in range(len(teacher_hidden)) if teacher_weights[k]]
+    used = [k for k, share in enumerate(numbers[SHARES]) if share and k < len(teacher_hidden)]
     teachers = []
     for k in used:
-        head, dtype = Head(heads[2], heads[3]), teacher_hidden[k].dtype
+        head, dtype = Head(teacher_scale, teacher_softcap), teacher_hidden[k].dtype
         bias = teacher_bias[k] if len(teacher_bias[k]) else None
         teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, in_kernel))
-    shares = [teacher_weights[k] for k in used]
-    target = Target(teachers, shares, ensemble, options, backend)
+    shares = [numbers[SHARES][k] for k in used]
+    target = Target(teachers, shares, call.ensemble, options, call.backend)
 
-    needed = _needed_rows(labels, mask, options)
+    by, needed = _scales(each, scales, options, numbers, n_rows, compute, device, backend)
     dtypes = [student_hidden.dtype, *target.dtypes]
     chunks = _chunks(student_hidden, needed, chunk_rows, vocab_size, dtypes)
     most = max((_length(chunk) for chunk in chunks), default=0)
@@ -257,16 +310,22 @@ def linear_distillation_op(
     if teachers:
         target.allocate(most, scratch)
 
-    rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=device)
-    d_hidden = student_hidden.new_zeros(student_hidden.shape if want_hidden else 0)
+    # Slices are all rows; of a selection the others are 0.
+    made = torch.empty if chunks and isinstance(chunks[0], slice) else torch.zeros
+    rows = made(len(PARTS), n_rows, dtype=compute, device=device)
+    d_hidden = made(
+        student_hidden.shape if want_hidden else 0, dtype=student_hidden.dtype, device=device
+    )
     weight_gradient = None
     if want_weight:
+        accum_dtype = getattr(torch, call.accum_dtype)
         if len(chunks) == 1 and student_weight.dtype == student.weight.dtype:
             accum_dtype = student_weight.dtype  # nothing is added up
         weight_gradient = WeightGradient(
-            student.weight, accum_dtype, student_weight, backend, scratch
+            student.weight, accum_dtype, student_weight, call.backend, scratch
         )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
+    kd_scale, ce_scale = by
     for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None and isinstance(chunk, slice):
@@ -276,7 +335,7 @@ def linear_distillation_op(
         t, t_head = s, student.head  # without a teacher nothing reads it
         if teachers:
             t, t_head = target([teacher_hidden[k][chunk] for k in used])
-        rows[:, chunk] = distillation(
+        of_chunk = backend.distillation(
             s,
             t,
             None if labels is None else labels[chunk],
@@ -288,30 +347,54 @@ def linear_distillation_op(
             (student.head, t_head),
             None if d_bias is None else d_bias[:vocab_size],
         )
+        if isinstance(chunk, slice) and len(chunks) == 1:
+            rows = of_chunk
+        else:
+            rows[:, chunk] = of_chunk
         if want_hidden:  # what was logits is their gradient now
-            d_hidden[chunk] = s @ student.weight
+            if isinstance(chunk, slice):
+                torch.mm(s, student.weight, out=d_hidden[chunk])
+            else:
+                d_hidden[chunk] = s @ student.weight
         if weight_gradient:
             weight_gradient.add(s, hidden)
 
-    loss, parts = reduce_parts(rows, kd_scale, ce_scale, options, reduction)
+    loss, parts = backend.reduce_rows(rows, by, options[1:5], call.reduction)
     bias_like = student_weight if student_bias is None else student_bias
     d_weight = student_weight.new_empty(0)
     if weight_gradient:
         d_weight = weight_gradient.result(vocab_size)
     d_bias = bias_like.new_empty(0) if d_bias is None else d_bias.to(bias_like.dtype)
     scratch.keep()
-    return loss, parts, d_hidden, d_weight, d_bias
+    return loss, parts, d_hidden, d_weight, d_bias, by if scales is None else by.new_empty(0)
 
 
-def _needed_rows(labels: Tensor | None, mask: Tensor | None, options: Options) -> Tensor | None:
-    """(N,) bool, the rows that some part needs; None: all of them."""
-    soft = options.kd_weight or options.cos_weight or options.mse_weight
-    if soft and mask is None:
-        return None
-    wanted = [] if not soft or mask is None else [mask != 0]
-    wanted += [] if labels is None else [labels != options.ignore_index]
-    needed = torch.stack(wanted).any(0)
-    return None if not needed.is_cuda and needed.all() else needed
+def _scales(
+    each: Rows,
+    scales: Tensor | None,
+    options: Options,
+    numbers: Sequence[float],
+    n_rows: int,
+    compute: torch.dtype,
+    device: torch.device,
+    backend: backends.Backend,
+) -> tuple[Tensor, Tensor | None]:
+    """The scales, and (N,) bool, the rows that some part needs; None: all of them."""
+    labels, mask, ignore_index = each.labels, each.mask, options.ignore_index
+    totals = as_totals(each, numbers[TOTALS])
+    if scales is not None:
+        needed = reference.needed_rows(scales, labels, mask, ignore_index).expand(n_rows)
+    else:
+        needed = None
+        # A total that the host knows is not 0, but for one that stands for no soft loss at all.
+        if mask is not None or isinstance(totals[0], Tensor) or totals[0] == 0:
+            needed = torch.empty(n_rows, dtype=torch.bool, device=device)
+        scales = backend.row_scales(
+            totals, labels, mask, n_rows, ignore_index, compute, device, needed
+        )
+    if needed is not None and not needed.is_cuda and needed.all():
+        needed = None
+    return scales, needed
 
 
 def _chunks(
@@ -347,67 +430,74 @@ def _length(chunk: slice | Tensor) -> int:
 
 @linear_distillation_op.register_fake
 def _(
-    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kd_scale, (reduction, late, _, wanted) = others[5], others[-4:]
-    n_rows = [student_hidden.shape[0]] if reduction == "none" else []
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: list[Tensor],
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call, scales = HeadCall.read(others[-1]), others[6]
+    n_rows = [student_hidden.shape[0]] if call.reduction == "none" else []
     bias_like = student_weight if student_bias is None else student_bias
-    if late:
-        wanted = [False] * 3
+    hidden, weight, bias = [False] * 3 if call.late else call[6:]
+    compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
+    like = student_hidden.new_empty(0, dtype=compute)
     return (
-        kd_scale.new_empty(n_rows),
-        kd_scale.new_empty([len(PARTS), *n_rows]),
-        student_hidden.new_empty(student_hidden.shape if wanted[0] else 0),
-        student_weight.new_empty(student_weight.shape if wanted[1] else 0),
-        bias_like.new_empty(student_weight.shape[0] if wanted[2] else 0),
+        like.new_empty(n_rows),
+        like.new_empty([len(PARTS), *n_rows]),
+        student_hidden.new_empty(student_hidden.shape if hidden else 0),
+        student_weight.new_empty(student_weight.shape if weight else 0),
+        bias_like.new_empty(student_weight.shape[0] if bias else 0),
+        like.new_empty(2 if scales is None else 0),
     )
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    loss, *rest = output
+    loss, *rest, scales = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
-    ctx.mark_non_differentiable(*rest)
-    *ctx.settings, ctx.late, ctx.backend, ctx.wanted = inputs[10:]
+    ctx.mark_non_differentiable(*rest, scales)
+    *ctx.settings, how = inputs[11:]
+    ctx.call = HeadCall.read(how)
     ctx.teacher_counts = [len(group) for group in inputs[3:6]]
-    ctx.others = len(inputs) - 6
-    if not ctx.late:
+    if not ctx.call.late:
         ctx.save_for_backward(loss, *rest[1:])
         return
     student = inputs[:3]
     teachers = [x for group in inputs[3:6] for x in group]
-    ctx.save_for_backward(loss, *student, *inputs[6:10], *teachers)
+    ctx.save_for_backward(loss, scales, *inputs[6:8], *student, *teachers)
 
 
 def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = *([None] * n for n in ctx.teacher_counts), *[None] * 8
     if grad_loss is None:
-        return *[None] * 3, *([None] * n for n in ctx.teacher_counts), *[None] * ctx.others
-    if ctx.late:
-        loss, *saved = ctx.saved_tensors
-        student, (labels, mask, kd_scale, ce_scale), teachers = saved[:3], saved[3:7], saved[7:]
+        return *[None] * 3, *nothing
+    call, wanted = ctx.call, ctx.call[6:]
+    if call.late:
+        loss, scales, labels, mask, *saved = ctx.saved_tensors
+        student, teachers = saved[:3], saved[3:]
         groups = []
         for count in ctx.teacher_counts:
             groups.append([t.detach() for t in teachers[:count]])
             teachers = teachers[count:]
-        _, _, *gradients = linear_distillation_op(
+        _, _, *gradients, _ = linear_distillation_op(
             *(None if x is None else x.detach() for x in student),
             *groups,
             labels,
             mask,
-            kd_scale * grad_loss.detach(),
-            ce_scale * grad_loss.detach(),
+            None,
+            None,
+            late_scales(scales, grad_loss),
             *ctx.settings,
-            False,
-            ctx.backend,
-            ctx.wanted,
+            str(call._replace(late=False)),
         )
-        grad_loss = grad_loss.new_ones(())
+        made = [once(g, loss, call.backend) for g, w in zip(gradients, wanted, strict=True) if w]
     else:
         loss, *gradients = ctx.saved_tensors
-    scaled = [
-        scale_gradient(g, grad_loss, loss, ctx.backend) if wanted else None
-        for g, wanted in zip(gradients, ctx.wanted, strict=True)
-    ]
-    return *scaled, *([None] * n for n in ctx.teacher_counts), *[None] * ctx.others
+        made = scale_gradients(
+            [g for g, w in zip(gradients, wanted, strict=True) if w], grad_loss, loss, call.backend
+        )
+    found = iter(made)
+    return *(next(found) if w else None for w in wanted), *nothing
 
 
 linear_distillation_op.register_autograd(_linear_backward, setup_context=_linear_context)
@@ -549,41 +639,31 @@ def linear_distillation_loss(
     accum_dtype = _accum_dtype(accum_dtype, student_hidden.dtype)
     backend = backends.choose(backend, device, [x.dtype for x in (student_hidden, *t_hidden)])
 
-    scalars = [float(x) for x in (temperature, *weights.values(), jsd_beta)]
-    options = as_options(scalars, divergence, ignore_index, vocab)
-    rows = flatten_rows(
-        leading.numel(),
-        device,
-        reference.accumulation_dtype(student_hidden, *t_hidden),
-        labels if ce_weight else None,
-        mask,
-        reduction,
-        kd_normalizer,
-        ce_normalizer,
-        ignore_index,
+    rows, totals = flatten_rows(
+        labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
     )
+    if not soft:  # then nothing but a label can make a row needed
+        rows, totals[0] = rows._replace(mask=None, kd_normalizer=None), 0.0
+    numbers = [float(x) for x in (temperature, *weights.values(), jsd_beta, *totals)]
     trained = (student_hidden, student_weight, student_bias)
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained]
+    late = reduction == "none" or student_hidden.dtype == torch.float16
+    accum_name = str(accum_dtype).removeprefix("torch.")
     loss, parts, *_ = linear_distillation_op(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        as_matrix(student_hidden),
         student_weight,
         student_bias,
-        [h.reshape(-1, h.shape[-1]) for h in t_hidden],
+        [as_matrix(h) for h in t_hidden],
         [w.detach() for w in t_weight],
         [
             w.new_empty(0) if b is None else b.detach()
             for w, b in zip(t_weight, t_bias, strict=True)
         ],
         *rows,
-        *as_arguments(options),
-        [scales[0], softcaps[0], scales[1], softcaps[1]],
-        shares,
-        ensemble,
-        0 if chunk_rows == "auto" else int(chunk_rows),
-        accum_dtype,
-        reduction,
-        reduction == "none" or student_hidden.dtype == torch.float16,
-        backend,
-        [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained],
+        None,
+        [*numbers, scales[0], softcaps[0], scales[1], softcaps[1], *shares],
+        [ignore_index, vocab, 0 if chunk_rows == "auto" else int(chunk_rows)],
+        str(HeadCall(divergence, reduction, backend, ensemble, accum_name, late, *wanted)),
     )
     return as_output(loss, parts, leading, reduction)
 

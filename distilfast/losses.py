@@ -11,6 +11,7 @@ gradient of a mean is too small to be stored before `grad_output` (the loss scal
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -192,78 +193,54 @@ def _is_number(value: Any) -> bool:
 
 
 class Rows(NamedTuple):
-    """What every row's loss needs beside its logits, flat and on the device."""
+    """What every row's loss needs beside its logits, flat, and what the sums are divided by."""
 
     labels: Tensor | None  # (N,) int64
-    mask: Tensor | None  # (N,) fp32 or fp64
-    kd_scale: Tensor  # (), 1 / the normaliser of kd, cos and mse
-    ce_scale: Tensor  # (), 1 / the normaliser of ce
+    mask: Tensor | None  # (N,), bool or float
+    kd_normalizer: Tensor | None  # (), of kd, cos and mse, where it is a tensor
+    ce_normalizer: Tensor | None  # (), of ce
+
+
+# In place of a normaliser that is a number: there is none, so it is counted, or a tensor.
+NO_NUMBER = -1.0
 
 
 def flatten_rows(
-    n_rows: int,
-    device: torch.device,
-    compute: torch.dtype,
     labels: Tensor | None,
     mask: Tensor | None,
+    device: torch.device,
     reduction: str,
     kd_normalizer: float | Tensor | None,
     ce_normalizer: float | Tensor | None,
-    ignore_index: int,
-) -> Rows:
-    """Labels and mask as vectors, the normalisers as scales; nothing waits for the device."""
-    if labels is not None:
-        labels = labels.reshape(-1)
-    if mask is not None:
-        mask = mask.detach().reshape(-1).to(compute)
-    one = torch.ones((), dtype=compute, device=device)
-    if reduction != "mean":
-        return Rows(labels, mask, one, one)
-    kd_scale, ce_scale = one, one
-    if kd_normalizer is not None:
-        kd_total = _as_scalar(kd_normalizer, one)
-        # A normaliser of 0 means that nothing counts; a row left in would give inf or NaN.
-        mask = (one.expand(n_rows) if mask is None else mask) * (kd_total > 0)
-        kd_scale = _reciprocal(kd_total)
-    elif mask is not None:
-        kd_scale = _reciprocal(mask.sum())
-    else:
-        kd_scale = one / max(n_rows, 1)
-    if ce_normalizer is not None:
-        ce_total = _as_scalar(ce_normalizer, one)
-        if labels is not None:
-            labels = torch.where(ce_total > 0, labels, ignore_index)
-        ce_scale = _reciprocal(ce_total)
-    elif labels is not None:
-        ce_scale = _reciprocal((labels != ignore_index).sum().to(compute))
-    return Rows(labels, mask, kd_scale, ce_scale)
+) -> tuple[Rows, list[float]]:
+    """Labels and mask as vectors, and the normalisers: those that are tensors, and as numbers those
+    that the host knows. The operators count what is missing; nothing waits for the device."""
+    tensors: list[Tensor | None] = []
+    numbers = []
+    for value in (kd_normalizer, ce_normalizer):
+        if value is not None and not isinstance(value, Tensor) and torch.compiler.is_compiling():
+            # Compiled code knows an operator's numbers: each would be compiled for anew.
+            value = torch.full((), value, dtype=torch.float32, device=device)
+        if value is None and reduction != "mean":
+            value = 1.0
+        tensors.append(value.detach() if isinstance(value, Tensor) else None)
+        numbers.append(NO_NUMBER if value is None or isinstance(value, Tensor) else float(value))
+    flat_labels = None if labels is None else labels.reshape(-1)
+    flat_mask = None if mask is None else mask.detach().reshape(-1)
+    return Rows(flat_labels, flat_mask, *tensors), numbers
 
 
-def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(like, non_blocking=True)
-    return like * value
+Total = float | Tensor | None
 
 
-def _reciprocal(total: Tensor) -> Tensor:
-    """1 / total, and 0 for 0: nothing counted gives a loss of 0."""
-    return total.reciprocal().masked_fill_(total <= 0, 0)
-
-
-def reduce_parts(
-    rows: Tensor, kd_scale: Tensor, ce_scale: Tensor, options: Options, reduction: str
-) -> tuple[Tensor, Tensor]:
-    """(4, N) parts of each row -> the loss and the (4,) or (4, N) parts, reduced."""
-    parts = rows
-    if reduction != "none":
-        parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale])
-    # Weights stay on the host: a tensor of them would have to wait for the device. A part of weight
-    # 0 is 0, and left out.
-    used = [(w, part) for w, part in zip(options[1:5], parts, strict=True) if w]
-    loss = used[0][0] * used[0][1]
-    for weight, part in used[1:]:
-        loss = loss.add_(part, alpha=weight)
-    return loss, parts
+def as_totals(rows: Rows, numbers: Sequence[float]) -> tuple[Total, Total]:
+    """The way back from `flatten_rows`, as `reference.row_scales` takes them."""
+    tensors = rows.kd_normalizer, rows.ce_normalizer
+    kd, ce = (
+        tensor if tensor is not None else None if number == NO_NUMBER else number
+        for tensor, number in zip(tensors, numbers, strict=True)
+    )
+    return kd, ce
 
 
 def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -277,7 +254,38 @@ def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 # --- The custom operators: opaque to torch.compile, one for all backends --------------------------
-# Outputs: the loss, the parts, and the gradient for a grad_output of 1 (empty where not asked for).
+# What stands around a row kernel is the operator's, too: two launches of a few microseconds, where
+# PyTorch's own operators would be 8 to 16.
+
+
+class Call(NamedTuple):
+    """How an operator is called: one string of its schema. PyTorch goes through the arguments of a
+    custom operator in Python, in a time that grows with the square of their number."""
+
+    divergence: str
+    reduction: str
+    backend: str
+    wanted: bool  # a gradient
+    late: bool  # but in the backward
+    inplace: bool  # over the logits
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self[:3])) + "".join(f" {int(flag)}" for flag in self[3:])
+
+    @staticmethod
+    @functools.cache
+    def read(text: str) -> Call:
+        divergence, reduction, backend, *flags = text.split()
+        return Call(divergence, reduction, backend, *(flag == "1" for flag in flags))
+
+
+TOTALS = slice(6, 8)  # among an operator's numbers, those of `flatten_rows`
+
+
+def as_options(numbers: Sequence[float], sizes: Sequence[int], divergence: str) -> Options:
+    """Options from an operator's arguments: they begin the numbers and the sizes."""
+    temperature, kd, ce, cos, mse, beta = numbers[:6]
+    return Options(temperature, kd, ce, cos, mse, beta, divergence, sizes[0], sizes[1])
 
 
 @torch.library.custom_op("distilfast::distillation", mutates_args=())
@@ -286,39 +294,47 @@ def distillation_op(
     teacher: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
-    kd_scale: Tensor,
-    ce_scale: Tensor,
-    scalars: list[float],
-    divergence: str,
-    ignore_index: int,
-    vocab_size: int,
-    reduction: str,
-    late: bool,
-    inplace: bool,
-    backend: str,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = as_options(scalars, divergence, ignore_index, vocab_size)
+    kd_normalizer: Tensor | None,
+    ce_normalizer: Tensor | None,
+    numbers: list[float],
+    sizes: list[int],
+    how: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the parts, the gradient for a grad_output of 1 (empty where it is not wanted, or
+    late), and the scales (2,) by which a late one has to be multiplied."""
+    call = Call.read(how)
+    options = as_options(numbers, sizes, call.divergence)
     check_values(labels, mask, options)
-    now = with_gradient and not late
+    backend = backends.BACKENDS[call.backend]
+    now = call.wanted and not call.late
     gradient = rows_like(student, student.shape[1], student.dtype) if now else None
-    rows = backends.BACKENDS[backend].distillation(
-        student, teacher, labels, mask, kd_scale, ce_scale, options, gradient
-    )
-    loss, parts = reduce_parts(rows, kd_scale, ce_scale, options, reduction)
-    return loss, parts, student.new_empty(0) if gradient is None else gradient
+    with backends.on_device(student):
+        scales = backend.row_scales(
+            as_totals(Rows(labels, mask, kd_normalizer, ce_normalizer), numbers[TOTALS]),
+            labels,
+            mask,
+            student.shape[0],
+            options.ignore_index,
+            reference.accumulation_dtype(student, teacher),
+            student.device,
+        )
+        rows = backend.distillation(student, teacher, labels, mask, *scales, options, gradient)
+        loss, parts = backend.reduce_rows(rows, scales, options[1:5], call.reduction)
+    return loss, parts, student.new_empty(0) if gradient is None else gradient, scales
 
 
 @distillation_op.register_fake
-def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kd_scale, (reduction, late, _, _, with_gradient) = others[3], others[-5:]
-    n_rows = [student.shape[0]] if reduction == "none" else []
-    now = with_gradient and not late
+def _(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call.read(others[-1])
+    n_rows = [student.shape[0]] if call.reduction == "none" else []
+    now = call.wanted and not call.late
     gradient = rows_like(student, student.shape[1], student.dtype) if now else student.new_empty(0)
+    like = student.new_empty(0, dtype=reference.accumulation_dtype(student, teacher))
     return (
-        kd_scale.new_empty(n_rows),
-        kd_scale.new_empty([len(PARTS), *n_rows]),
+        like.new_empty(n_rows),
+        like.new_empty([len(PARTS), *n_rows]),
         gradient,
+        like.new_empty(2),
     )
 
 
@@ -329,87 +345,91 @@ def distillation_gradient_op(
     teacher: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
-    kd_scale: Tensor,
-    ce_scale: Tensor,
-    scalars: list[float],
-    divergence: str,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
+    scales: Tensor,
+    numbers: list[float],
+    sizes: list[int],
+    how: str,
 ) -> None:
-    """The gradient alone, into ``gradient``, which may be ``student``: see inplace_backward."""
-    options = as_options(scalars, divergence, ignore_index, vocab_size)
-    backends.BACKENDS[backend].distillation(
-        student, teacher, labels, mask, kd_scale, ce_scale, options, gradient
-    )
+    """The gradient alone, into ``gradient``, which may be ``student``: see inplace_backward. The
+    scales, (2,) or (2, N), are times the grad_output."""
+    call = Call.read(how)
+    options = as_options(numbers, sizes, call.divergence)
+    with backends.on_device(student):
+        backends.BACKENDS[call.backend].distillation(
+            student, teacher, labels, mask, *scales, options, gradient
+        )
 
 
 def _distillation_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, options, (_, late, inplace, backend, _) = inputs[:6], inputs[6:10], inputs[10:]
-    loss, parts, gradient = output
+    student, teacher, labels, mask, _, _, *ctx.settings = inputs
+    loss, parts, gradient, scales = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
-    ctx.mark_non_differentiable(parts, gradient)
-    ctx.options, ctx.late, ctx.inplace, ctx.backend = options, late, inplace, backend
-    ctx.others = len(inputs) - 1
-    if late:
-        ctx.save_for_backward(loss, *tensors)
+    ctx.mark_non_differentiable(parts, gradient, scales)
+    ctx.call = Call.read(ctx.settings[-1])
+    if ctx.call.late:
+        ctx.save_for_backward(loss, scales, student, teacher, labels, mask)
     else:
         ctx.save_for_backward(loss, gradient)
 
 
 def _distillation_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    others = [None] * 8
     if grad_loss is None:
-        return None, *[None] * ctx.others
-    if ctx.late:
-        loss, student, teacher, labels, mask, kd_scale, ce_scale = ctx.saved_tensors
-        gradient = student.detach()
-        if not ctx.inplace:
-            gradient = rows_like(student, student.shape[1], student.dtype)
-        distillation_gradient_op(
-            gradient,
-            student.detach(),
-            teacher,
-            labels,
-            mask,
-            kd_scale * grad_loss.detach(),
-            ce_scale * grad_loss.detach(),
-            *ctx.options,
-            ctx.backend,
-        )
-        grad_loss = torch.ones_like(grad_loss)
-    else:
+        return None, *others
+    call = ctx.call
+    if not call.late:
         loss, gradient = ctx.saved_tensors
-    if not ctx.late or torch.is_grad_enabled():
-        gradient = scale_gradient(gradient, grad_loss, loss, ctx.backend)
-    return gradient, *[None] * ctx.others
+        return *scale_gradients([gradient], grad_loss, loss, call.backend), *others
+    loss, scales, student, *rest = ctx.saved_tensors
+    gradient = student.detach()
+    if not call.inplace:
+        gradient = rows_like(student, student.shape[1], student.dtype)
+    distillation_gradient_op(
+        gradient, student.detach(), *rest, late_scales(scales, grad_loss), *ctx.settings
+    )
+    return once(gradient, loss, call.backend), *others
 
 
 distillation_op.register_autograd(_distillation_backward, setup_context=_distillation_context)
 
 
-def scale_gradient(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
-    """gradient * grad_loss, in the gradient's own memory where nobody can want it again: the graph
-    is not kept. (Hooks on saved tensors that hand out what they were given see it change.)"""
-    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+def late_scales(scales: Tensor, grad_loss: Tensor) -> Tensor:
+    """(2,) or, of a grad_output a row, (2, N)."""
+    grad_loss = grad_loss.detach()
+    return scales[:, None] * grad_loss if grad_loss.ndim else scales * grad_loss
+
+
+def once(gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
+    """A gradient that is finished; where it may be differentiated again, one that says no."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return cast(Tensor, scale_gradient_op(gradient, loss.new_ones(()), loss, backend))
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], grad_loss: Tensor, loss: Tensor, backend: str
+) -> list[Tensor]:
+    """Each gradient * grad_loss, in its own memory where nobody can want it again: the graph is not
+    kept. (Hooks on saved tensors that hand out what they were given see it change.)"""
+    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in gradients)
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if traced or kept:
-        return scale_gradient_op(gradient, grad_loss, loss, backend)
+        return [scale_gradient_op(g, grad_loss, loss, backend) for g in gradients]
     if grad_loss.ndim == 0 and grad_loss.device.type == "cpu" and grad_loss == 1:
-        return gradient  # what a plain loss.backward() brings; a GPU's kernel finds it out itself
-    scale_gradient_inplace_op(gradient, grad_loss, backend)
-    return gradient
+        return list(gradients)  # what a plain loss.backward() brings; a GPU's kernel finds it out
+    _scale_in_place(gradients, grad_loss, backend)
+    return list(gradients)
 
 
-@torch.library.custom_op("distilfast::scale_gradient_", mutates_args=("gradient",))
-def scale_gradient_inplace_op(gradient: Tensor, grad_loss: Tensor, backend: str) -> None:
-    """gradient *= grad_loss, () or (N,), rounded once."""
-    rows = gradient if gradient.ndim == 2 else gradient.reshape(1, -1)
-    if rows.shape[1] < 2 or rows.stride(1) == 1:
-        backends.BACKENDS[backend].scale(rows, grad_loss)
-    else:
-        dense = rows.contiguous()
+def _scale_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, backend: str) -> None:
+    """Each *= grad_loss, () or (N,), rounded once; one launch for all."""
+    rows = [g if g.ndim == 2 else g.reshape(1, -1) for g in gradients]
+    dense = [g if g.shape[1] < 2 or g.stride(1) == 1 else g.contiguous() for g in rows]
+    with backends.on_device(dense[0]):
         backends.BACKENDS[backend].scale(dense, grad_loss)
-        rows.copy_(dense)
+    for scaled, own in zip(dense, rows, strict=True):
+        if scaled is not own:
+            own.copy_(scaled)
 
 
 @torch.library.custom_op("distilfast::scale_gradient", mutates_args=())
@@ -420,7 +440,7 @@ def scale_gradient_op(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend
     and silently be 0.
     """
     scaled = torch.empty_like(gradient, memory_format=torch.contiguous_format).copy_(gradient)
-    scale_gradient_inplace_op(scaled, grad_loss, backend)
+    _scale_in_place([scaled], grad_loss, backend)
     return scaled
 
 
@@ -456,45 +476,55 @@ def hidden_cosine_op(
     student: list[Tensor],
     teacher: list[Tensor],
     mask: Tensor | None,
-    scale: Tensor,
-    reduction: str,
-    backend: str,
-    with_gradient: bool,
+    normalizer: Tensor | None,
+    total: float,
+    how: str,
 ) -> tuple[Tensor, list[Tensor]]:
+    call = Call.read(how)
     check_mask_values(mask)
-    gradients = _hidden_gradients(student) if with_gradient else []
-    rows = backends.BACKENDS[backend].hidden_cosine(student, teacher, mask, scale, gradients)
-    return rows if reduction == "none" else rows.sum() * scale, gradients
+    backend = backends.BACKENDS[call.backend]
+    gradients = _hidden_gradients(student) if call.wanted else []
+    with backends.on_device(student[0]):
+        scales = backend.row_scales(
+            as_totals(Rows(None, mask, normalizer, None), (total, 0.0)),
+            None,
+            mask,
+            student[0].shape[0],
+            0,
+            reference.accumulation_dtype(*student, *teacher),
+            student[0].device,
+        )
+        rows = backend.hidden_cosine(student, teacher, mask, scales[0], gradients)
+        if call.reduction == "none":
+            return rows, gradients
+        loss, _ = backend.reduce_rows(rows[None], scales, (1.0,), call.reduction)
+    return loss, gradients
 
 
 @hidden_cosine_op.register_fake
-def _(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    mask: Tensor | None,
-    scale: Tensor,
-    reduction: str,
-    backend: str,
-    with_gradient: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    loss = scale.new_empty([student[0].shape[0]] if reduction == "none" else [])
-    return loss, _hidden_gradients(student) if with_gradient else []
+def _(student: list[Tensor], teacher: list[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:
+    call = Call.read(others[-1])
+    compute = reference.accumulation_dtype(*student, *teacher)
+    n_rows = [student[0].shape[0]] if call.reduction == "none" else []
+    return student[0].new_empty(n_rows, dtype=compute), (
+        _hidden_gradients(student) if call.wanted else []
+    )
 
 
 def _hidden_cosine_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     loss, gradients = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
     ctx.mark_non_differentiable(*gradients)
-    ctx.backend = inputs[5]
+    ctx.backend = Call.read(inputs[-1]).backend
     ctx.save_for_backward(loss, *gradients)
 
 
 def _hidden_cosine_backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
     loss, *gradients = ctx.saved_tensors
+    nothing = [None] * len(gradients)
     if grad_loss is None:
-        return [None] * len(gradients), [None] * len(gradients), *[None] * 5
-    scaled = [scale_gradient(g, grad_loss, loss, ctx.backend) for g in gradients]
-    return scaled, [None] * len(scaled), *[None] * 5
+        return nothing, nothing, *[None] * 4
+    return scale_gradients(gradients, grad_loss, loss, ctx.backend), nothing, *[None] * 4
 
 
 hidden_cosine_op.register_autograd(_hidden_cosine_backward, setup_context=_hidden_cosine_context)
@@ -511,7 +541,8 @@ def combine_teachers_op(
 ) -> Tensor:
     z = rows_like(logits[0], vocab_size, reference.accumulation_dtype(*logits))
     combine = backends.BACKENDS[backend].combine_teachers
-    combine(logits, weights, temperature, mode, vocab_size, z)
+    with backends.on_device(z):
+        combine(logits, weights, temperature, mode, vocab_size, z)
     return z
 
 
@@ -525,19 +556,6 @@ def _(
     backend: str,
 ) -> Tensor:
     return rows_like(logits[0], vocab_size, reference.accumulation_dtype(*logits))
-
-
-def as_arguments(options: Options) -> tuple[list[float], str, int, int]:
-    """Options as an operator's schema can carry them."""
-    return [*options[:6]], options.divergence, options.ignore_index, options.vocab_size
-
-
-def as_options(
-    scalars: list[float], divergence: str, ignore_index: int, vocab_size: int
-) -> Options:
-    """The way back from `as_arguments`."""
-    temperature, kd, ce, cos, mse, beta = scalars
-    return Options(temperature, kd, ce, cos, mse, beta, divergence, ignore_index, vocab_size)
 
 
 # --- The public functions -------------------------------------------------------------------------
@@ -643,36 +661,29 @@ def distillation_loss(
     check_mask(mask, leading, device)
     backend = backends.choose(backend, device, (student_logits.dtype, teacher_logits.dtype))
 
-    compute = reference.accumulation_dtype(student_logits, teacher_logits)
-    scalars = [float(x) for x in (temperature, *weights.values(), jsd_beta)]
-    options = as_options(scalars, divergence, ignore_index, vocab)
-    rows = flatten_rows(
-        leading.numel(),
-        device,
-        compute,
-        labels if ce_weight else None,
-        mask,
-        reduction,
-        kd_normalizer,
-        ce_normalizer,
-        ignore_index,
+    rows, totals = flatten_rows(
+        labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
     )
     # Compiled code keeps its own account of what may be overwritten; in place is for eager mode.
-    flat = student_logits.reshape(-1, student_logits.shape[-1])
+    flat = as_matrix(student_logits)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     inplace = inplace and _is_overwritable(flat, student_logits)
-    loss, parts, _ = distillation_op(
+    late = inplace or student_logits.dtype == torch.float16
+    wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    loss, parts, _, _ = distillation_op(
         flat,
-        teacher_logits.reshape(-1, teacher_logits.shape[-1]),
+        as_matrix(teacher_logits),
         *rows,
-        *as_arguments(options),
-        reduction,
-        inplace or student_logits.dtype == torch.float16,
-        inplace,
-        backend,
-        student_logits.requires_grad and torch.is_grad_enabled(),
+        [float(x) for x in (temperature, *weights.values(), jsd_beta, *totals)],
+        [ignore_index, vocab],
+        str(Call(divergence, reduction, backend, wanted, late, inplace)),
     )
     return as_output(loss, parts, leading, reduction)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., V) as (N, V)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _is_overwritable(flat: Tensor, logits: Tensor) -> bool:
@@ -684,8 +695,11 @@ def _is_overwritable(flat: Tensor, logits: Tensor) -> bool:
 def as_output(
     loss: Tensor, parts: Tensor, leading: torch.Size, reduction: str
 ) -> DistillationOutput:
-    shape = leading if reduction == "none" else torch.Size([])
-    return DistillationOutput(loss.reshape(shape), *(p.reshape(shape) for p in parts.detach()))
+    """The operator's outputs in the shape of the rows: (...) with "none", else 0-d."""
+    apart = parts.detach().unbind()
+    if reduction != "none" or len(leading) == 1:
+        return DistillationOutput(loss, *apart)
+    return DistillationOutput(loss.reshape(leading), *(part.reshape(leading) for part in apart))
 
 
 def hidden_cosine_loss(
@@ -737,27 +751,17 @@ def hidden_cosine_loss(
         check_like("teacher_hidden", t, s.shape, device)
     check_mask(mask, leading, device)
     backend = backends.choose(backend, device, [x.dtype for x in (*student, *teacher)])
-    rows = flatten_rows(
-        leading.numel(),
-        device,
-        reference.accumulation_dtype(*student, *teacher),
-        None,
-        mask,
-        reduction,
-        normalizer,
-        None,
-        ignore_index=-100,
-    )
+    rows, totals = flatten_rows(None, mask, device, reduction, normalizer, None)
+    wanted = any(s.requires_grad for s in student) and torch.is_grad_enabled()
     loss, _ = hidden_cosine_op(
-        [s.reshape(-1, s.shape[-1]) for s in student],
-        [t.reshape(-1, t.shape[-1]) for t in teacher],
+        [as_matrix(s) for s in student],
+        [as_matrix(t) for t in teacher],
         rows.mask,
-        rows.kd_scale,
-        reduction,
-        backend,
-        any(s.requires_grad for s in student) and torch.is_grad_enabled(),
+        rows.kd_normalizer,
+        totals[0],
+        str(Call("none", reduction, backend, wanted, late=False, inplace=False)),
     )
-    return cast(Tensor, loss.reshape(leading if reduction == "none" else ()))
+    return cast(Tensor, loss.reshape(leading) if reduction == "none" else loss)
 
 
 def _as_layers(name: str, value: Any) -> list[Tensor]:
@@ -818,7 +822,7 @@ def combine_teachers(
     widths = [("logits", t.shape[-1]) for t in logits]
     vocab = check_vocab(widths[0], widths[1:], vocab_size)
     z = combine_teachers_op(
-        [t.reshape(-1, t.shape[-1]) for t in logits],
+        [as_matrix(t) for t in logits],
         normalize_weights("weights", weights, len(logits)),
         float(temperature),
         mode,

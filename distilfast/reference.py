@@ -171,9 +171,11 @@ def distillation(
         student: (N, V_s) logits, or what ``heads`` makes them of; bf16, fp16, fp32 or fp64.
         teacher: (N, V_t), likewise.
         labels: (N,) int64; ``options.ignore_index`` where there is no hard label. None: none.
-        mask: (N,) row weights of kd, cos and mse, in the dtype computed in. None: all ones.
-        kd_scale: () or (N,), multiplies the gradient of kd, cos and mse.
-        ce_scale: () or (N,), multiplies the gradient of ce.
+        mask: (N,) row weights of kd, cos and mse, bool or float. None: all ones.
+        kd_scale: () or (N,), multiplies the gradient of kd, cos and mse; where it is 0 the row
+            counts as outside the mask.
+        ce_scale: () or (N,), multiplies the gradient of ce; where it is 0 the row counts as
+            unlabelled.
         options: the scalars; columns from ``options.vocab_size`` on are padding.
         gradient: (N, V_s) to be overwritten with the gradient, may be ``student`` itself; or None.
         heads: of student and teacher.
@@ -190,6 +192,7 @@ def distillation(
     s, t = (x if h.plain else h.logits_(x.clone()) for h, x in zip(heads, (s, t), strict=True))
     rows = torch.zeros(len(PARTS), n_rows, dtype=compute, device=student.device)
     total: Tensor | None = None
+    mask = counting(mask, kd_scale, n_rows, compute)
 
     def add(part: str, weight: float, used: Tensor | None, scale: Tensor, term: Term) -> None:
         """Take a term in, times the row weights ``used``. A row of weight 0 is overwritten with 0:
@@ -210,7 +213,7 @@ def distillation(
         term = divergence(s, t, options.temperature, options.divergence, options.jsd_beta, wanted)
         add("kd", options.kd_weight, mask, kd_scale, term)
     if options.ce_weight and labels is not None:
-        labelled = labels != options.ignore_index
+        labelled = (labels != options.ignore_index) & (ce_scale != 0)
         term = cross_entropy(s, labels.masked_fill(~labelled, 0), wanted)
         add("ce", options.ce_weight, labelled.to(compute), ce_scale, term)
     if options.cos_weight:
@@ -238,8 +241,8 @@ def hidden_cosine(
 
     Args:
         student, teacher: a list of (N, D) a layer.
-        mask: (N,) row weights in the dtype computed in, or None.
-        scale: () or (N,), multiplies the gradient.
+        mask: (N,) row weights, bool or float, or None.
+        scale: () or (N,), multiplies the gradient; a row where it is 0 counts as outside the mask.
         gradients: (N, D) a layer to be overwritten with the gradient; empty where none is wanted.
 
     Returns:
@@ -247,6 +250,7 @@ def hidden_cosine(
     """
     compute = accumulation_dtype(*student, *teacher)
     total = torch.zeros(student[0].shape[0], dtype=compute, device=student[0].device)
+    mask = counting(mask, scale, len(total), compute)
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
         loss, grad = cosine_distance(s.to(compute), t.to(compute), bool(gradients))
         total += loss / len(student)
@@ -285,6 +289,88 @@ def combine_teachers(
             z = weight * t if z is None else z + weight * t
     assert z is not None  # the weights sum to 1
     return temperature * z if mode == "probability" else z
+
+
+def counting(
+    mask: Tensor | None, scale: Tensor, n_rows: int, compute: torch.dtype
+) -> Tensor | None:
+    """The mask in the dtype computed in, 0 where the scale is 0, too. None: all ones."""
+    # On a GPU nobody asks for the scale's value: that would be a wait.
+    if not scale.is_cuda and bool((scale != 0).all()):
+        return None if mask is None else mask.to(compute)
+    used = (scale != 0).to(compute).expand(n_rows)
+    return used if mask is None else mask.to(compute) * used
+
+
+def row_scales(
+    totals: tuple[float | Tensor | None, float | Tensor | None],
+    labels: Tensor | None,
+    mask: Tensor | None,
+    n_rows: int,
+    ignore_index: int,
+    compute: torch.dtype,
+    device: torch.device,
+    needed: Tensor | None = None,
+) -> Tensor:
+    """What the sums over rows are multiplied by: (2,), 1 / the total of kd, cos and mse, and 1 /
+    that of ce. A total of 0 gives 0: nothing counts then.
+
+    Args:
+        totals: of the two, a number or 0-d tensor; None: the sum of the mask, or the number of rows
+            without one; the number of labels that are not ``ignore_index``.
+        compute: the dtype of the result.
+        needed: (N,) bool, to be overwritten with `needed_rows`; or None.
+    """
+    kd, ce = totals
+    if kd is None:
+        kd = float(n_rows) if mask is None else mask.to(compute).sum()
+    if ce is None:
+        ce = 0.0 if labels is None else (labels != ignore_index).sum()
+    total = torch.stack([torch.as_tensor(x, dtype=compute, device=device) for x in (kd, ce)])
+    scales = total.reciprocal().masked_fill_(total <= 0, 0)
+    if needed is not None:
+        needed.copy_(needed_rows(scales, labels, mask, ignore_index))
+    return scales
+
+
+def needed_rows(
+    scales: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> Tensor:
+    """() or (N,) bool: whether any part needs a row. The scales are (2,) or (2, N)."""
+    kd_scale, ce_scale = scales
+    needed = kd_scale != 0
+    if mask is not None:
+        needed = needed & (mask != 0)
+    if labels is not None:
+        needed = needed | ((labels != ignore_index) & (ce_scale != 0))
+    return needed
+
+
+def reduce_rows(
+    rows: Tensor, scales: Tensor, weights: Sequence[float], reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the parts, and the parts, reduced over the rows.
+
+    Args:
+        rows: (P, N), the first P of PARTS by row; of a weight of 0 it is 0.
+        scales: as `row_scales` gives them.
+        weights: P numbers.
+        reduction: "none" leaves the rows apart and the scales aside.
+
+    Returns:
+        () and (P,); (N,) and (P, N) with "none".
+    """
+    parts = rows
+    if reduction != "none":
+        kd_scale, ce_scale = scales
+        parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale][: len(rows)])
+    # A part of weight 0 is left out, and the weights stay on the host: as a tensor on the device
+    # they would have to be waited for.
+    used = [(weight, part) for weight, part in zip(weights, parts, strict=True) if weight]
+    loss = used[0][0] * used[0][1]
+    for weight, part in used[1:]:
+        loss = loss.add_(part, alpha=weight)
+    return loss, parts
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def device(backend: str) -> str:
     """Where the backend's tensors live."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def no_wait_for_the_gpu() -> Iterator[None]:
+    """What would wait for the device is an error inside. The mode is the process's: however a test
+    ends, the next one begins without it."""
+    try:
+        with warnings.catch_warnings():
+            # torch's own remark that the mode does not find every wait
+            warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

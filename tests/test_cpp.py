@@ -678,7 +678,7 @@ def everything(n_rows: int, vocab: int) -> list[Tensor]:
         layers = [student, teacher], [teacher, student]
         found += [cpp.hidden_cosine(*layers, mask, by, gradients), *gradients, z]
         cpp.combine_teachers([student, teacher], [0.3, 0.7], 2.0, "probability", vocab, z)
-        cpp.scale(gradients[0], by)
+        cpp.scale([gradients[0]], by)
     return found
 
 
@@ -768,7 +768,7 @@ def test_level_that_is_not_there_is_refused_by_name(
     before = student.clone()
     for call in (
         lambda: launch(student, teacher, gradient=student),
-        lambda: cpp.scale(student, torch.tensor(2.0)),
+        lambda: cpp.scale([student], torch.tensor(2.0)),
         lambda: distillation_loss(student, teacher, backend="cpp"),
     ):
         with pytest.raises(ValueError) as caught:
@@ -794,7 +794,7 @@ def test_level_and_threads_reach_the_library(
     monkeypatch.setattr(cpp, "_library", lambda: SimpleNamespace(distilfast_scale=function))
     for count in (1, 3):
         threads(count)
-        cpp.scale(torch.ones(1, 1), torch.tensor(1.0))
+        cpp.scale([torch.ones(1, 1)], torch.tensor(1.0))
     assert seen == [(cpp.LEVELS.index(level), count) for count in (1, 3)]
 
 
@@ -1147,7 +1147,7 @@ def test_scale_multiplies_in_fp32_and_rounds_once(level: str, dtype: torch.dtype
         for by in (torch.tensor(1 / 3), rows, rows.repeat_interleave(2)[::2], rows[3].expand(5)):
             for stride in (columns, columns + 3):
                 gradient = placed(values, stride=stride, shift=columns % 17)
-                cpp.scale(gradient, by)
+                cpp.scale([gradient], by)
                 exact = values.float() * (by[:, None] if by.ndim else by)
                 with told(columns=columns, stride=stride):
                     assert_same([gradient], [exact.to(dtype)])
@@ -1163,7 +1163,7 @@ def test_scale_reads_and_rounds_every_number_as_torch_does(level: str, dtype: to
         exact = (numbers.float() * by).to(dtype)
         for shape in ((1, 2**16), (2**14, 4), (2**13, 8), (2**15, 2)):
             ours = numbers.clone().reshape(shape)
-            cpp.scale(ours, torch.tensor(by))
+            cpp.scale([ours], torch.tensor(by))
             ours = ours.reshape(-1)
             good = (bits(ours) == bits(exact)) | (ours.isnan() & exact.isnan())
             if dtype == BF16 and level == "avx512bf16":
@@ -1179,10 +1179,10 @@ def test_scale_reads_and_rounds_every_number_as_torch_does(level: str, dtype: to
 
 def test_scale_takes_what_is_empty_or_single(level: str) -> None:
     for empty in (torch.ones(0, 5), torch.ones(3, 0)):
-        cpp.scale(empty, torch.tensor(2.0))
+        cpp.scale([empty], torch.tensor(2.0))
     for by in (torch.tensor([2.0]), torch.tensor(2.0), torch.tensor(2.0, dtype=BF16)):
         single = torch.ones(1, 40)
-        cpp.scale(single, by)
+        cpp.scale([single], by)
         assert (single == 2).all()
 
 
@@ -1490,8 +1490,8 @@ for level in cpp.LEVELS[: cpp.LEVELS.index(cpp.best_level()) + 1]:
             z = tight(3, width, FP32, width + 3)
             for count in (1, 2, 3):
                 cpp.combine_teachers(teachers[:count], [1 / count] * count, 2.0, how, width, z)
-        cpp.scale(student, by)
-        cpp.scale(teacher, by[:1].reshape(()))
+        cpp.scale([student], by)
+        cpp.scale([teacher], by[:1].reshape(()))
         calls += 10
     torch.set_num_threads(2)
     for vocab in (700, 2049, 4097):  # enough to be worth a second thread

@@ -43,15 +43,15 @@ def compile_only(self, *arguments, grid, warmup, **keywords):
 
 jit.JITFunction.run = compile_only
 
-from distilfast_kernels import distillation, ensemble, hidden_cosine, scale
+from distilfast_kernels import distillation, ensemble, hidden_cosine, reductions, scale
 
 from distilfast.reference import Options
 
 one, labels = torch.ones(()), torch.zeros(3, dtype=torch.int64)
 
 
-def logits(columns, stride=None, dtype=torch.bfloat16):
-    return torch.zeros(3, stride or columns, dtype=dtype)[:, :columns]
+def logits(columns, stride=None, dtype=torch.bfloat16, rows=3):
+    return torch.zeros(rows, stride or columns, dtype=dtype)[:, :columns]
 
 
 def losses(student, teacher, gradient, labels=None, mask=None, by=one, **keywords):
@@ -97,7 +97,23 @@ CASES = {
     "ensemble, logit": lambda: ensemble.combine_teachers(
         [logits(30522)] * 3, [0.2, 0.3, 0.5], 2.0, "logit", 30522, logits(30522,
                                                                 dtype=torch.float32)),
-    "scale": lambda: scale.scale(logits(30522), one),
+    "scale": lambda: scale.scale([logits(30522)], one),
+    "scale, several": lambda: [
+        scale.scale([logits(768, rows=n), logits(768, rows=31), logits(30522, rows=1)], one)
+        for n in (1, 3, 16, 17)
+    ],
+    "counts": lambda: [
+        reductions.row_scales((None, None), torch.zeros(n, dtype=torch.int64), torch.ones(n), n,
+                              -100, torch.float32, one.device) for n in (1, 3, 16)
+    ],
+    "sums": lambda: [
+        reductions.reduce_rows(torch.ones(4, n), torch.ones(2), (5.0, 2.0, 0.0, 1.0), "mean")
+        for n in (1, 3, 16)
+    ],
+    "weighted rows": lambda: [
+        reductions.reduce_rows(torch.ones(4, n), torch.ones(2), (w, 0.0, 0.0, 1.0), "none")
+        for n, w in ((1, 1.0), (3, 0.0), (16, 2.0))
+    ],
 }
 found = {}
 for name, call in CASES.items():
@@ -124,11 +140,23 @@ def launched() -> dict[str, dict[str, object]]:
     return json.loads(re.sub(r"^[^{]*", "", done.stdout))
 
 
-@pytest.mark.parametrize("what", ["temperatures and weights", "sizes of one kind", "scales a row"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "temperatures and weights",
+        "sizes of one kind",
+        "scales a row",
+        "scale, several",
+        "counts",
+        "sums",
+        "weighted rows",
+    ],
+)
 def test_scalars_and_sizes_do_not_recompile(launched, what):
     assert launched[what]["launches"] > launched[what]["compiled"] == 1
 
 
 def test_every_launcher_compiles_with_wide_accesses(launched):
     wide = {name for name, case in launched.items() if case["wide"]}
-    assert set(launched) - wide == {"unaligned"}
+    # What stands around the row kernels reads a few bytes a row, wherever they begin.
+    assert set(launched) - wide == {"unaligned", "counts", "sums", "weighted rows"}

@@ -519,15 +519,17 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
     got = gradients(call(student, teacher, **keywords).loss, student, torch.tensor(3.0))
     torch.testing.assert_close(got, wanted)
     # and the operator's fake has the strides of the real one
-    one = torch.ones((), device=device)
+    options, totals, heads = [2.0, 1.0, 0.0, 0.0, 0.0, 0.5], [1.0, 1.0], [1.0, 0.0, 1.0, 0.0]
+    flags = False, True, True, True
     torch.library.opcheck(
         linear.linear_distillation_op,
         (
             *student.leaves(),
             *([x] for x in teacher.leaves()),
-            *(None, None, one, one, [2.0, 1.0, 0.0, 0.0, 0.0, 0.5], "forward_kl", IGNORE, VOCAB),
-            *([1.0, 0.0, 1.0, 0.0], [1.0], "probability", chunk_rows, FP32, "sum", False, backend),
-            [True, True, True],
+            *(None, None, None, None, None),
+            [*options, *totals, *heads, 1.0],
+            [IGNORE, VOCAB, chunk_rows],
+            str(linear.HeadCall("forward_kl", "sum", backend, "probability", "float32", *flags)),
         ),
         test_utils="test_faketensor",
     )

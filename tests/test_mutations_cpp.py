@@ -210,7 +210,7 @@ def test_scaled_rows_inside_wider_ones_are_scaled_whole(backend: str, dtype: tor
     before, _ = logits_pair((5, N_COLS), dtypes=(dtype, dtype))
     for by in (torch.tensor([1.0, -2.0, 0.3, 0.0, 7.0]), torch.tensor(0.3)):
         gradient = placed(before, stride=89)
-        backends.BACKENDS["cpp"].scale(gradient, by)
+        backends.BACKENDS["cpp"].scale([gradient], by)
         factor = by[:, None] if by.ndim else by
         assert_same([gradient], [(before.float() * factor).to(dtype)])
         assert_nothing_else_was_written(gradient)
@@ -247,7 +247,7 @@ def test_factors_of_any_layout_and_dtype_are_taken(backend: str) -> None:
     every_other = torch.tensor([[1.0, NAN], [-2.0, NAN], [0.3, NAN], [0.0, NAN], [7.0, NAN]])[:, 0]
     for by in (every_other, every_other.to(BF16), torch.tensor(0.25).expand(5)):
         gradient = before.clone()
-        backends.BACKENDS["cpp"].scale(gradient, by)
+        backends.BACKENDS["cpp"].scale([gradient], by)
         assert_same([gradient], [before * by.float()[:, None]])
 
 
@@ -320,7 +320,7 @@ def hard_to_round(dtype: torch.dtype) -> Tensor:
 def test_rounding_is_to_nearest_even(backend: str, dtype: torch.dtype) -> None:
     by = hard_to_round(dtype)
     gradient = torch.ones(len(by), 21, dtype=dtype)
-    backends.BACKENDS["cpp"].scale(gradient, by)
+    backends.BACKENDS["cpp"].scale([gradient], by)
     assert_same([gradient], [by.to(dtype)[:, None].expand(-1, 21)])
 
 

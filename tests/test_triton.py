@@ -12,10 +12,12 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import warnings
 
 import pytest
 import test_losses_edges as edges
 import torch
+from conftest import no_wait_for_the_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -285,10 +287,10 @@ def test_gradient_has_the_rows_of_padded_logits(backend, device):
     student, teacher = (
         placed(x, stride=520) for x in logits_pair((4, 517), dtypes=(BF16, BF16), device=device)
     )
-    one = torch.ones((), device=device)
-    arguments = losses.as_arguments(options(517))
-    _, _, gradient = losses.distillation_op(
-        student, teacher, None, None, one, one, *arguments, "none", False, False, backend, True
+    numbers, sizes = [*options(517)[:6], 1.0, 1.0], [IGNORE, 517]
+    how = str(losses.Call("forward_kl", "none", backend, wanted=True, late=False, inplace=False))
+    _, _, gradient, _ = losses.distillation_op(
+        student, teacher, None, None, None, None, numbers, sizes, how
     )
     assert gradient.stride() == student.stride() == (520, 1)
     assert kernels("rows").is_aligned([student, teacher, gradient], 8)
@@ -567,7 +569,7 @@ def test_scaling_by_one_changes_no_bit(backend, device, dtype):
     )
     before = gradient.clone()
     for one in (torch.ones((), device=device), torch.ones(6, device=device)):
-        backends.BACKENDS["triton"].scale(gradient.view(dtype), one)
+        backends.BACKENDS["triton"].scale([gradient.view(dtype)], one)
         assert torch.equal(gradient, before)
 
 
@@ -583,7 +585,7 @@ def test_scale_multiplies_in_fp32_and_rounds_once(backend, device, shift, dtype)
         rows[1] = 1.0
         for by in (torch.tensor(1 / 3, device=device), rows, rows.repeat_interleave(2)[::2]):
             gradient = placed(values, stride=stride, shift=shift)
-            scale(gradient, by)
+            scale([gradient], by)
             exact = values.float() * (by[:, None] if by.ndim else by)
             assert_same([gradient], [exact.to(dtype)])
             assert_nothing_else_was_written(gradient)
@@ -594,15 +596,15 @@ def test_scale_takes_everything_that_a_backward_brings(backend, device):
     gradient = torch.ones(2, 40, device=device)
     for by in (INF, -0.0, NAN):
         scaled = gradient.clone()
-        scale(scaled, torch.tensor(by, device=device))
+        scale([scaled], torch.tensor(by, device=device))
         assert_same([scaled], [gradient * by])
     for empty in (torch.ones(0, 5, device=device), torch.ones(3, 0, device=device)):
-        scale(empty, torch.tensor(2.0, device=device))
+        scale([empty], torch.tensor(2.0, device=device))
     single = torch.ones(1, 40, device=device)
-    scale(single, torch.tensor([2.0], device=device))
+    scale([single], torch.tensor([2.0], device=device))
     assert (single == 2).all()
     half = gradient.to(FP16)
-    scale(half, torch.tensor(2.0**20, device=device, dtype=FP32))
+    scale([half], torch.tensor(2.0**20, device=device, dtype=FP32))
     assert half.isinf().all()
 
 
@@ -824,6 +826,20 @@ def test_peak_memory_above_the_inputs_is_one_gradient(backend, device, inplace):
 # Streams and graphs
 
 
+def test_mode_that_finds_waits_ends_with_its_test_however_that_ends(monkeypatch):
+    modes = []
+
+    def set_mode(mode):  # as torch has it: it warns, once a process
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(ZeroDivisionError), no_wait_for_the_gpu():
+        _ = 1 / 0
+    assert modes == ["error", "default"]
+
+
 @on_a_gpu
 def test_no_launcher_waits_for_the_gpu(backend, device):
     student, teacher = logits_pair((8, 129), dtypes=(BF16, BF16), device=device)
@@ -841,11 +857,8 @@ def test_no_launcher_waits_for_the_gpu(backend, device):
             loss.backward(upstream)
 
     step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_gpu():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_a_gpu

@@ -261,16 +261,24 @@ void dispatched(int kind, bool labelled, F f) {
     }
 }
 
+// What the row's kd, cos and mse count: 0 outside the mask, and where their scale is 0.
+double weight_of(const distilfast_distillation_args& a, int64_t r) {
+    if (a.kd_scale[r * a.kd_scale_stride] == 0) return 0;
+    return a.mask ? a.mask[r] : 1;
+}
+
 template <class S, class T, class G>
 void distil_row(
     const distilfast_distillation_args& a, int64_t r, S s, T t, G* g,
     const Scratch& scratch) {
     const int64_t n_cols = a.n_cols;
-    const double weight = a.mask ? a.mask[r] : 1;
+    const double weight = weight_of(a, r);
     const double kd_scale = a.kd_scale[r * a.kd_scale_stride] * weight;
     const int kind = weight != 0 ? int(a.divergence) : NO_KD;
     const bool extra = weight != 0 && (a.cos_weight != 0 || a.mse_weight != 0);
-    const bool labelled = a.ce_weight != 0 && a.labels && a.labels[r] != a.ignore_index;
+    const float ce_scale = a.ce_scale[r * a.ce_scale_stride];
+    const bool labelled =
+        a.ce_weight != 0 && a.labels && a.labels[r] != a.ignore_index && ce_scale != 0;
     for (int part = 0; part < 4; part++) a.rows[part * a.n_rows + r] = 0;
     if (g)
         for (int64_t i = n_cols; i < a.n_padded; i++) narrow(g[i], 0.f);
@@ -318,7 +326,7 @@ void distil_row(
         if (!known) label = 0;
         const double above = double(widen(s[label])) - row.top_s;
         a.rows[a.n_rows + r] = known ? float(LN_2 * ::log2(row.l_1) - above) : NOT_A_NUMBER;
-        by_ce = known ? a.ce_weight * a.ce_scale[r * a.ce_scale_stride] : NOT_A_NUMBER;
+        by_ce = known ? a.ce_weight * ce_scale : NOT_A_NUMBER;
         row.by_1 = float(by_ce / row.l_1);
     }
     if (extra) add_cosine_and_mse(a, r, s, t, scratch, weight, kd_scale);
@@ -380,7 +388,7 @@ int distillation(const distilfast_distillation_args& a, int threads) {
 
     const auto gradient_like = [&](auto s) { return (Element<decltype(s)>*)a.gradient.data; };
     const auto at_row = [&](int64_t r, auto buffer) {
-        const bool needed = soft && (!a.mask || a.mask[r] != 0);
+        const bool needed = soft && weight_of(a, r) != 0;
         Scratch scratch = {buffer(0), buffer(1), extra ? buffer(2) : nullptr, nullptr};
         if (summed) {
             scratch.bias_gradient = sums + r / block * room;

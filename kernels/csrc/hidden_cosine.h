@@ -11,9 +11,15 @@
 
 namespace {
 
+// What the row counts: 0 outside the mask, and where its scale is 0.
+double weight_of(const distilfast_cosine_args& a, int64_t r) {
+    if (a.scale[r * a.scale_stride] == 0) return 0;
+    return a.mask ? a.mask[r] : 1;
+}
+
 template <class S, class T, class G>
 void cosine_row(const distilfast_cosine_args& a, int64_t r, const S* s, const T* t, G* g) {
-    const double weight = a.mask ? a.mask[r] : 1;
+    const double weight = weight_of(a, r);
     if (weight == 0) {
         if (g) memset((void*)g, 0, a.n_cols * sizeof(G));
         return;
@@ -33,7 +39,7 @@ int hidden_cosine(const distilfast_cosine_args& a, int threads) {
     const bool mixed = a.student.dtype != a.teacher.dtype;
     prefer_large_pages(a.gradient, a.n_rows);
     return for_rows(a.n_rows, a.n_cols, mixed, threads, [&](int64_t r, auto buffer) {
-        const bool needed = !a.mask || a.mask[r] != 0;
+        const bool needed = weight_of(a, r) != 0;
         typed_pair(a.student, a.teacher, r, a.n_cols, needed, buffer(0), [&](auto* s, auto* t) {
             using S = std::remove_pointer_t<decltype(s)>;
             const int64_t at = r * a.gradient.stride;

@@ -178,8 +178,8 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -207,7 +207,7 @@ def distillation(
 ) -> Tensor:
     """`distilfast.reference.distillation` for bf16, fp16 and fp32; biases in fp32."""
     student, teacher = _dense(student), _dense(teacher)
-    labels, mask = _vector(labels), _vector(mask)
+    labels, mask = _vector(labels, torch.int64), _vector(mask, torch.float32)
     losses = torch.empty(4, student.shape[0], dtype=torch.float32)
     arguments = _DistillationArguments(
         _matrix(student),
@@ -246,7 +246,7 @@ def hidden_cosine(
     gradients: Sequence[Tensor],
 ) -> Tensor:
     """`distilfast.reference.hidden_cosine` for bf16, fp16, fp32."""
-    mask = _vector(mask)
+    mask = _vector(mask, torch.float32)
     losses = torch.zeros(student[0].shape[0], dtype=torch.float32)
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
         s, t = _dense(s), _dense(t)
@@ -289,11 +289,12 @@ def combine_teachers(
     _call("combine_teachers", arguments)
 
 
-def scale(gradient: Tensor, by: Tensor) -> None:
-    """gradient, (N, M), times by, () or (N,), in place, computed in fp32."""
+def scale(gradients: Sequence[Tensor], by: Tensor) -> None:
+    """Each gradient, (N, M), times by, () or (N,), in place, computed in fp32."""
     by = by.to(torch.float32).contiguous()
-    arguments = _ScaleArguments(_matrix(gradient), _pointer(by), _stride(by), *gradient.shape)
-    _call("scale", arguments)
+    for gradient in gradients:
+        arguments = _ScaleArguments(_matrix(gradient), _pointer(by), _stride(by), *gradient.shape)
+        _call("scale", arguments)
 
 
 def accumulate(total: Tensor, share: Tensor, begun: bool) -> None:

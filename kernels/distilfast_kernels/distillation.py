@@ -84,26 +84,21 @@ def _load(
     soft,
     heads,
     SOFT: tl.constexpr,
-    MASK: tl.constexpr,
     LAST: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """A tile of both rows in fp32; LAST where no other sweep will want it. The teacher's row is not
-    read outside the mask: the student's stands in, which leaves every difference 0."""
+    """A tile of both rows in fp32; LAST where no other sweep will want it. Where the row has no
+    soft targets the teacher's is not read: the student's stands in, so every difference is 0."""
     policy: tl.constexpr = "evict_first" if LAST else "evict_last"
     s = tl.load(s_ptr + where, eviction_policy=policy).to(tl.float32)
     if HEADS:
         s = _logits(s, heads[0], heads[1])
     t = s
-    if SOFT and MASK:
+    if SOFT:
         t = tl.load(t_ptr + where, mask=soft, other=0.0, eviction_policy=policy).to(tl.float32)
         if HEADS:
             t = _logits(t, heads[2], heads[3])
         t = tl.where(soft, t, s)
-    elif SOFT:
-        t = tl.load(t_ptr + where, eviction_policy=policy).to(tl.float32)
-        if HEADS:
-            t = _logits(t, heads[2], heads[3])
     return s, t
 
 
@@ -385,15 +380,17 @@ def distillation_kernel(
 
     # What this row needs. A row that needs nothing is not read.
     weight = 1.0
-    soft = tl.full([], SOFT, tl.int1)
+    kd_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)
+    ce_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)
+    soft = tl.full([], SOFT, tl.int1) & (kd_scale != 0)
     if SOFT and MASK:
-        weight = tl.load(mask_ptr + row)
+        weight = tl.load(mask_ptr + row).to(tl.float32)
         soft &= weight != 0
     label = tl.full([], 0, tl.int32)
     labelled = tl.full([], False, tl.int1)
     if CE:
         wanted = tl.load(labels_ptr + row)
-        labelled = wanted != ignore_index
+        labelled = (wanted != ignore_index) & (ce_scale != 0)
         known = (wanted >= 0) & (wanted < n_cols)
         label = tl.where(known, wanted, 0).to(tl.int32)
         # Before any thread can have written over it; the barriers of the sums keep it so.
@@ -404,7 +401,7 @@ def distillation_kernel(
         for start in range(n_cols, n_padded, BLOCK_V):
             padding = start + tl.arange(0, BLOCK_V)
             tl.store(g_row + padding, 0.0, mask=padding < n_padded)
-    if (MASK or not SOFT) and not (soft | labelled):
+    if not (soft | labelled):
         for _ in tl.static_range(4):
             tl.store(rows_ptr + row, 0.0)
             rows_ptr += n_rows
@@ -426,7 +423,7 @@ def distillation_kernel(
         sums = _add_sums(edge_s, edge_t, sums, how, KD, CE, WHOLE, COS, MSE)
     for i in range(0, n_full):
         at = i * BLOCK_V
-        s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, ONLY, HEADS)
+        s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, ONLY, HEADS)
         sums = _add_sums(s, t, sums, how, KD, CE, WHOLE, COS, MSE)
     if n_full * BLOCK_V < body:
         s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
@@ -439,7 +436,7 @@ def distillation_kernel(
     kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
     by_s, by_t, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
-    by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
+    by_row = weight * kd_scale
     if KD != 0:
         by_kd = by_row * kd_weight * temperature
         # Where neither row holds a NaN, only tiny * inf can have made d one: minus infinity on the
@@ -461,9 +458,7 @@ def distillation_kernel(
                 a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
             for i in range(0, n_full):
                 at = (n_full - 1 - i) * BLOCK_V
-                s, t = _load(
-                    s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, not GRADIENT, HEADS
-                )
+                s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, not GRADIENT, HEADS)
                 a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
             if VECTOR > 1:
                 edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
@@ -480,7 +475,7 @@ def distillation_kernel(
         ce = LN_2 * (tl.log2(l_1) - x_label)
         # A label outside the vocabulary makes its own row NaN: asking about it would be a wait.
         ce = tl.where(labelled, tl.where(known, ce, float("nan")), 0.0)
-        by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)
+        by_label = ce_weight * ce_scale
         by_label = tl.where(known, by_label, float("nan"))
         by_1 = by_label / l_1
     if COS:
@@ -511,7 +506,7 @@ def distillation_kernel(
             tl.store(g_body + rest, g.to(dtype), mask=rest < body)
         for i in range(0, n_full):
             at = (n_full - 1 - i) * BLOCK_V
-            s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, MASK, True, HEADS)
+            s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, True, HEADS)
             g = _gradient(
                 s, t, head + at + tile, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS
             )
@@ -556,7 +551,11 @@ def variant(
     aligned: bool,
     heads: bool = False,
 ) -> Variant:
-    """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes."""
+    """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes.
+
+    VECTOR neighbours fill the 16 bytes of a store. Of more the compiler would make two stores, and
+    bring the tile into their layout through shared memory first, with barriers, every turn.
+    """
     kd = DIVERGENCES[options.divergence] if options.kd_weight else 0
     ce = labels and bool(options.ce_weight)
     whole = ce and _power_of(kd, options.temperature) > 0
@@ -568,7 +567,7 @@ def variant(
         warps = min(warps, 16 if gradient else 8)
     elif gradient and warps == 16 and (heads or kd == DIVERGENCES["jsd"] or (ce and not whole)):
         warps = 32  # 16 would be given 64 registers and a spill, one program of 32 is not
-    vector = 16 // min(itemsizes)
+    vector = vector_of(itemsizes)
     return Variant(
         KD=kd,
         CE=ce,
@@ -582,6 +581,11 @@ def variant(
         TILES=8 // (vector if aligned else 1),
         THREADS=32 * warps,
     )
+
+
+def vector_of(itemsizes: list[int]) -> int:
+    """The elements of an access: 16 bytes of the gradient, which has the student's dtype."""
+    return 16 // itemsizes[0]
 
 
 def distillation(
@@ -621,7 +625,7 @@ def distillation(
         mask is not None,
         gradient is not None,
         itemsizes,
-        rows.is_aligned([student, teacher, written], 16 // min(itemsizes)),
+        rows.is_aligned([student, teacher, written], vector_of(itemsizes)),
         any(head[:2] != (1.0, 0.0) for head in heads),
     )
     temperature = options.temperature if chosen.KD else 1.0

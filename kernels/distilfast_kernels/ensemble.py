@@ -144,11 +144,11 @@ def combine_teachers(
     teachers = [t if t.stride(1) == 1 else t.contiguous() for t, _ in used]
     if z.shape[0] == 0:
         return
-    vector = 16 // min(t.element_size() for t in teachers)
-    aligned = rows.is_aligned([*teachers, z], vector)
+    # 16 bytes of z, which is what is stored: see `distillation.variant`.
+    vector = 16 // z.element_size()
     row_bytes = vocab_size * sum(t.element_size() for t in teachers)
     warps = rows.warps_for(row_bytes, most=16)
-    vector = vector if aligned else 1
+    vector = vector if rows.is_aligned([*teachers, z], vector) else 1
     combine_kernel[(z.shape[0],)](
         tuple(teachers),
         z,

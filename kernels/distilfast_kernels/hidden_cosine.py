@@ -48,24 +48,27 @@ def hidden_cosine_kernel(
     MASK: tl.constexpr,
     GRADIENT: tl.constexpr,
     ONCE: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A tuple of LAYERS dense (n_rows, n_cols) a side -> rows, (n_rows,), and a tuple of gradients.
 
-    share: of a layer in the mean. ONCE: a row fits BLOCK_D.
+    share: of a layer in the mean. ONCE: a row fits BLOCK_D. ADD: to what rows holds.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     inside = row < n_rows
-    used = inside
     weight = tl.full([BLOCK_N], 1.0, tl.float32)
     if MASK:
-        weight = tl.load(mask_ptr + row, mask=inside, other=0.0)
-        used = inside & (weight != 0)
-    scale = tl.load(scale_ptr + row * stride_scale, mask=inside, other=0.0) * weight * share
+        weight = tl.load(mask_ptr + row, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + row * stride_scale, mask=inside, other=0.0)
+    used = inside & (weight != 0) & (scale != 0)
+    scale = scale * weight * share
     first = row[:, None] * n_cols + cols[None, :]
     total = tl.zeros([BLOCK_N], tl.float32)
+    if ADD:
+        total = tl.load(rows_ptr + row, mask=inside, other=0.0)
     for layer in tl.static_range(LAYERS):
         s_ptr, t_ptr, g_ptr = s_ptrs[layer], t_ptrs[layer], g_ptrs[layer]
         if ONCE:
@@ -79,7 +82,7 @@ def hidden_cosine_kernel(
                 ss, tt, st = ss + tl.sum(s * s, 1), tt + tl.sum(t * t, 1), st + tl.sum(s * t, 1)
         zero = ((ss == 0) | (tt == 0)) & (ss + tt == ss + tt)
         by_length = tl.where(zero, 0.0, reciprocal_root(ss) * reciprocal_root(tt))
-        total += (1 - st * by_length) * share
+        total += (1 - st * by_length) * share * weight
         if GRADIENT:
             by = (scale * by_length)[:, None]
             ratio = tl.where(zero, 0.0, tl.div_rn(st, ss))[:, None]
@@ -93,7 +96,7 @@ def hidden_cosine_kernel(
                     g = tl.where(used[:, None], by * (s * ratio - t), 0.0)
                     g = g.to(g_ptr.dtype.element_ty)
                     tl.store(g_ptr + first + i, g, mask=inside[:, None] & exists)
-    tl.store(rows_ptr + row, tl.where(used, total * weight, 0.0), mask=inside)
+    tl.store(rows_ptr + row, tl.where(used, total, 0.0), mask=inside)
 
 
 # --- Launcher -------------------------------------------------------------------------------------
@@ -121,9 +124,9 @@ def hidden_cosine(
     """`distilfast.reference.hidden_cosine` for bf16, fp16, fp32; ``gradients`` are contiguous."""
     n_rows = student[0].shape[0]
     launches = _launches([x.shape[1] for x in student])
-    rows = torch.empty(len(launches), n_rows, dtype=torch.float32, device=student[0].device)
+    rows = torch.empty(n_rows, dtype=torch.float32, device=student[0].device)
     if n_rows == 0:
-        return rows[0]
+        return rows
     for launch, layers in enumerate(launches):
         s = tuple(x.contiguous() for x in student[layers])
         n_cols = s[0].shape[1]
@@ -134,7 +137,7 @@ def hidden_cosine(
             tuple(gradients[layers]) if gradients else s,
             None if mask is None else mask.contiguous(),
             scale,
-            rows[launch],
+            rows,
             scale.stride(0) if scale.ndim else 0,
             n_rows,
             n_cols,
@@ -143,11 +146,12 @@ def hidden_cosine(
             MASK=mask is not None,
             GRADIENT=bool(gradients),
             ONCE=block_d >= n_cols,
+            ADD=launch > 0,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             num_warps=num_warps,
         )
-    return rows[0] if len(launches) == 1 else rows.sum(0)
+    return rows
 
 
 def _launches(widths: list[int]) -> list[slice]:

@@ -1,10 +1,12 @@
-"""A gradient times what the backward brings, in place and in fp32; times 1 costs nothing.
+"""Gradients times what the backward brings, in place and in fp32; times 1 costs nothing.
 
 `loss.backward()` brings 1, a loss scale or 1 / accumulation something else, and only the device
 knows which: asking would be a wait. So every program reads the factor, and leaves if it is 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -15,22 +17,17 @@ from distilfast_kernels import rows
 # --- Kernel ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["stride_g", "stride_by", "n_cols"])
-def scale_kernel(
+@triton.jit
+def _scale_row(
     g_ptr,
-    by_ptr,
+    row,
     stride_g,
-    stride_by,
     n_cols,
+    by,
     VECTOR: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """One row of g, (n_rows, n_cols), times by, () or (n_rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    by = tl.load(by_ptr + row * stride_by).to(tl.float32)
-    if by == 1:
-        return
     BLOCK: tl.constexpr = TILES * THREADS * VECTOR
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     head, body = rows.split(row * stride_g, n_cols, VECTOR)
@@ -49,24 +46,67 @@ def scale_kernel(
         tl.store(at, (edge_g * by).to(dtype), mask=is_edge)
 
 
+@triton.jit(do_not_specialize=["stride_by"])
+def scale_kernel(
+    g_ptrs,
+    by_ptr,
+    strides,
+    twice_n_rows,
+    n_cols,
+    stride_by,
+    K: tl.constexpr,
+    VECTORS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """A tuple of K gradients (n_rows[k], n_cols[k]), times by, () or a factor a row. A program
+    takes every num_programs-th row of each. twice_n_rows: 2 n_rows + 1."""
+    if stride_by == 0:
+        if tl.load(by_ptr) == 1:
+            return
+    for k in tl.static_range(K):
+        for i in range(tl.program_id(0), twice_n_rows[k] // 2, tl.num_programs(0)):
+            row = tl.cast(i, tl.int64)
+            by = tl.load(by_ptr + row * stride_by).to(tl.float32)
+            if by != 1:
+                _scale_row(
+                    g_ptrs[k],
+                    row,
+                    strides[k],
+                    n_cols[k],
+                    by,
+                    VECTORS[k],
+                    16 // VECTORS[k],
+                    THREADS,
+                )
+
+
 # --- Launcher -------------------------------------------------------------------------------------
 
+# Gradients of one launch; each is unrolled.
+MAX_GRADIENTS = 8
+# 16 programs of 4 warps on each of an H200's 132 multiprocessors. More would be started only to
+# find a factor of 1.
+MAX_PROGRAMS = 2112
+NUM_WARPS = 4
 
-def scale(gradient: Tensor, by: Tensor) -> None:
-    """gradient, (N, M), dense along its rows, *= by, () or (N,)."""
-    n_rows, n_cols = gradient.shape
-    if n_rows == 0 or n_cols == 0:
-        return
-    vector = 16 // gradient.element_size() if rows.is_aligned([gradient], 1) else 1
-    warps = rows.warps_for(n_cols * gradient.element_size(), most=8)
-    scale_kernel[(n_rows,)](
-        gradient,
-        by,
-        gradient.stride(0),
-        by.stride(0) if by.ndim else 0,
-        n_cols,
-        VECTOR=vector,
-        TILES=16 // vector,
-        THREADS=32 * warps,
-        num_warps=warps,
-    )
+
+def scale(gradients: Sequence[Tensor], by: Tensor) -> None:
+    """Each gradient, (N, M), dense along its rows, *= by, () or (N,)."""
+    filled = [g for g in gradients if g.numel()]
+    for start in range(0, len(filled), MAX_GRADIENTS):
+        some = filled[start : start + MAX_GRADIENTS]
+        vectors = [16 // g.element_size() if rows.is_aligned([g], 1) else 1 for g in some]
+        scale_kernel[(min(MAX_PROGRAMS, max(len(g) for g in some)),)](
+            tuple(some),
+            by,
+            tuple(g.stride(0) for g in some),
+            # Odd and above 1: triton compiles a tuple's numbers anew for 1 and for multiples of 16,
+            # whatever do_not_specialize says, and the rows of a batch may be either.
+            tuple(2 * g.shape[0] + 1 for g in some),
+            tuple(g.shape[1] for g in some),
+            by.stride(0) if by.ndim else 0,
+            K=len(some),
+            VECTORS=tuple(vectors),
+            THREADS=32 * NUM_WARPS,
+            num_warps=NUM_WARPS,
+        )
