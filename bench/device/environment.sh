@@ -1,7 +1,7 @@
 # What every step of a run finds around it. To be sourced after `begin`.
 site=$scratch/site # wheels that the image lacks
 # This tree before whatever is installed; nothing from a hub; compilations kept for the next step.
-export PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/kernels:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 export HF_HOME=$scratch/huggingface HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false

@@ -13,7 +13,7 @@ metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
 
 # shellcheck disable=SC2046,SC2086
 {
-    step smoke 75 "$python" $device/smoke.py $(pick "" "--device cpu --rows 4 --scale 400")
+    step smoke 75 "$python" $device/smoke.py $(pick "" "--device cpu --rows 2 --scale 400")
     show smoke 40 '^\||^smoke|a copy moves'
 
     step parity 120 "$python" $pytest $(pick "-n 14 --dist worksteal --maxfail=60" --collect-only) \

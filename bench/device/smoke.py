@@ -1,7 +1,7 @@
 """The first words of a GPU: is every launcher right on real shapes, and how fast is it?
 
     python bench/device/smoke.py      # on a GPU, in about a minute
-    TRITON_INTERPRET=1 python bench/device/smoke.py --device cpu --rows 4 --scale 200
+    TRITON_INTERPRET=1 python bench/device/smoke.py --device cpu --rows 2 --scale 400
 
 A line a case. A call on all rows is timed and, in some of its rows, compared with the float64
 reference; of the fused head the gradients are compared with the torch backend's. "of copy" is the
@@ -16,6 +16,7 @@ stop a training run for seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -71,9 +72,9 @@ class Smoke:
         return 2 * source.nbytes / self.ms(lambda: target.copy_(source)) / 1e6
 
     def ms(self, call: Callable[[], Any]) -> float:
-        """The median of some calls; of one where times say nothing."""
+        """The median of some calls; on a CPU, whose times would say nothing, NaN and no call."""
         if not self.gpu:
-            return self.stopwatch.ms(call)
+            return math.nan
         for _ in range(3):
             call()
         self.stopwatch.exposed = 0
@@ -231,14 +232,16 @@ class Smoke:
 
     def host(self, call: Callable[[], Any]) -> str:
         """The host's time of a call whose kernels take less than that."""
+        if not self.gpu:
+            call()
+            return "not timed: no GPU"
         call()
         samples = []
-        for _ in range(HOST_CALLS if self.gpu else 1):
+        for _ in range(HOST_CALLS):
             began = time.perf_counter()
             call()
             samples.append((time.perf_counter() - began) * 1e6)
-        if self.gpu:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return f"{measure.figure(statistics.median(samples))} us"
 
     def kernels(self, call: Callable[[], Any]) -> str:
