@@ -27,7 +27,7 @@ digest() { # NAME COLUMN...
     show tune 24 'best:|^\| [a-z_]+ +\| [0-9]+ +\| [0-9]+, '
 
     full="--device cuda --seconds 55 --vocab 30522 128256 --rows 8192"
-    small="--device cpu --seconds 60 --vocab 96 --rows 4"
+    small="--device cpu --seconds 15 --vocab 96 --rows 4"
     step losses 75 "$python" bench/losses.py $(pick "$full" "$small") --labels none some \
         --loss kl_ce jsd ce --only "distilfast triton" "PyTorch eager" Liger \
         flash --csv "$(csv losses)"
@@ -40,8 +40,8 @@ digest() { # NAME COLUMN...
     digest linear loss columns width contestant time_ms gemm_ratio agreement
 
     full="--device cuda --seconds 6 --shape bert"
-    small="--device cpu --seconds 0 --shape minilm --sequences 1 --length 8 --only eager"
-    step step 40 "$python" bench/step.py $(pick "$full" "$small") --csv "$(csv step)"
+    small="--device cpu --seconds 0 --shape minilm --sequences 1 --length 8 --dtype fp32 --only same"
+    step step 40 env -u TRITON_INTERPRET "$python" bench/step.py $(pick "$full" "$small") --csv "$(csv step)"
     digest step shape sequences contestant step_ms step_ms_p20 step_ms_p80
 
     full="--device cuda --seconds 12"
