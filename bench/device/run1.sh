@@ -26,7 +26,7 @@ metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
         --metrics $metrics"
     for vocab in 30522 128256; do
         step "traffic-$vocab" 25 $(pick "$profiler" "") "$python" $device/launches.py \
-            $(pick $vocab "$((vocab / 400)) --rows 2 --device cpu")
+            $(pick $vocab "$((vocab / 400)) --rows 1 --device cpu")
         show "traffic-$vocab" 12 '__|the loss needs'
     done
 

@@ -12,6 +12,7 @@
 # With LIST=1 steps are named with their limits, and not run.
 
 GRACE=${GRACE:-8}   # seconds from the first signal to SIGKILL
+PACE=${PACE:-1}     # limits are times this, where the machine is slower than they are made for
 FEWEST=${FEWEST:-5} # a step that has less than this many seconds left is skipped
 WIDTH=160           # characters of a line that is shown
 # A job of its own process group, which an interrupt reaches: without job control bash starts
@@ -48,6 +49,7 @@ step() { # NAME LIMIT COMMAND...
         echo "$name $limit"
         return
     fi
+    limit=$((limit * PACE))
     left=$((deadline - SECONDS - GRACE))
     if [ "$left" -lt "$FEWEST" ]; then
         skipped+=("$name")
