@@ -4,8 +4,8 @@
 
 Every variant of the vocabulary kernel that the launcher would pick for these vocabularies is
 compiled to machine code and read back: registers, spilled bytes, the width of the loads and stores
-in its main loops, exponentials and instructions a pair (one student and one teacher logit) over all
-sweeps. From these and an H200's data sheet follow three lower bounds on the time of a pair, in
+in its main loops, barriers, exponentials and instructions a pair (one student and one teacher
+logit) over all sweeps. From these and an H200's data sheet follow three lower bounds on the time of a pair, in
 picoseconds: by the bytes it moves, by its exponentials, by the instructions issued; and whether the
 rows in flight fit the L2 cache, which decides if a later sweep reads from there or from memory (the
 gradient's rows, stored to be evicted first, are not counted; they would be half as much again).
@@ -69,6 +69,7 @@ class Loop:
     exponentials: int
     logarithms: int
     instructions: int
+    barriers: int
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Report:
     exponentials_a_pair: float
     logarithms_a_pair: float
     instructions_a_pair: float
+    barriers: int
     bytes_ps: float
     exponentials_ps: float
     instructions_ps: float
@@ -172,6 +174,7 @@ def loops(code: str) -> list[Loop]:
                 exponentials=sum("MUFU.EX2" in x for x in body),
                 logarithms=sum("MUFU.LG2" in x for x in body),
                 instructions=len(body),
+                barriers=sum(bool(re.search(r"\bBAR\b", x)) for x in body),
             )
         )
     return found
@@ -224,6 +227,7 @@ def report(
         exponentials_a_pair=exponentials,
         logarithms_a_pair=sum(x.logarithms for x in main) / a_thread,
         instructions_a_pair=instructions,
+        barriers=sum(x.barriers for x in main),
         bytes_ps=(passes * reads + gradient * DTYPES[dtype]) / H200["tb_per_s"],
         exponentials_ps=exponentials / 16 * cycles_ps,
         instructions_ps=instructions / 128 * cycles_ps,

@@ -292,7 +292,7 @@ def _linear_distillation(
     head, dtype = Head(scale, softcap), student_hidden.dtype
     in_kernel = backend.adds_bias
     student = Side.of(student_weight, student_bias, head, vocab_size, dtype, in_kernel)
-    used = [k for k, share in enumerate(numbers[SHARES]) if share and k < len(teacher_hidden)]
+    used = [k for k, share in enumerate(numbers[SHARES]) if share]
     teachers = []
     for k in used:
         head, dtype = Head(teacher_scale, teacher_softcap), teacher_hidden[k].dtype
@@ -625,7 +625,7 @@ def linear_distillation_loss(
     check_mask(mask, leading, device)
 
     if not soft:  # the labels alone: no teacher is projected
-        t_hidden, t_weight, t_bias, shares = [], [], [], [1.0]
+        t_hidden, t_weight, t_bias, shares = [], [], [], []
 
     if torch.is_autocast_enabled(device.type):  # the operator casts the heads
         dtype = torch.get_autocast_dtype(device.type)

@@ -87,6 +87,8 @@ CASES = {
                                  mse_weight=1.0, mask=torch.ones(3)),
     "mixed dtypes": lambda: losses(logits(30528), logits(30528, dtype=torch.float32),
                                    logits(30528)),
+    "fp32 beside bf16": lambda: losses(logits(30528, dtype=torch.float32), logits(30528),
+                                       logits(30528, dtype=torch.float32)),
     "unaligned": lambda: losses(logits(30522), logits(30522, 30528), logits(30522)),
     "hidden cosine": lambda: hidden_cosine.hidden_cosine(
         [logits(768)] * 3, [logits(768, dtype=torch.float32)] * 3, torch.ones(3), one,
@@ -115,6 +117,7 @@ CASES = {
         for n, w in ((1, 1.0), (3, 0.0), (16, 2.0))
     ],
 }
+MOVED = r"ttg.convert_layout .*: tensor<[0-9]+x[0-9]+x[0-9]+x"
 found = {}
 for name, call in CASES.items():
     built.clear()
@@ -123,6 +126,7 @@ for name, call in CASES.items():
     found[name] = {
         "launches": len(built),
         "compiled": len({id(kernel) for kernel in built}),
+        "moved": sum(len(re.findall(MOVED, kernel.asm["ttgir"])) for kernel in built),
         "wide": all("global" in x and re.search(r"(ld|st).global.*v4.b32", x) for x in code),
     }
 json.dump(found, sys.stdout)
@@ -160,3 +164,8 @@ def test_every_launcher_compiles_with_wide_accesses(launched):
     wide = {name for name, case in launched.items() if case["wide"]}
     # What stands around the row kernels reads a few bytes a row, wherever they begin.
     assert set(launched) - wide == {"unaligned", "counts", "sums", "weighted rows"}
+
+
+def test_no_tile_goes_through_shared_memory(launched):
+    # A thread that stores more than 16 bytes is given the tile in another layout, behind barriers.
+    assert {name: case["moved"] for name, case in launched.items() if case["moved"]} == {}

@@ -1188,6 +1188,25 @@ def test_rows_left_in_a_chunk_contribute_nothing_if_not_needed(backend, device, 
     torch.testing.assert_close(got, wanted)
 
 
+def test_total_of_zero_reaches_no_gradient_whatever_the_rows_hold(backend, device):
+    # the driver's normalisers are tensors: only the device knows that one is 0
+    student, teacher = sides(device=device)
+    with torch.no_grad():
+        student.hidden[0, 0] = teacher.hidden[1, 1] = NAN
+    zero = torch.zeros((), device=device)
+    output = call(student, teacher, kd_normalizer=zero, backend=backend)
+    assert output.loss == 0
+    assert all((x == 0).all() for x in gradients(output.loss, student))
+    # beside it a label counts, in its own row
+    labels = torch.full(LEAD, IGNORE, device=device)
+    labels[1, 1] = 3
+    keywords = {"kd_normalizer": zero, "ce_weight": 1.0, "backend": backend}
+    got = gradients(call(student, teacher, labels, **keywords).loss, student)
+    keywords = {"kd_weight": 0.0, "ce_weight": 1.0, "backend": backend}
+    wanted = gradients(call(student, teacher, labels, **keywords).loss, student)
+    torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("n_teachers", [2, 5])
 def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n_teachers):
     # the student's, a teacher's and the mixture, however many teachers there are
@@ -1278,12 +1297,13 @@ print(step(n_rows))
 
 
 def test_peak_memory_is_bounded_at_any_number_of_rows():
-    # 30,522 columns: the logits of 8,192 rows would be 477 MiB a side, and again in fp32
+    # 30,522 columns: the logits of 4,096 rows would be 238 MiB a side, and again in fp32. Narrow
+    # hidden states: without bf16 instructions a product takes minutes.
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no high-water mark of memory that begins anew here")
     peaks = []
-    for n_rows in (2048, 8192):
-        command = [sys.executable, "-c", PEAK, str(n_rows), "30522", "768"]
+    for n_rows in (1024, 4096):
+        command = [sys.executable, "-c", PEAK, str(n_rows), "30522", "128"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert max(peaks) < 400

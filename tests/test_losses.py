@@ -1089,3 +1089,44 @@ def test_compiled_call_follows_temperature_and_weights(backend, device, dynamic)
             student, teacher, temperature=temperature, kd_weight=weight, backend=backend
         ).loss
         torch.testing.assert_close(call(student, teacher, temperature, weight), wanted)
+
+
+# Totals of 0
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_total_of_zero_counts_nothing_whatever_the_rows_hold(backend, device, as_tensor):
+    # row 1 has no label, row 2 has one: of each the side that its own loss reads is clean
+    student, teacher = logits_pair((4, 19), device=device)
+    labels = torch.tensor([3, IGNORE, 5, IGNORE], device=device)
+    student[1], teacher[2] = math.nan, math.nan
+
+    def total(value):
+        return torch.tensor(value, device=device) if as_tensor else value
+
+    keywords = {"ce_weight": 1.0, "cos_weight": 1.0, "mse_weight": 1.0, "backend": backend}
+    nothing = {"kd_normalizer": total(0.0), "ce_normalizer": total(0.0)}
+    spoilt = student.clone()
+    spoilt[0, 2] = math.nan  # of a row with a label
+    output, gradient = run(spoilt, teacher, labels, **keywords, **nothing)
+    assert_same([*output, gradient], [torch.zeros_like(x) for x in (*output, gradient)])
+    only_ce = {**nothing, "ce_normalizer": total(2.0)}
+    output, gradient = run(student, teacher, labels, **keywords, **only_ce)
+    wanted, alone = run(
+        student, teacher, labels, kd_weight=0.0, ce_weight=1.0, ce_normalizer=2.0, backend=backend
+    )
+    torch.testing.assert_close((*output, gradient), (*wanted, alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_row_of_no_upstream_gradient_gets_none(backend, device, dtype):
+    student, teacher = logits_pair((4, 19), dtypes=(dtype, dtype), device=device)
+    labels = torch.tensor([3, 1, 5, IGNORE], device=device)
+    upstream = torch.tensor([2.0, 0.0, 1.0, 0.0], device=device)
+    leaf = student.clone().requires_grad_()
+    output = distillation_loss(
+        leaf, teacher, labels, ce_weight=1.0, reduction="none", backend=backend
+    )
+    (gradient,) = torch.autograd.grad(output.loss, leaf, upstream)
+    assert (gradient[1::2] == 0).all()
+    assert (gradient[::2] != 0).any(-1).all()

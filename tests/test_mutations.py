@@ -28,6 +28,7 @@ import pytest
 import test_combine_teachers as ensembles
 import test_heads as heads
 import test_hidden_cosine as hidden
+import test_linear as fused
 import test_losses as values
 import test_losses_edges as edges
 import test_triton as launches
@@ -194,7 +195,15 @@ HEAD_NOT_NEEDED = call(heads.test_rows_that_nothing_needs_add_nothing, name="sof
 SCALES = call(launches.test_scale_multiplies_in_fp32_and_rounds_once, shift=0, dtype=BF16)
 SCALE_BY_ONE = call(launches.test_scaling_by_one_changes_no_bit, dtype=FP32)
 
-K, R = "distillation.py", "reference.py"
+SCALE_SEVERAL = call(launches.test_scale_of_several_gradients_by_few_programs)
+PROJECTED = call(fused.test_rows_that_are_not_needed_are_not_projected)
+COUNTS = call(launches.test_counts_are_the_references, block=4)
+SUMS = call(launches.test_sums_are_the_references, block=16)
+NOTHING_COUNTS = call(
+    values.test_total_of_zero_counts_nothing_whatever_the_rows_hold, as_tensor=True
+)
+
+K, N, R = "distillation.py", "reductions.py", "reference.py"
 MUTATIONS = [
     # The scalars of the losses
     Mutation(
@@ -315,20 +324,20 @@ MUTATIONS = [
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
-        "CE's gradient forgets its weight", K, "by_label = ce_weight * tl", "by_label = tl", PARTS
+        "CE's gradient forgets its weight", K, "by_label = ce_weight * ce", "by_label = ce", PARTS
     ),
     Mutation(
         "kd takes ce's normaliser",
         K,
-        "weight * tl.load(kd_scale_ptr + row * stride_kd_scale)",
-        "weight * tl.load(ce_scale_ptr + row * stride_ce_scale)",
+        "kd_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)",
+        "kd_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)",
         DIVISORS,
     ),
     Mutation(
         "ce takes kd's normaliser",
         K,
-        "ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)",
-        "ce_weight * tl.load(kd_scale_ptr + row * stride_kd_scale)",
+        "ce_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)",
+        "ce_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)",
         DIVISORS,
     ),
     Mutation(
@@ -772,8 +781,8 @@ MUTATIONS = [
     Mutation(
         "the mask is ignored",
         K,
-        "weight = tl.load(mask_ptr + row)",
-        "weight = tl.load(mask_ptr + row) * 0 + 1",
+        "weight = tl.load(mask_ptr + row).to(tl.float32)",
+        "weight = tl.load(mask_ptr + row).to(tl.float32) * 0 + 1",
         MASKS,
     ),
     Mutation(
@@ -795,7 +804,7 @@ MUTATIONS = [
     ),
     Mutation("mse forgets the row's weight", K, "sq * weight", "sq", MASKS),
     Mutation(
-        "the gradient forgets the row's weight", K, "by_row = weight * tl", "by_row = tl", MASKS
+        "the gradient forgets the row's weight", K, "by_row = weight * kd", "by_row = kd", MASKS
     ),
     Mutation(
         "a row that nothing needs keeps its loss",
@@ -849,8 +858,8 @@ MUTATIONS = [
     Mutation(
         "outside the mask full tiles of a teacher are 0",
         K,
-        "        t = tl.where(soft, t, s)\n    elif",
-        "    elif",
+        "        t = tl.where(soft, t, s)\n    return s, t\n\n\n@triton.jit\ndef _load_some",
+        "    return s, t\n\n\n@triton.jit\ndef _load_some",
         OUTSIDE_THE_MASK[-INF],
     ),
     Mutation(
@@ -877,16 +886,30 @@ MUTATIONS = [
     Mutation(
         "ignore_index is -100",
         K,
-        "labelled = wanted != ignore_index",
-        "labelled = wanted != -100",
+        "labelled = (wanted != ignore_index)",
+        "labelled = (wanted != -100)",
         ANY_IGNORE_INDEX,
     ),
     Mutation(
         "ignore_index is a label",
         K,
-        "labelled = wanted != ignore_index",
-        "labelled = wanted == wanted",
+        "labelled = (wanted != ignore_index)",
+        "labelled = (wanted == wanted)",
         DIVISORS,
+    ),
+    Mutation(
+        "a total of 0 leaves kd in",
+        K,
+        "tl.full([], SOFT, tl.int1) & (kd_scale != 0)",
+        "tl.full([], SOFT, tl.int1)",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
+        "a total of 0 leaves ce in",
+        K,
+        "(wanted != ignore_index) & (ce_scale != 0)",
+        "wanted != ignore_index",
+        NOTHING_COUNTS,
     ),
     Mutation(
         "a wrong label has a loss",
@@ -948,8 +971,8 @@ MUTATIONS = [
     Mutation(
         "launches overwrite each other's rows",
         "hidden_cosine.py",
-        "            rows[launch],",
-        "            rows[0],",
+        "ADD=launch > 0,",
+        "ADD=False,",
         HIDDEN_LAYERS,
     ),
     Mutation(
@@ -962,15 +985,15 @@ MUTATIONS = [
     Mutation(
         "hidden: the row's weight is ignored",
         "hidden_cosine.py",
-        "total * weight, 0.0)",
-        "total, 0.0)",
+        "share * weight\n",
+        "share\n",
         HIDDEN_WEIGHTS,
     ),
     Mutation(
         "hidden: the gradient ignores the row's weight",
         "hidden_cosine.py",
-        "other=0.0) * weight * share",
-        "other=0.0) * share",
+        "scale = scale * weight * share",
+        "scale = scale * share",
         HIDDEN_WEIGHTS,
     ),
     Mutation(
@@ -1144,8 +1167,8 @@ MUTATIONS = [
     Mutation(
         "teachers' strides need not agree",
         "ensemble.py",
-        "vector = vector if aligned else 1",
-        "pass",
+        "vector if rows.is_aligned([*teachers, z], vector) else 1",
+        "vector",
         call(
             launches.test_combination_of_padded_rows_equals_the_definition,
             strides=(517, 518),
@@ -1224,10 +1247,69 @@ MUTATIONS = [
         "by = tl.load(by_ptr)",
         SCALES,
     ),
-    Mutation("every factor is 1", "scale.py", "if by == 1:", "if by == by:", SCALES),
+    Mutation("every factor is 1", "scale.py", "if by != 1:", "if by != by:", SCALES),
     Mutation(
-        "a factor of 1 is rounded to -1", "scale.py", "if by == 1:", "if by == -1:", SCALE_BY_ONE
+        "a factor of 1 is rounded to -1", "scale.py", "if by != 1:", "if by != -1:", SCALE_BY_ONE
     ),
+    Mutation(
+        "every program leaves", "scale.py", "tl.load(by_ptr) == 1:", "tl.load(by_ptr) != 1:", SCALES
+    ),
+    Mutation(
+        "a program takes one row",
+        "scale.py",
+        "twice_n_rows[k] // 2, tl.num_programs(0)",
+        "min(twice_n_rows[k] // 2, 2), tl.num_programs(0)",
+        SCALE_SEVERAL,
+    ),
+    Mutation(
+        "every gradient has the first one's width",
+        "scale.py",
+        "                    n_cols[k],",
+        "                    n_cols[0],",
+        SCALE_SEVERAL,
+    ),
+    Mutation(
+        "gradients beyond the first launch are left",
+        "scale.py",
+        "filled[start : start + MAX_GRADIENTS]",
+        "filled[:1]",
+        SCALE_SEVERAL,
+    ),
+    # reductions.py
+    Mutation(
+        "a masked row counts 1",
+        N,
+        "masked += weight",
+        "masked += (weight != 0).to(tl.float32)",
+        COUNTS,
+    ),
+    Mutation("every label counts", N, "hard = label != ignore_index", "hard = inside", COUNTS),
+    Mutation(
+        "a label beyond the last row counts",
+        N,
+        "mask=inside, other=ignore_index",
+        "mask=inside, other=0",
+        COUNTS,
+    ),
+    Mutation("0 / 0 is 1", N, "tl.where(total <= 0, 0.0,", "tl.where(total < 0, 0.0,", COUNTS),
+    Mutation(
+        "the totals change places",
+        N,
+        "tl.store(scales_ptr + 1, _reciprocal(ce_total))",
+        "tl.store(scales_ptr + 1, _reciprocal(kd_total))",
+        COUNTS,
+    ),
+    Mutation("a row needs both", N, "soft | hard, mask", "soft & hard, mask", COUNTS),
+    Mutation("of a total of 0 rows are needed", N, "if not COUNT_MASK:", "if COUNT_MASK:", COUNTS),
+    Mutation(
+        "of a total of 0 labels are needed", N, "if not COUNT_LABELS:", "if COUNT_LABELS:", COUNTS
+    ),
+    Mutation(
+        "only the last rows are summed", N, "total += tl.load(first", "total = tl.load(first", SUMS
+    ),
+    Mutation("ce takes kd's scale", N, "(part == 1).to", "(part == 9).to", SUMS),
+    Mutation("the sum has no weights", N, "weight * reduced", "reduced", SUMS),
+    Mutation("rows have no weights", N, "weight * values", "values", SUMS),
     Mutation(
         "full tiles are not scaled",
         "scale.py",
@@ -1253,10 +1335,48 @@ MUTATIONS = [
         "the factor is rounded first",
         "scale.py",
         "by_ptr + row * stride_by).to(tl.float32)",
-        "by_ptr + row * stride_by).to(g_ptr.dtype.element_ty).to(tl.float32)",
+        "by_ptr + row * stride_by).to(g_ptrs[k].dtype.element_ty).to(tl.float32)",
         SCALES,
     ),
     # reference.py
+    Mutation(
+        "reference: a total of 0 leaves kd in",
+        R,
+        "if not scale.is_cuda and bool((scale != 0).all()):",
+        "if True:",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
+        "reference: a total of 0 leaves ce in",
+        R,
+        "(labels != options.ignore_index) & (ce_scale != 0)",
+        "labels != options.ignore_index",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
+        "reference: 1 / 0",
+        R,
+        "masked_fill_(total <= 0, 0)",
+        "masked_fill_(total < 0, 0)",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
+        "reference: one scale for all",
+        R,
+        "[kd_scale, ce_scale, kd_scale, kd_scale]",
+        "[kd_scale, kd_scale, kd_scale, kd_scale]",
+        DIVISORS,
+    ),
+    Mutation(
+        "reference: the mask needs every row", R, "needed = needed & (mask != 0)", "pass", PROJECTED
+    ),
+    Mutation(
+        "reference: a label needs no row",
+        R,
+        "needed = needed | ((labels != ignore_index) & (ce_scale != 0))",
+        "pass",
+        PROJECTED,
+    ),
     Mutation("reference: T squared", R, "temperature**2 * loss", "loss", AT["forward_kl", 2.0]),
     Mutation(
         "reference: the gradient's T", R, "grad.mul_(temperature)", "grad", AT["forward_kl", 2.0]
@@ -1322,13 +1442,6 @@ MUTATIONS = [
         K,
         "t = _logits(t, heads[2], heads[3])\n        t = tl.where",
         "t = _logits(t, heads[0], heads[1])\n        t = tl.where",
-        HEAD_LONG,
-    ),
-    Mutation(
-        "one head for both sides where there is no mask",
-        K,
-        "t = _logits(t, heads[2], heads[3])\n    return s, t",
-        "t = _logits(t, heads[0], heads[1])\n    return s, t",
         HEAD_LONG,
     ),
     Mutation(
@@ -1423,7 +1536,10 @@ def reference_of(folder: Path) -> Iterator[None]:
     """The torch backend computes what reference.py in this folder says."""
     module = load("distilfast_mutated_reference", folder / "reference.py")
     torch_backend = backends.BACKENDS["torch"]
-    torch_backend = dataclasses.replace(torch_backend, hidden_cosine=module.hidden_cosine)
+    torch_backend = dataclasses.replace(
+        torch_backend,
+        **{name: getattr(module, name) for name in ("hidden_cosine", "row_scales", "reduce_rows")},
+    )
     # "auto" means the reference, too
     without_cpp = dataclasses.replace(
         backends.BACKENDS["cpp"], unavailable=lambda: "the reference is asked"

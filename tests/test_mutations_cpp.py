@@ -635,6 +635,9 @@ NO_CE = call(values.test_part_of_weight_zero_is_zero, part="ce")
 MASKED_NAN = call(
     edges.test_masked_rows_contribute_exactly_nothing, divergence="jsd", kind="bool", bad=NAN
 )
+NOTHING_COUNTS = call(
+    values.test_total_of_zero_counts_nothing_whatever_the_rows_hold, as_tensor=True
+)
 OUTSIDE_THE_MASK = call(edges.test_labelled_row_outside_the_mask_keeps_its_ce_beside_a_cosine)
 BANNED = {
     name: call(edges.test_column_minus_inf_in_both_adds_nothing, keywords=keywords, columns=[4, 11])
@@ -855,11 +858,27 @@ MUTATIONS = [
     # a row
     Mutation("no mask", PLAIN, D, "a.mask ? a.mask[r] : 1", "1", FORWARD),
     Mutation(
+        "a total of 0 leaves kd in",
+        PLAIN,
+        D,
+        "if (a.kd_scale[r * a.kd_scale_stride] == 0) return 0;",
+        "",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
+        "a total of 0 leaves ce in",
+        PLAIN,
+        D,
+        "!= a.ignore_index && ce_scale != 0;",
+        "!= a.ignore_index;",
+        NOTHING_COUNTS,
+    ),
+    Mutation(
         "every row takes the first one's scale",
         AVX2,
         D,
-        "a.kd_scale[r *",
-        "a.kd_scale[0 *",
+        "kd_scale = a.kd_scale[r *",
+        "kd_scale = a.kd_scale[0 *",
         FORWARD,
     ),
     Mutation(
@@ -1938,7 +1957,7 @@ MUTATIONS = [
         "vectors are taken for dense",
         AVX512,
         L,
-        "return None if x is None else x.contiguous()",
+        "return None if x is None else x.to(dtype).contiguous()",
         "return x",
         ANY_STRIDE,
     ),

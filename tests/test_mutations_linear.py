@@ -52,6 +52,7 @@ LEFT_OUT = call(
     chunk_rows=4,
     logit_softcap=None,
 )
+NOTHING_COUNTS = call(tests.test_total_of_zero_reaches_no_gradient_whatever_the_rows_hold)
 AS_ON_A_GPU = call(tests.test_rows_left_in_a_chunk_contribute_nothing_if_not_needed, bad=NAN)
 PROJECTED = call(tests.test_rows_that_are_not_needed_are_not_projected)
 ONE_AT_A_TIME = call(tests.test_one_teachers_logits_are_there_at_a_time, n_teachers=5)
@@ -138,8 +139,8 @@ MUTATIONS = [
     Mutation(
         "heads change sides",
         "torch",
-        "Head(heads[2], heads[3])",
-        "Head(heads[0], heads[1])",
+        "Head(teacher_scale, teacher_softcap)",
+        "Head(scale, softcap)",
         SCALED,
     ),
     Mutation("a teacher's head is plain", "cpp", "self.sides[0].head", "Head()", SCALED),
@@ -167,8 +168,8 @@ MUTATIONS = [
     Mutation(
         "teachers that are not heard are asked",
         "torch",
-        "for k in range(len(teacher_hidden)) if teacher_weights[k]]",
-        "for k in range(len(teacher_hidden))]",
+        "for k, share in enumerate(numbers[SHARES]) if share]",
+        "for k, share in enumerate(numbers[SHARES])]",
         PROJECTED,
     ),
     Mutation(
@@ -185,15 +186,7 @@ MUTATIONS = [
         "pass",
         AS_ON_A_GPU,
     ),
-    Mutation(
-        "labels need no row",
-        "torch",
-        "[] if labels is None else [labels != options.ignore_index]",
-        "[]",
-        PROJECTED,
-    ),
     Mutation("every row is projected", "torch", "and not hidden.is_cuda:", "and False:", PROJECTED),
-    Mutation("the mask needs every row", "torch", "[mask != 0]", "[mask == mask]", PROJECTED),
     Mutation(
         "the rest of the rows is left out",
         "torch",
@@ -233,14 +226,32 @@ MUTATIONS = [
         MEAN,
     ),
     Mutation(
-        "rows are not scaled one by one", "torch", "kd_scale * grad_loss.detach()", "kd_scale", NONE
+        "rows are not scaled one by one",
+        "torch",
+        "late_scales(scales, grad_loss)",
+        "late_scales(scales, torch.ones_like(grad_loss))",
+        NONE,
     ),
     Mutation(
-        "labels are not scaled one by one",
+        "the kd's scale serves labels, too",
         "torch",
-        "ce_scale * grad_loss.detach()",
-        "ce_scale",
-        NONE,
+        "kd_scale, ce_scale = by",
+        "kd_scale = ce_scale = by[0]",
+        MEAN,
+    ),
+    Mutation(
+        "finished gradients are scaled again",
+        "torch",
+        "made = [once(g, loss, call.backend)",
+        "made = [once(g * grad_loss.sum(), loss, call.backend)",
+        LATE,
+    ),
+    Mutation(
+        "a total of 0 asks for no row's zeros",
+        "torch",
+        "or isinstance(totals[0], Tensor) or totals[0] == 0:",
+        "or (isinstance(totals[0], float) and totals[0] == 0):",
+        NOTHING_COUNTS,
     ),
     Mutation(
         "fp16 is rounded first",
@@ -252,14 +263,14 @@ MUTATIONS = [
     Mutation(
         "a gradient is doubled",
         "torch",
-        "return loss, parts, d_hidden, d_weight, d_bias\n\n\ndef _needed",
-        "return loss, parts, d_hidden * 2, d_weight, d_bias\n\n\ndef _needed",
+        "return loss, parts, d_hidden, d_weight, d_bias, by if",
+        "return loss, parts, d_hidden * 2, d_weight, d_bias, by if",
         MEAN,
     ),
     Mutation(
         "teachers are read for labels alone",
         "torch",
-        "t_hidden, t_weight, t_bias, shares = [], [], [], [1.0]",
+        "t_hidden, t_weight, t_bias, shares = [], [], [], []",
         "pass",
         PROJECTED,
     ),

@@ -34,7 +34,7 @@ from oracle import (
 )
 from test_combine_teachers import by_hand
 
-from distilfast import backends, distillation_loss, hidden_cosine_loss, losses
+from distilfast import backends, distillation_loss, hidden_cosine_loss, losses, reference
 from distilfast.reference import Options
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -576,10 +576,11 @@ def test_scaling_by_one_changes_no_bit(backend, device, dtype):
 @every_dtype
 @pytest.mark.parametrize("shift", [0, 1])
 def test_scale_multiplies_in_fp32_and_rounds_once(backend, device, shift, dtype):
-    # around a tile of 512 elements at every alignment; shift: the narrow path
+    # around a tile of 2048 elements at every alignment; shift: the narrow path
     scale = backends.BACKENDS["triton"].scale
     vector = 16 // dtype.itemsize
-    for columns, stride in ((511, 511), (512, 512), (513, 513), (1030, 1040), (1, 1), (3, 17)):
+    shapes = ((2047, 2047), (2048, 2048), (2049, 2049), (4100, 4112), (1, 1), (3, 17))
+    for columns, stride in shapes:
         values, _ = logits_pair((vector, columns), dtypes=(dtype, dtype), device=device)
         rows = torch.linspace(-3, 3, vector, device=device)
         rows[1] = 1.0
@@ -606,6 +607,58 @@ def test_scale_takes_everything_that_a_backward_brings(backend, device):
     half = gradient.to(FP16)
     scale([half], torch.tensor(2.0**20, device=device, dtype=FP32))
     assert half.isinf().all()
+
+
+def test_scale_of_several_gradients_by_few_programs(backend, device, monkeypatch):
+    # a program takes several rows, and each gradient has its own shape, stride and dtype
+    monkeypatch.setattr(kernels("scale"), "MAX_PROGRAMS", 2)
+    shapes = ((3, 9), (5, 700), (1, 33))
+    made = [
+        logits_pair(shape, dtypes=(dtype, dtype), device=device)[0]
+        for shape, dtype in zip(shapes, (FP16, BF16, FP32), strict=True)
+    ]
+    gradients = [placed(x, stride=x.shape[1] + 8) for x in made]
+    backends.BACKENDS["triton"].scale(gradients, torch.tensor(1 / 3, device=device))
+    assert_same(gradients, [(x.float() * torch.tensor(1 / 3)).to(x.dtype) for x in made])
+    for gradient in gradients:
+        assert_nothing_else_was_written(gradient)
+
+
+# Before and after the rows
+
+
+@pytest.mark.parametrize("block", [4, 4096])
+def test_counts_are_the_references(backend, device, block, monkeypatch):
+    # several turns and one; every way to give a total
+    monkeypatch.setattr(kernels("reductions"), "BLOCK_N", block)
+    n_rows = 11
+    labels = some_labels(n_rows, 9, device)
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0] * 3, device=device)[:n_rows]
+    zero, two = torch.zeros((), device=device), torch.tensor(2, device=device)
+    masks = [None, mask, mask != 0, mask.to(FP16), torch.zeros_like(mask), mask.repeat(2)[::2]]
+    every_total = [(None, None), (3.0, None), (None, two), (zero, two), (two, zero), (0.0, None)]
+    for rows, which, totals in itertools.product(masks, (None, labels), every_total):
+        ours, wanted = (
+            (count(totals, which, rows, n_rows, IGNORE, FP32, labels.device, needed), needed)
+            for count in (backends.BACKENDS["triton"].row_scales, reference.row_scales)
+            for needed in [torch.zeros(n_rows, dtype=torch.bool, device=device)]
+        )
+        assert_same(ours, wanted)
+
+
+@pytest.mark.parametrize("block", [16, 4096])
+def test_sums_are_the_references(backend, device, block, monkeypatch):
+    monkeypatch.setattr(kernels("reductions"), "BLOCK_N", block)
+    scales = torch.tensor([0.25, 3.0], device=device)
+    for weights in ((5.0, 2.0, 1.5, 0.25), (0.0, 2.0, 0.0, 0.0), (1.0,)):
+        rows = logits_pair((len(weights), 37), device=device)[0].abs()
+        rows[[w == 0 for w in weights]] = 0
+        for reduction in ("mean", "none"):
+            ours, wanted = (
+                reduce(rows, scales, weights, reduction)
+                for reduce in (backends.BACKENDS["triton"].reduce_rows, reference.reduce_rows)
+            )
+            torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=0)
 
 
 # combine_teachers
