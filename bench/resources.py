@@ -5,10 +5,11 @@
 Every variant of the vocabulary kernel that the launcher would pick for these vocabularies is
 compiled to machine code and read back: registers, spilled bytes, the width of the loads and stores
 in its main loops, barriers, exponentials and instructions a pair (one student and one teacher
-logit) over all sweeps. From these and an H200's data sheet follow three lower bounds on the time of a pair, in
-picoseconds: by the bytes it moves, by its exponentials, by the instructions issued; and whether the
-rows in flight fit the L2 cache, which decides if a later sweep reads from there or from memory (the
-gradient's rows, stored to be evicted first, are not counted; they would be half as much again).
+logit) over all sweeps. From these and an H200's data sheet follow three lower bounds on the time of
+a pair, in picoseconds: by the bytes it moves, by its exponentials, by the instructions issued; and
+whether the rows in flight fit the L2 cache, which decides if a later sweep reads from there or from
+memory (the gradient's rows, stored to be evicted first, are not counted; they would be half as much
+again).
 
 Where a row has a label, T = 2 is compiled in for the count of exponentials: the kernel takes that
 branch at run time.
@@ -105,14 +106,19 @@ def options(vocab: int, **keywords: Any) -> Options:
 
 
 def compiled(
-    variant: distillation.Variant, dtype: str, target: int, power: int | None = None
+    variant: distillation.Variant,
+    dtype: str,
+    target: int,
+    power: int | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
-    """The kernel as the launcher would have it compiled, at aligned pointers."""
+    """The kernel as the launcher would have it compiled, at aligned pointers; ``teacher`` is its
+    logits' dtype where that is another."""
     kernel = distillation.distillation_kernel
     constants: dict[str, Any] = dict(variant._asdict())
     if power is not None:
         constants["power"] = power
-    pointers = {"s_ptr": dtype, "t_ptr": dtype, "g_ptr": dtype, "labels_ptr": "i64"}
+    pointers = {"s_ptr": dtype, "t_ptr": teacher or dtype, "g_ptr": dtype, "labels_ptr": "i64"}
     floats = ("temperature", "beta", *(f"{p}_weight" for p in ("kd", "ce", "cos", "mse")))
 
     def type_of(name: str) -> str | tuple[str, ...]:

@@ -47,14 +47,16 @@ def variant(loss):
     return resources.distillation.variant(options, True, True, True, [2, 2], True)
 
 
-def seen(variant, power=None):
-    usage, code = resources.disassembled(resources.compiled(variant, "bf16", 90, power)["cubin"])
+def seen(variant, power=None, student="bf16"):
+    made = resources.compiled(variant, student, 90, power, teacher="bf16")
+    usage, code = resources.disassembled(made["cubin"])
     loops = resources.loops(code)
     return {
         "sweeps": len(loops),
         "load_bits": min(bits for loop in loops for bits in loop.loads),
         "store_bits": min(bits for loop in loops for bits in loop.stores),
         "exponentials": sum(loop.exponentials for loop in loops),
+        "barriers": sum(loop.barriers for loop in loops),
         "spilled": usage["STACK"] + usage["LOCAL"],
     }
 
@@ -68,6 +70,7 @@ found = {
     "chosen": seen(forward, power=2),
     "any temperature": seen(variant("forward KL + CE, T = 7.3")),
     "narrow": seen(forward._replace(VECTOR=1, TILES=8), power=2),
+    "too wide": seen(forward._replace(VECTOR=8, TILES=1), power=2, student="fp32"),
 }
 compile_as_told = resources.triton.compile
 resources.triton.compile = crowded
@@ -131,6 +134,10 @@ def test_all_loads_and_stores_move_16_bytes(reports: list[dict[str, Any]]) -> No
     assert not missed(reports, lambda r: r["store_bits"] == (128 if r["gradient"] else 0))
 
 
+def test_no_sweep_has_a_barrier(reports: list[dict[str, Any]]) -> None:
+    assert not missed(reports, lambda r: r["barriers"] == 0)
+
+
 def test_exponentials_of_a_pair_are_as_few_as_promised(reports: list[dict[str, Any]]) -> None:
     def few(r: dict[str, Any]) -> bool:
         exponentials, logarithms = ALLOWED[r["loss"]]
@@ -152,10 +159,12 @@ def test_report_tells_what_is_worse() -> None:
     chosen = seen["chosen"]
     assert chosen["sweeps"] == 2
     assert chosen["load_bits"] == chosen["store_bits"] == 128
-    assert chosen["spilled"] == 0
+    assert chosen["spilled"] == chosen["barriers"] == 0
     # an element at a time
     assert seen["narrow"]["load_bits"] < 128
     assert seen["narrow"]["store_bits"] < 128
+    # 32 bytes of the gradient beside 16 of the teacher: the tile goes through shared memory
+    assert seen["too wide"]["barriers"] > 0
     # an exponential a sweep for T = 1
     assert seen["any temperature"]["exponentials"] > chosen["exponentials"] > 0
     # no more than 32 registers a thread
