@@ -6,6 +6,7 @@ that a mean per micro-batch instead of per step would show at once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,14 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_teacher
+from conftest import ROOT, WORDS, make_teacher, no_wait_for_the_gpu
 
 from distilfast import checkpoint, checks, cli, data, engine, linear, optimizers, train
 from distilfast import config as configs
@@ -847,18 +847,13 @@ def test_micro_batch_waits_for_nothing_on_a_gpu(
     assert [batch.attention_mask is None for batch in share] == [not padded]
     for number in range(2):
         torch.cuda.synchronize()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the mode says of itself that it is a prototype
-            try:
-                torch.cuda.set_sync_debug_mode("error" if number else "default")
-                counts = train.count(on.config, on.world, share)
-                normalizers = Normalizers(*counts.float())
-                for batch in data.prefetch(data.on_device(share, on.world.device)):
-                    loss, _ = on.engine(batch, on.teacher(batch), normalizers)
-                    on.engine.backward(loss)
-                    on.engine.predict(batch)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+        with no_wait_for_the_gpu() if number else contextlib.nullcontext():
+            counts = train.count(on.config, on.world, share)
+            normalizers = Normalizers(*counts.float())
+            for batch in data.prefetch(data.on_device(share, on.world.device)):
+                loss, _ = on.engine(batch, on.teacher(batch), normalizers)
+                on.engine.backward(loss)
+                on.engine.predict(batch)
     assert math.isfinite(on.engine.step(1e-3))
 
 

@@ -326,7 +326,9 @@ def test_launch_without_a_gradient_loses_nothing_and_writes_nothing(backend, dev
     before = [x.clone() for x in (student, teacher, labels, mask)]
     wanted = launch(student, teacher, labels, mask, gradient=torch.empty_like(student), **keywords)
     parts = launch(student, teacher, labels, mask, gradient=None, **keywords)
-    assert_same([parts, student, teacher, labels, mask], [wanted, *before])
+    # another kernel, which a compiler may sum otherwise
+    torch.testing.assert_close(parts, wanted, rtol=1e-6, atol=1e-6)
+    assert_same([student, teacher, labels, mask], before)
     assert_nothing_else_was_written(student)
     assert_nothing_else_was_written(teacher)
 
