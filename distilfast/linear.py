@@ -325,7 +325,7 @@ def _linear_distillation(
             student.weight, accum_dtype, student_weight, call.backend, scratch
         )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
-    kd_scale, ce_scale = by
+    kd_scale, ce_scale = by.unbind()
     for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None and isinstance(chunk, slice):

@@ -318,7 +318,9 @@ def distillation_op(
             reference.accumulation_dtype(student, teacher),
             student.device,
         )
-        rows = backend.distillation(student, teacher, labels, mask, *scales, options, gradient)
+        rows = backend.distillation(
+            student, teacher, labels, mask, *scales.unbind(), options, gradient
+        )
         loss, parts = backend.reduce_rows(rows, scales, options[1:5], call.reduction)
     return loss, parts, student.new_empty(0) if gradient is None else gradient, scales
 
@@ -356,7 +358,7 @@ def distillation_gradient_op(
     options = as_options(numbers, sizes, call.divergence)
     with backends.on_device(student):
         backends.BACKENDS[call.backend].distillation(
-            student, teacher, labels, mask, *scales, options, gradient
+            student, teacher, labels, mask, *scales.unbind(), options, gradient
         )
 
 

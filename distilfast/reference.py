@@ -326,7 +326,14 @@ def row_scales(
         kd = float(n_rows) if mask is None else mask.to(compute).sum()
     if ce is None:
         ce = 0.0 if labels is None else (labels != ignore_index).sum()
-    total = torch.stack([torch.as_tensor(x, dtype=compute, device=device) for x in (kd, ce)])
+    total = torch.stack(
+        [
+            x.to(device, compute, non_blocking=True)
+            if isinstance(x, Tensor)
+            else torch.full((), x, dtype=compute, device=device)  # a copy would be waited for
+            for x in (kd, ce)
+        ]
+    )
     scales = total.reciprocal().masked_fill_(total <= 0, 0)
     if needed is not None:
         needed.copy_(needed_rows(scales, labels, mask, ignore_index))
@@ -337,7 +344,7 @@ def needed_rows(
     scales: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int
 ) -> Tensor:
     """() or (N,) bool: whether any part needs a row. The scales are (2,) or (2, N)."""
-    kd_scale, ce_scale = scales
+    kd_scale, ce_scale = scales.unbind()
     needed = kd_scale != 0
     if mask is not None:
         needed = needed & (mask != 0)
@@ -362,7 +369,7 @@ def reduce_rows(
     """
     parts = rows
     if reduction != "none":
-        kd_scale, ce_scale = scales
+        kd_scale, ce_scale = scales.unbind()
         parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale][: len(rows)])
     # A part of weight 0 is left out, and the weights stay on the host: as a tensor on the device
     # they would have to be waited for.

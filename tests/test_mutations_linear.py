@@ -235,7 +235,7 @@ MUTATIONS = [
     Mutation(
         "the kd's scale serves labels, too",
         "torch",
-        "kd_scale, ce_scale = by",
+        "kd_scale, ce_scale = by.unbind()",
         "kd_scale = ce_scale = by[0]",
         MEAN,
     ),
