@@ -323,7 +323,9 @@ def _gradient(
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_cols", "n_padded", "ignore_index", "power"]
-    + [f"stride_{x}" for x in ("s", "t", "g", "kd_scale", "ce_scale")]
+    + [f"stride_{x}" for x in ("s", "t", "g", "kd_scale", "ce_scale")],
+    # A row reads one element of each, wherever it lies.
+    do_not_specialize_on_alignment=[f"{x}_ptr" for x in ("labels", "mask", "kd_scale", "ce_scale")],
 )
 def distillation_kernel(
     s_ptr,

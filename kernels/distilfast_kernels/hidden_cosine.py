@@ -32,7 +32,10 @@ def _load(s_ptr, t_ptr, at, exists):
     return tl.where(out, 0.0, s), tl.where(out, 0.0, t)
 
 
-@triton.jit(do_not_specialize=["n_rows", "stride_scale"])
+@triton.jit(
+    do_not_specialize=["n_rows", "stride_scale"],
+    do_not_specialize_on_alignment=["mask_ptr", "scale_ptr"],
+)
 def hidden_cosine_kernel(
     s_ptrs,
     t_ptrs,

@@ -26,7 +26,10 @@ def _reciprocal(total):
     return tl.where(total <= 0, 0.0, tl.div_rn(1.0, tl.where(total == 0, 1.0, total)))
 
 
-@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["n_rows", "ignore_index"],
+    do_not_specialize_on_alignment=["labels_ptr", "mask_ptr", "kd_total_ptr", "ce_total_ptr"],
+)
 def scales_kernel(
     labels_ptr,
     mask_ptr,
