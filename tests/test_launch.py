@@ -104,8 +104,12 @@ CASES = {
                                                                 dtype=torch.float32)),
     "scale": lambda: scale.scale([logits(30522)], one),
     "scale, several": lambda: [
-        scale.scale([logits(768, rows=n), logits(768, rows=31), logits(30522, rows=1)], one)
-        for n in (1, 3, 16, 17)
+        scale.scale([logits(768, rows=n), logits(768, rows=31), logits(v, rows=1)], one)
+        for n, v in ((1, 30522), (3, 30528), (16, 30521), (17, 1))
+    ],
+    "ensembles of other sizes": lambda: [
+        ensemble.combine_teachers([logits(v)] * 2, [0.3, 0.7], 2.0, "probability", v,
+                                  logits(v, dtype=torch.float32)) for v in (30522, 30528, 29999)
     ],
     "counts": lambda: [
         reductions.row_scales((None, None), torch.zeros(n, dtype=torch.int64), torch.ones(n), n,
@@ -156,6 +160,7 @@ def launched() -> dict[str, dict[str, object]]:
         "scales a row",
         "scales anywhere",
         "scale, several",
+        "ensembles of other sizes",
         "counts",
         "sums",
         "weighted rows",

@@ -1180,8 +1180,8 @@ MUTATIONS = [
     Mutation(
         "all teachers' rows are as far apart as the first one's",
         "ensemble.py",
-        "row_k = row * strides[k]",
-        "row_k = row * strides[0]",
+        "row_k = row * (odd_strides[k] // 2)",
+        "row_k = row * (odd_strides[0] // 2)",
         call(
             launches.test_combination_of_padded_rows_equals_the_definition,
             strides=(517, 525),
@@ -1257,15 +1257,15 @@ MUTATIONS = [
     Mutation(
         "a program takes one row",
         "scale.py",
-        "twice_n_rows[k] // 2, tl.num_programs(0)",
-        "min(twice_n_rows[k] // 2, 2), tl.num_programs(0)",
+        "odd_n_rows[k] // 2, tl.num_programs(0)",
+        "min(odd_n_rows[k] // 2, 2), tl.num_programs(0)",
         SCALE_SEVERAL,
     ),
     Mutation(
         "every gradient has the first one's width",
         "scale.py",
-        "                    n_cols[k],",
-        "                    n_cols[0],",
+        "                    odd_n_cols[k] // 2,",
+        "                    odd_n_cols[0] // 2,",
         SCALE_SEVERAL,
     ),
     Mutation(

@@ -71,7 +71,7 @@ def _combine(
 def combine_kernel(
     t_ptrs,
     z_ptr,
-    strides,
+    odd_strides,
     stride_z,
     weights,
     log2_weights,
@@ -94,7 +94,7 @@ def combine_kernel(
     scale = LOG2_E / temperature
     starts, bodies, tops, shifts = (), (), (), ()
     for k in tl.static_range(K):
-        row_k = row * strides[k]
+        row_k = row * (odd_strides[k] // 2)
         body_k = rows.aligned(row_k, head, VECTOR)
         starts += (row_k,)
         bodies += (body_k,)
@@ -152,7 +152,7 @@ def combine_teachers(
     combine_kernel[(z.shape[0],)](
         tuple(teachers),
         z,
-        tuple(t.stride(0) for t in teachers),
+        rows.odd(t.stride(0) for t in teachers),
         z.stride(0),
         tuple(float(w) for _, w in used),
         tuple(math.log2(w) for _, w in used),

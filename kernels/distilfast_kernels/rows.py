@@ -6,6 +6,8 @@ and a thread holds (TILES, 1, VECTOR).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -139,6 +141,13 @@ def warps_for(row_bytes: int, most: int) -> int:
     while warps < most and warps * ROW_BYTES_A_WARP < row_bytes:
         warps *= 2
     return warps
+
+
+def odd(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Each n as 2 n + 1, for a kernel that takes them in a tuple. Of those triton compiles 1 and
+    multiples of 16 into a kernel of their own, whatever do_not_specialize says, and the rows of a
+    batch are now this and now that."""
+    return tuple(2 * n + 1 for n in numbers)
 
 
 def is_aligned(tensors: list[Tensor], vector: int) -> bool:

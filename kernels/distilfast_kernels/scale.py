@@ -50,29 +50,29 @@ def _scale_row(
 def scale_kernel(
     g_ptrs,
     by_ptr,
-    strides,
-    twice_n_rows,
-    n_cols,
+    odd_strides,
+    odd_n_rows,
+    odd_n_cols,
     stride_by,
     K: tl.constexpr,
     VECTORS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """A tuple of K gradients (n_rows[k], n_cols[k]), times by, () or a factor a row. A program
-    takes every num_programs-th row of each. twice_n_rows: 2 n_rows + 1."""
+    """A tuple of K gradients, (n_rows, n_cols) each, times by, () or a factor a row. A program
+    takes every num_programs-th row of each. The numbers come as `rows.odd`."""
     if stride_by == 0:
         if tl.load(by_ptr) == 1:
             return
     for k in tl.static_range(K):
-        for i in range(tl.program_id(0), twice_n_rows[k] // 2, tl.num_programs(0)):
+        for i in range(tl.program_id(0), odd_n_rows[k] // 2, tl.num_programs(0)):
             row = tl.cast(i, tl.int64)
             by = tl.load(by_ptr + row * stride_by).to(tl.float32)
             if by != 1:
                 _scale_row(
                     g_ptrs[k],
                     row,
-                    strides[k],
-                    n_cols[k],
+                    odd_strides[k] // 2,
+                    odd_n_cols[k] // 2,
                     by,
                     VECTORS[k],
                     16 // VECTORS[k],
@@ -99,11 +99,9 @@ def scale(gradients: Sequence[Tensor], by: Tensor) -> None:
         scale_kernel[(min(MAX_PROGRAMS, max(len(g) for g in some)),)](
             tuple(some),
             by,
-            tuple(g.stride(0) for g in some),
-            # Odd and above 1: triton compiles a tuple's numbers anew for 1 and for multiples of 16,
-            # whatever do_not_specialize says, and the rows of a batch may be either.
-            tuple(2 * g.shape[0] + 1 for g in some),
-            tuple(g.shape[1] for g in some),
+            rows.odd(g.stride(0) for g in some),
+            rows.odd(g.shape[0] for g in some),
+            rows.odd(g.shape[1] for g in some),
             by.stride(0) if by.ndim else 0,
             K=len(some),
             VECTORS=tuple(vectors),
