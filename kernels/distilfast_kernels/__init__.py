@@ -5,9 +5,10 @@ One file a family, each from top to bottom: mathematics, kernel, launcher.
     distillation    every loss over the vocabulary and its gradient
     hidden_cosine   the cosine distance of hidden states
     ensemble        several teachers as one
-    scale           a finished gradient times what the backward brings
+    scale           finished gradients times what the backward brings
+    reductions      what stands around a row kernel: totals before it, sums after it
     rows            what those have in common
-    cpp             the same four on a CPU, in C++ (kernels/csrc)
+    cpp             the first four on a CPU, in C++ (kernels/csrc)
 
 Operators, fakes and autograd are the same for every backend and live in `distilfast.losses`. The
 files import torch and triton only, on first use, so that a machine without triton can still import
