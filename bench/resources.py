@@ -138,7 +138,9 @@ def compiled(
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
     )
     built = triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": variant.num_warps}
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": variant.num_warps, "maxnreg": variant.maxnreg},
     )
     return dict(built.asm)
 

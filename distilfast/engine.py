@@ -479,7 +479,8 @@ def _add_gradients(optimizer: Any, clear_lp_grads: bool = False) -> None:
             sums.append(weight._hp_grad.view_as(weight))
             shares.append(weight.grad)
             weight.grad = None
-    torch._foreach_add_(sums, shares)
+    if sums:
+        torch._foreach_add_(sums, shares)
 
 
 def _partitioning(stage: int, offload: str) -> dict[str, Any]:

@@ -38,10 +38,10 @@ from distilfast.losses import (
     check_tensor,
     check_values,
     check_vocab,
+    finished,
     flatten_rows,
     late_scales,
     normalize_weights,
-    once,
     scale_gradients,
 )
 from distilfast.memory import Scratch
@@ -386,7 +386,7 @@ def _scales(
         needed = reference.needed_rows(scales, labels, mask, ignore_index).expand(n_rows)
     else:
         needed = None
-        # A total that the host knows is not 0, but for one that stands for no soft loss at all.
+        # A total that the host knows and that is not 0 needs every row. 0: no soft loss counts.
         if mask is not None or isinstance(totals[0], Tensor) or totals[0] == 0:
             needed = torch.empty(n_rows, dtype=torch.bool, device=device)
         scales = backend.row_scales(
@@ -490,7 +490,9 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
             *ctx.settings,
             str(call._replace(late=False)),
         )
-        made = [once(g, loss, call.backend) for g, w in zip(gradients, wanted, strict=True) if w]
+        made = [
+            finished(g, loss, call.backend) for g, w in zip(gradients, wanted, strict=True) if w
+        ]
     else:
         loss, *gradients = ctx.saved_tensors
         made = scale_gradients(
@@ -637,7 +639,8 @@ def linear_distillation_loss(
         for h, w, b in zip(t_hidden, t_weight, t_bias, strict=True):
             _check_one_dtype("teacher", h, w, b)
     accum_dtype = _accum_dtype(accum_dtype, student_hidden.dtype)
-    backend = backends.choose(backend, device, [x.dtype for x in (student_hidden, *t_hidden)])
+    read = (student_hidden, *t_hidden, student_weight)  # under autocast of different dtypes
+    backend = backends.choose(backend, device, [x.dtype for x in read])
 
     rows, totals = flatten_rows(
         labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer

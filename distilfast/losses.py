@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from distilfast import backends, reference
 from distilfast.reference import DIVERGENCES, PARTS, Options
 
+FP32 = torch.finfo(torch.float32)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -116,6 +117,11 @@ def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
             value = value.item()
         if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if value and not FP32.tiny <= value <= FP32.max:
+            raise ValueError(
+                f"{name}: expected 0 or a number from {FP32.tiny:.1e} to {FP32.max:.1e}, as fp32 "
+                f"has them, got {value!r}"
+            )
 
 
 def check_vocab(
@@ -213,14 +219,15 @@ def flatten_rows(
     kd_normalizer: float | Tensor | None,
     ce_normalizer: float | Tensor | None,
 ) -> tuple[Rows, list[float]]:
-    """Labels and mask as vectors, and the normalisers: those that are tensors, and as numbers those
-    that the host knows. The operators count what is missing; nothing waits for the device."""
+    """Labels and mask as vectors, normalisers that are tensors, and beside them a number for each
+    normaliser, or NO_NUMBER. What is neither is counted by the operators, on the device."""
     tensors: list[Tensor | None] = []
     numbers = []
     for value in (kd_normalizer, ce_normalizer):
         if value is not None and not isinstance(value, Tensor) and torch.compiler.is_compiling():
-            # Compiled code knows an operator's numbers: each would be compiled for anew.
-            value = torch.full((), value, dtype=torch.float32, device=device)
+            # Code is compiled for an operator's numbers, but for any value of a tensor. A product
+            # takes a number as a symbol, where torch.full would want to know it.
+            value = torch.ones((), dtype=torch.float64, device=device) * value
         if value is None and reduction != "mean":
             value = 1.0
         tensors.append(value.detach() if isinstance(value, Tensor) else None)
@@ -389,20 +396,20 @@ def _distillation_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple
     distillation_gradient_op(
         gradient, student.detach(), *rest, late_scales(scales, grad_loss), *ctx.settings
     )
-    return once(gradient, loss, call.backend), *others
+    return finished(gradient, loss, call.backend), *others
 
 
 distillation_op.register_autograd(_distillation_backward, setup_context=_distillation_context)
 
 
 def late_scales(scales: Tensor, grad_loss: Tensor) -> Tensor:
-    """(2,) or, of a grad_output a row, (2, N)."""
+    """The scales times the grad_output: (2,), or (2, N) where each row has its own."""
     grad_loss = grad_loss.detach()
     return scales[:, None] * grad_loss if grad_loss.ndim else scales * grad_loss
 
 
-def once(gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
-    """A gradient that is finished; where it may be differentiated again, one that says no."""
+def finished(gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
+    """The gradient. With create_graph it is wrapped, so that differentiating it raises."""
     if not torch.is_grad_enabled():
         return gradient
     return cast(Tensor, scale_gradient_op(gradient, loss.new_ones(()), loss, backend))
@@ -413,7 +420,7 @@ def scale_gradients(
 ) -> list[Tensor]:
     """Each gradient * grad_loss, in its own memory where nobody can want it again: the graph is not
     kept. (Hooks on saved tensors that hand out what they were given see it change.)"""
-    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in gradients)
+    traced = _is_traced(gradients)
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if traced or kept:
         return [scale_gradient_op(g, grad_loss, loss, backend) for g in gradients]
@@ -421,6 +428,12 @@ def scale_gradients(
         return list(gradients)  # what a plain loss.backward() brings; a GPU's kernel finds it out
     _scale_in_place(gradients, grad_loss, backend)
     return list(gradients)
+
+
+def _is_traced(gradients: Sequence[Tensor]) -> bool:
+    """Whether somebody records what is done, who sees operators alone."""
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return recorded or any(type(g) is not Tensor for g in gradients)
 
 
 def _scale_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, backend: str) -> None:

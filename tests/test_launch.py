@@ -115,6 +115,12 @@ CASES = {
         reductions.row_scales((None, None), torch.zeros(n, dtype=torch.int64), torch.ones(n), n,
                               -100, torch.float32, one.device) for n in (1, 3, 16)
     ],
+    "counts of what is given": lambda: [
+        reductions.row_scales(totals, torch.zeros(3, dtype=torch.int64), mask, 3, -100,
+                              torch.float32, one.device, torch.empty(3, dtype=torch.bool))
+        for totals in ((one, one), (2.0, None), (one.long(), one.double()))
+        for mask in (None, torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.float16))
+    ],
     "sums": lambda: [
         reductions.reduce_rows(torch.ones(4, n), torch.ones(2), (5.0, 2.0, 0.0, 1.0), "mean")
         for n in (1, 3, 16)
@@ -170,10 +176,13 @@ def test_scalars_and_sizes_do_not_recompile(launched, what):
     assert launched[what]["launches"] > launched[what]["compiled"] == 1
 
 
+AROUND = {"counts", "counts of what is given", "sums", "weighted rows"}
+
+
 def test_every_launcher_compiles_with_wide_accesses(launched):
     wide = {name for name, case in launched.items() if case["wide"]}
     # What stands around the row kernels reads a few bytes a row, wherever they begin.
-    assert set(launched) - wide == {"unaligned", "counts", "sums", "weighted rows"}
+    assert set(launched) - wide == {"unaligned", *AROUND}
 
 
 def test_no_tile_goes_through_shared_memory(launched):

@@ -26,7 +26,7 @@ from oracle import (
     value_and_grad,
 )
 
-from distilfast import DistillationLoss, distillation_loss
+from distilfast import DistillationLoss, distillation_loss, hidden_cosine_loss
 
 LN2, LN3 = math.log(2), math.log(3)
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
@@ -1130,3 +1130,53 @@ def test_row_of_no_upstream_gradient_gets_none(backend, device, dtype):
     (gradient,) = torch.autograd.grad(output.loss, leaf, upstream)
     assert (gradient[1::2] == 0).all()
     assert (gradient[::2] != 0).any(-1).all()
+
+
+# What others make of the operators
+
+
+@pytest.mark.parametrize("loss", ["dense", "hidden"])
+def test_compiled_call_is_compiled_once_for_any_normalizer(backend, device, loss):
+    student, teacher = logits_pair((4, 19), device=device)
+    leaf = student.requires_grad_()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def compiled(n):
+        if loss == "hidden":
+            return hidden_cosine_loss(leaf, teacher, normalizer=n, backend=backend)
+        return distillation_loss(leaf, teacher, kd_normalizer=n, backend=backend).loss
+
+    torch.compiler.reset()
+    one = compiled(1.0)
+    for n in (2.5, 3.5, 4.25, 7.125):
+        torch.testing.assert_close(compiled(n), one / n)
+    assert len(graphs) <= 2  # for a number, and for any
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_recorded_graph_holds_the_gradients_scaling(backend, device, reduction):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter takes no recorded tensors")
+    student, teacher = logits_pair((4, 19), device=device)
+    upstream = torch.tensor([2.0, 3.0, 4.0, 5.0], device=device)
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        loss = distillation_loss(x, teacher, reduction=reduction, backend=backend).loss
+        return torch.autograd.grad(loss, x, upstream if reduction == "none" else upstream[0])[0]
+
+    recorded = torch.fx.experimental.proxy_tensor.make_fx(gradient)(student)
+    other = student * 0.5
+    torch.testing.assert_close(recorded(other), gradient(other))
+
+
+@pytest.mark.parametrize("n", [1e39, 1e-40])
+def test_normalizer_that_fp32_does_not_have_is_refused(backend, device, n):
+    student, teacher = logits_pair((4, 19), device=device)
+    with pytest.raises(ValueError, match=r"kd_normalizer: expected 0 or a number from"):
+        distillation_loss(student, teacher, kd_normalizer=n, backend=backend)

@@ -324,20 +324,20 @@ MUTATIONS = [
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
-        "CE's gradient forgets its weight", K, "by_label = ce_weight * ce", "by_label = ce", PARTS
+        "CE's gradient forgets its weight", K, "by_label = ce_weight * tl", "by_label = tl", PARTS
     ),
     Mutation(
         "kd takes ce's normaliser",
         K,
-        "kd_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)",
-        "kd_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)",
+        "by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)",
+        "by_row = weight * tl.load(ce_scale_ptr + row * stride_ce_scale)",
         DIVISORS,
     ),
     Mutation(
         "ce takes kd's normaliser",
         K,
-        "ce_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)",
-        "ce_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)",
+        "by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)",
+        "by_label = ce_weight * tl.load(kd_scale_ptr + row * stride_kd_scale)",
         DIVISORS,
     ),
     Mutation(
@@ -804,7 +804,7 @@ MUTATIONS = [
     ),
     Mutation("mse forgets the row's weight", K, "sq * weight", "sq", MASKS),
     Mutation(
-        "the gradient forgets the row's weight", K, "by_row = weight * kd", "by_row = kd", MASKS
+        "the gradient forgets the row's weight", K, "by_row = weight * tl", "by_row = tl", MASKS
     ),
     Mutation(
         "a row that nothing needs keeps its loss",
@@ -900,14 +900,14 @@ MUTATIONS = [
     Mutation(
         "a total of 0 leaves kd in",
         K,
-        "tl.full([], SOFT, tl.int1) & (kd_scale != 0)",
-        "tl.full([], SOFT, tl.int1)",
+        "soft &= tl.load(kd_scale_ptr + row * stride_kd_scale) != 0",
+        "pass",
         NOTHING_COUNTS,
     ),
     Mutation(
         "a total of 0 leaves ce in",
         K,
-        "(wanted != ignore_index) & (ce_scale != 0)",
+        "(wanted != ignore_index) & counted",
         "wanted != ignore_index",
         NOTHING_COUNTS,
     ),

@@ -242,8 +242,8 @@ MUTATIONS = [
     Mutation(
         "finished gradients are scaled again",
         "torch",
-        "made = [once(g, loss, call.backend)",
-        "made = [once(g * grad_loss.sum(), loss, call.backend)",
+        "finished(g, loss, call.backend)",
+        "finished(g * grad_loss.sum(), loss, call.backend)",
         LATE,
     ),
     Mutation(

@@ -382,9 +382,9 @@ def distillation_kernel(
 
     # What this row needs. A row that needs nothing is not read.
     weight = 1.0
-    kd_scale = tl.load(kd_scale_ptr + row * stride_kd_scale)
-    ce_scale = tl.load(ce_scale_ptr + row * stride_ce_scale)
-    soft = tl.full([], SOFT, tl.int1) & (kd_scale != 0)
+    soft = tl.full([], SOFT, tl.int1)
+    if SOFT:
+        soft &= tl.load(kd_scale_ptr + row * stride_kd_scale) != 0
     if SOFT and MASK:
         weight = tl.load(mask_ptr + row).to(tl.float32)
         soft &= weight != 0
@@ -392,7 +392,8 @@ def distillation_kernel(
     labelled = tl.full([], False, tl.int1)
     if CE:
         wanted = tl.load(labels_ptr + row)
-        labelled = (wanted != ignore_index) & (ce_scale != 0)
+        counted = tl.load(ce_scale_ptr + row * stride_ce_scale) != 0
+        labelled = (wanted != ignore_index) & counted
         known = (wanted >= 0) & (wanted < n_cols)
         label = tl.where(known, wanted, 0).to(tl.int32)
         # Before any thread can have written over it; the barriers of the sums keep it so.
@@ -438,7 +439,8 @@ def distillation_kernel(
     kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
     by_s, by_t, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
-    by_row = weight * kd_scale
+    # Loaded again, as registers are dear in the sweeps.
+    by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
     if KD != 0:
         by_kd = by_row * kd_weight * temperature
         # Where neither row holds a NaN, only tiny * inf can have made d one: minus infinity on the
@@ -477,7 +479,7 @@ def distillation_kernel(
         ce = LN_2 * (tl.log2(l_1) - x_label)
         # A label outside the vocabulary makes its own row NaN: asking about it would be a wait.
         ce = tl.where(labelled, tl.where(known, ce, float("nan")), 0.0)
-        by_label = ce_weight * ce_scale
+        by_label = ce_weight * tl.load(ce_scale_ptr + row * stride_ce_scale)
         by_label = tl.where(known, by_label, float("nan"))
         by_1 = by_label / l_1
     if COS:
@@ -542,6 +544,13 @@ class Variant(NamedTuple):
     @property
     def num_warps(self) -> int:
         return self.THREADS // 32
+
+    @property
+    def maxnreg(self) -> int | None:
+        """The registers of a thread, at most. With 64 a multiprocessor holds two programs of 16
+        warps; left alone, the compiler takes a dozen more, and one is left. None: as it likes."""
+        both = self.KD and (self.COS or self.MSE)  # their sums take some 100
+        return 64 if self.num_warps == 16 and not both else None
 
 
 def variant(
@@ -659,6 +668,7 @@ def distillation(
         tuple(float(x) for head in heads for x in head[:2]),
         **chosen._asdict(),
         num_warps=chosen.num_warps,
+        maxnreg=chosen.maxnreg,
     )
     if gradient is not None and bias_gradient is not None:
         bias_gradient += gradient[:, : options.vocab_size].sum(0, dtype=torch.float32)

@@ -150,10 +150,11 @@ def row_scales(
     pointers: list[Tensor | None] = []
     numbers = []
     for total in totals:
-        if isinstance(total, Tensor) and total.device == device:
-            pointers.append(total)
+        if isinstance(total, Tensor) and (total.is_cuda or total.device == device):
+            # On another GPU it must not be waited for.
+            pointers.append(total.to(device, non_blocking=True))
             numbers.append(0.0)
-        else:  # a tensor of the host's is read here, and nothing waits for it
+        else:  # a tensor of the host's can be read
             pointers.append(None)
             numbers.append(0.0 if total is None else float(total))
     if totals[0] is None and mask is None:

@@ -144,9 +144,8 @@ def warps_for(row_bytes: int, most: int) -> int:
 
 
 def odd(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Each n as 2 n + 1, for a kernel that takes them in a tuple. Of those triton compiles 1 and
-    multiples of 16 into a kernel of their own, whatever do_not_specialize says, and the rows of a
-    batch are now this and now that."""
+    """Each n as 2 n + 1, for a kernel that takes them in a tuple. There triton specialises on 1 and
+    on multiples of 16, whatever do_not_specialize says; an odd number above 1 avoids both."""
     return tuple(2 * n + 1 for n in numbers)
 
 
