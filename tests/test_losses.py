@@ -410,8 +410,10 @@ def test_parity_with_a_peak_anywhere(backend, device, vocab, where):
     # the row's maximum decides every rescaling of an online softmax: first, last or after a block
     student, teacher = logits_pair((2, vocab), device=device)
     column = {"first": 0, "last": vocab - 1, "middle": vocab // 2}[where]
-    student[:, column] += 40.0
-    teacher[:, vocab - 1 - column] += 40.0
+    # A reverse KL subtracts two logarithms of about twice this, which costs as many ulps: at 40 the
+    # difference has fewer digits than the budget where the processor's own errors are small.
+    student[:, column] += 20.0
+    teacher[:, vocab - 1 - column] += 20.0
     labels = torch.full((2,), column, device=device)
     for divergence in DIVERGENCES:
         parity(

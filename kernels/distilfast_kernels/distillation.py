@@ -276,7 +276,7 @@ def _gradient(
         top_s,
         top_t,
         by_s,
-        by_t,
+        to_s,
         mean,
         spoilt,
         share_s,
@@ -294,7 +294,8 @@ def _gradient(
         x_s, x_t = s * scale - top_s, t * scale - top_t
         e_s = tl.exp2(x_s)
         if KD == FORWARD_KL:
-            g = by_s * e_s - by_t * tl.exp2(x_t)
+            # Two probabilities that may nearly cancel: one rounding before, none of a product.
+            g = by_s * (e_s - to_s * tl.exp2(x_t))
         if KD == REVERSE_KL:
             g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
         if KD == JSD:
@@ -437,7 +438,7 @@ def distillation_kernel(
     # The row's losses, and the factors of its gradient. The scales are applied in fp32, before
     # anything is rounded.
     kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
-    by_s, by_t, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    by_s, to_s, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
     # Loaded again, as registers are dear in the sweeps.
     by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
@@ -448,7 +449,7 @@ def distillation_kernel(
         d = tl.where((d != d) & (l_s == l_s) & (l_t == l_t), INF, d)
         if KD == FORWARD_KL:
             kd = d / l_t - tl.log2(l_t) + tl.log2(l_s)
-            by_s, by_t = by_kd / l_s, by_kd / l_t
+            by_s, to_s = by_kd / l_s, tl.div_rn(l_s, l_t)
         if KD == REVERSE_KL:
             mean = d / l_s
             kd = mean - tl.log2(l_s) + tl.log2(l_t)
@@ -502,7 +503,7 @@ def distillation_kernel(
 
     # Last sweep: the gradient, from the newest tile back to the oldest.
     if GRADIENT:
-        scalars = (top_s, top_t, by_s, by_t, mean, spoilt, share_s, share_t)
+        scalars = (top_s, top_t, by_s, to_s, mean, spoilt, share_s, share_t)
         scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap)
         if n_full * BLOCK_V < body:
             s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
