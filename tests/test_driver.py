@@ -48,7 +48,7 @@ def run_processes(command: list[str], recipe: list[str], *changes: str, **enviro
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -484,7 +484,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     command = [*(launcher("torchrun", ranks) if ranks > 1 else [sys.executable]), TRAIN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *recipe, *changes], env=environment, capture_output=True, text=True, timeout=300
+        [*command, *recipe, *changes], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 1, done.stderr
     (error,) = [x for x in done.stderr.splitlines() if x.startswith("distilfast: step")]

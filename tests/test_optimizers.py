@@ -175,7 +175,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert "untested" not in done.stdout + done.stderr

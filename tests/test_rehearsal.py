@@ -184,7 +184,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Any]]
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert process.returncode == 0, process.stderr[-5000:]
         file = folder / f"{accelerator}.pt"

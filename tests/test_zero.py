@@ -286,7 +286,7 @@ def two(folder: Path, one: dict[Any, Any]) -> dict[Any, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return torch.load(folder / "ranks.pt", weights_only=False)
