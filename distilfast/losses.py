@@ -261,8 +261,8 @@ def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 # --- The custom operators: opaque to torch.compile, one for all backends --------------------------
-# What stands around a row kernel is the operator's, too: two launches, where PyTorch's own operators
-# would take up to 19.
+# What stands around a row kernel is the operator's, too: two launches, where PyTorch's own would
+# be up to 18.
 
 
 class Call(NamedTuple):
