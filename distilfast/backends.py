@@ -26,7 +26,7 @@ from distilfast.reference import Options
 logger = logging.getLogger("distilfast")
 
 
-def _torch_accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
+def torch_accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
     if begun:
         total += share
     else:
@@ -44,7 +44,9 @@ class Backend:
     fp32 at least. What is written to is dense along its rows. ``row_scales`` and ``reduce_rows``
     stand before and after the row kernels. ``accumulate`` adds (N, M) to an fp32 sum that holds
     something if told that it has begun. ``adds_bias``: whether ``distillation`` takes heads with a
-    bias, and faster than a pass over the products that adds it.
+    bias, and faster than a pass over the products that adds it. ``overwrites``: whether it takes a
+    gradient of fewer bits than the logits in the memory of these. ``product`` makes fp32 logits of
+    bf16 hidden states and a weight, if ``multiplies`` says so.
     """
 
     name: str
@@ -56,8 +58,11 @@ class Backend:
     scale: Callable[[Sequence[Tensor], Tensor], None]
     row_scales: Callable[..., Tensor] = reference.row_scales
     reduce_rows: Callable[..., tuple[Tensor, Tensor]] = reference.reduce_rows
-    accumulate: Callable[[Tensor, Tensor, bool], None] = _torch_accumulate
+    accumulate: Callable[[Tensor, Tensor, bool], None] = torch_accumulate
     adds_bias: bool = False
+    overwrites: bool = False
+    multiplies: Callable[[], bool] = lambda: False
+    product: Callable[..., None] | None = None
 
 
 # Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU
@@ -76,6 +81,7 @@ def _torch_distillation(
     gradient: Tensor | None,
     heads: tuple[reference.Head, reference.Head] = reference.PLAIN,
     bias_gradient: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """`reference.distillation`, a block of rows at a time."""
     n_rows = student.shape[0]
@@ -95,6 +101,7 @@ def _torch_distillation(
                 None if gradient is None else gradient[part],
                 heads,
                 bias_gradient,
+                None if statistics is None else statistics[:, part],
             )
         )
     return torch.cat(rows, dim=1)
@@ -169,6 +176,9 @@ BACKENDS: dict[str, Backend] = {
         scale=_kernels("cpp", "scale"),
         accumulate=_kernels("cpp", "accumulate"),
         adds_bias=True,
+        overwrites=True,
+        multiplies=_kernels("cpp", "multiplies"),
+        product=_kernels("cpp", "product"),
     ),
     "torch": Backend(
         name="torch",
@@ -178,6 +188,7 @@ BACKENDS: dict[str, Backend] = {
         hidden_cosine=reference.hidden_cosine,
         combine_teachers=_torch_combine_teachers,
         scale=_torch_scale,
+        overwrites=True,
     ),
 }
 

@@ -4,7 +4,7 @@ The rows are taken in chunks. A chunk's products with the heads are made, one a 
 kernel makes logits of them in registers and writes their gradient over the student's; two products
 turn that into the chunk's share of the gradients of hidden states and weight. Nothing of size N x V
 exists, and nothing is computed twice: recomputing logits in a backward would cost another product
-a side.
+a side. What makes the products is products.py's.
 
 The gradients are those for a grad_output of 1, to be scaled in the backward. Two cases run the
 whole head again there instead: `reduction="none"`, where each row has a grad_output of its own, and
@@ -34,6 +34,7 @@ from distilfast.losses import (
     check_like,
     check_mask,
     check_options,
+    check_statistics,
     check_teacher,
     check_tensor,
     check_values,
@@ -44,13 +45,16 @@ from distilfast.losses import (
     normalize_weights,
     scale_gradients,
 )
+from distilfast.backends import Backend
 from distilfast.memory import Scratch
+from distilfast.products import HALVES, Products
 from distilfast.reference import PARTS, Head, Options
 
 # What the logits of a chunk may take up, all sides together. A product is as fast as it gets from
 # some hundred rows on (a CPU) or some thousand (a GPU), and each further chunk reads and writes the
-# weight's gradient once more: docs/kernels.md.
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+# weight's gradient once more: docs/kernels.md. On a CPU more than MOST_ROWS are slower again.
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+FEWEST_ROWS, MOST_ROWS = {"cpu": 512, "cuda": 1}, {"cpu": 1024, "cuda": 1 << 30}
 # What there may be, on a CPU, of a chunk's share of the weight's gradient before it is added to the
 # sum: a large head's goes by parts.
 SHARE_BYTES = 64 << 20
@@ -68,6 +72,8 @@ class Side(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,), where the product adds it
     head: Head  # what is left for the loss kernel to do
+    logits_dtype: torch.dtype
+    products: Products
 
     @staticmethod
     def of(
@@ -76,58 +82,69 @@ class Side(NamedTuple):
         head: Head,
         vocab_size: int,
         dtype: torch.dtype,
-        bias_in_kernel: bool,
+        logits_dtype: torch.dtype,
+        backend: Backend,
     ) -> Side:
-        def fit(x: Tensor) -> Tensor:
+        products = Products.of(dtype, logits_dtype, weight.device.type, backend)
+
+        def fit(x: Tensor, dtype: torch.dtype) -> Tensor:
             x = x[:vocab_size].to(dtype)
             missing = _padded(vocab_size) - vocab_size if x.is_cuda else 0
             return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
-        if bias is not None and bias_in_kernel:
+        if bias is not None and backend.adds_bias and not products.kernel:
             in_fp32 = bias[:vocab_size].to(torch.float32).contiguous()
-            return Side(fit(weight), None, head._replace(bias=in_fp32))
-        return Side(fit(weight), None if bias is None else fit(bias), head)
+            head, bias = head._replace(bias=in_fp32), None
+        if bias is not None:
+            wide = torch.float32 if products.widened else logits_dtype
+            bias = fit(bias, wide).contiguous()
+        return Side(fit(weight, dtype), bias, head, logits_dtype, products)
 
-    def products(self, hidden: Tensor, out: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """h W^T (+ b) of (n, D), in the first n rows and V columns of ``out``."""
         out = out[: hidden.shape[0], : self.weight.shape[0]]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.T, out=out)
-        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        self.products.logits(hidden, self.weight, self.bias, out)
+        return out
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the logits' gradient."""
+        return self.logits_dtype if self.products.wide_gradient else self.weight.dtype
 
 
 class WeightGradient:
     """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
 
     def __init__(
-        self, weight: Tensor, dtype: torch.dtype, like: Tensor, backend: str, scratch: Scratch
+        self, side: Side, dtype: torch.dtype, like: Tensor, backend: Backend, scratch: Scratch
     ):
-        shape, device = weight.shape, weight.device
+        shape, device = side.weight.shape, side.weight.device
         # What is handed out in the end, or what it is rounded from.
         self.is_result = (shape, dtype) == (like.shape, like.dtype)
         empty = torch.empty if self.is_result else scratch.empty
         self.total = empty(shape, dtype=dtype, device=device)
         self.like = like
         self.begun = False
-        self.accumulate = backends.BACKENDS[backend].accumulate
+        self.products = side.products
+        # Where PyTorch's product cannot add to the sum itself.
         self.share = None
-        if dtype != weight.dtype and not weight.is_cuda:
-            rows = max(1, SHARE_BYTES // (shape[1] * weight.dtype.itemsize))
-            self.share = scratch.empty((min(rows, shape[0]), shape[1]), weight.dtype, device)
+        made = torch.float32 if side.products.wide_gradient else side.weight.dtype
+        if made != dtype and not side.weight.is_cuda:
+            rows = max(1, SHARE_BYTES // (shape[1] * made.itemsize))
+            self.share = scratch.empty((min(rows, shape[0]), shape[1]), made, device)
+            in_fp32 = dtype == torch.float32
+            self.accumulate = backend.accumulate if in_fp32 else backends.torch_accumulate
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.share is not None:
-            # PyTorch has no product of 16 bits that adds to fp32 on a CPU: a chunk's is rounded.
             most = len(self.share)
             parts = zip(gradient.split(most, dim=1), self.total.split(most), strict=True)
             for some, total in parts:
-                share = torch.mm(some.T, hidden, out=self.share[: len(total)])
+                share = self.share[: len(total)]
+                self.products.weight_gradient(some, hidden, share, False)
                 self.accumulate(total, share, self.begun)
         else:
-            how: dict[str, Any] = {"beta": int(self.begun), "out": self.total}
-            if self.total.dtype != gradient.dtype:
-                how["out_dtype"] = self.total.dtype
-            torch.addmm(self.total, gradient.T, hidden, **how)
+            self.products.weight_gradient(gradient, hidden, self.total, self.begun)
         self.begun = True
 
     def result(self, vocab_size: int) -> Tensor:
@@ -151,15 +168,16 @@ class Target:
         shares: Sequence[float],
         ensemble: str,
         options: Options,
-        backend: str,
+        backend: Backend,
     ):
         self.sides, self.shares = sides, shares
         self.ensemble, self.options = ensemble, options
-        self.combine = backends.BACKENDS[backend].combine_teachers
-        self.dtypes = list({side.weight.dtype for side in sides})
-        if len(sides) > 1:  # the mixture, and where products are not logits a teacher's logits
+        self.combine = backend.combine_teachers
+        self.dtypes = list({side.logits_dtype for side in sides})
+        if len(sides) > 1:  # the mixture, and a teacher's logits that its products have no room for
             compute = reference.accumulation_dtype(*(side.weight for side in sides))
-            self.dtypes += [compute] * (1 if all(side.head.plain for side in sides) else 2)
+            apart = any(not x.head.plain and x.logits_dtype != compute for x in sides)
+            self.dtypes += [compute] * (2 if apart else 1)
 
     def allocate(self, rows: int, scratch: Scratch) -> None:
         """Memory for chunks of so many rows."""
@@ -171,13 +189,15 @@ class Target:
     def __call__(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Head]:
         vocab_size, mixed = self.options.vocab_size, 0.0
         if len(self.sides) == 1:
-            return self.sides[0].products(hidden[0], self.buffers[0]), self.sides[0].head
+            return self.sides[0].logits(hidden[0], self.buffers[0]), self.sides[0].head
         part = slice(hidden[0].shape[0]), slice(vocab_size)
         z = self.buffers[-1][part]
         for side, share, h in zip(self.sides, self.shares, hidden, strict=True):
-            logits = side.products(h, self.buffers[self.dtypes.index(side.weight.dtype)])[part]
+            logits = side.logits(h, self.buffers[self.dtypes.index(side.logits_dtype)])[part]
             if not side.head.plain:
-                logits = side.head.logits_(self.buffers[-2][part].copy_(logits))
+                if logits.dtype != z.dtype:
+                    logits = self.buffers[-2][part].copy_(logits)
+                logits = side.head.logits_(logits)
             if mixed:
                 shares = [mixed / (mixed + share), share / (mixed + share)]
                 temperature = self.options.temperature
@@ -209,20 +229,28 @@ class HeadCall(NamedTuple):
     backend: str
     ensemble: str
     accum_dtype: str
+    logits_dtype: str  # of 16-bit hidden states
     late: bool  # the gradients are the backward's, which calls the operator again without it
     hidden: bool  # which gradients are wanted
     weight: bool
     bias: bool
+    statistics: bool
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        return self.hidden, self.weight, self.bias
 
     def __str__(self) -> str:
-        return " ".join(map(str, self[:5])) + "".join(f" {int(flag)}" for flag in self[5:])
+        return " ".join(map(str, self[:6])) + "".join(f" {int(flag)}" for flag in self[6:])
 
     @staticmethod
     @functools.cache
     def read(text: str) -> HeadCall:
-        divergence, reduction, backend, ensemble, accum_dtype, *flags = text.split()
-        named = divergence, reduction, backend, ensemble, accum_dtype
-        return HeadCall(*named, *(flag == "1" for flag in flags))
+        words = text.split()
+        return HeadCall(*words[:6], *(flag == "1" for flag in words[6:]))  # type: ignore[arg-type]
+
+    def dtype_of_logits(self, hidden: Tensor) -> torch.dtype:
+        return getattr(torch, self.logits_dtype) if hidden.dtype in HALVES else hidden.dtype
 
 
 HEADS = slice(8, 12)  # among the numbers: scale and softcap of the student, of the teachers
@@ -245,9 +273,10 @@ def linear_distillation_op(
     numbers: list[float],
     sizes: list[int],
     how: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the parts, the gradients of hidden, weight and bias (empty if not wanted, or late),
-    and the scales (2,) by which late ones have to be multiplied (empty where they were given).
+    the scales (2,) by which late ones have to be multiplied (empty where they were given), and the
+    statistics (3, N) (empty if not wanted).
 
     The products are in the dtypes of the hidden states. A teacher without a bias has an empty one.
     ``scales``, (2,) or (2, N), are a late backward's, times the grad_output; None: from the
@@ -278,11 +307,11 @@ def _linear_distillation(
     numbers: Sequence[float],
     chunk_rows: int,
     call: HeadCall,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     student_hidden, student_weight, student_bias = student_tensors
     teacher_hidden, teacher_weight, teacher_bias = teacher_tensors
     labels, mask = each.labels, each.mask
-    want_hidden, want_weight, want_bias = [False] * 3 if call.late else call[6:]
+    want_hidden, want_weight, want_bias = [False] * 3 if call.late else call.wanted
     training = want_hidden or want_weight or want_bias
     vocab_size, backend = options.vocab_size, backends.BACKENDS[call.backend]
     n_rows, device = student_hidden.shape[0], student_hidden.device
@@ -290,23 +319,30 @@ def _linear_distillation(
 
     scale, softcap, teacher_scale, teacher_softcap = numbers[HEADS]
     head, dtype = Head(scale, softcap), student_hidden.dtype
-    in_kernel = backend.adds_bias
-    student = Side.of(student_weight, student_bias, head, vocab_size, dtype, in_kernel)
+    wide = call.dtype_of_logits(student_hidden)
+    student = Side.of(student_weight, student_bias, head, vocab_size, dtype, wide, backend)
     used = [k for k, share in enumerate(numbers[SHARES]) if share]
     teachers = []
     for k in used:
         head, dtype = Head(teacher_scale, teacher_softcap), teacher_hidden[k].dtype
         bias = teacher_bias[k] if len(teacher_bias[k]) else None
-        teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, in_kernel))
+        wide = call.dtype_of_logits(teacher_hidden[k])
+        teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, wide, backend))
     shares = [numbers[SHARES][k] for k in used]
-    target = Target(teachers, shares, call.ensemble, options, call.backend)
+    target = Target(teachers, shares, call.ensemble, options, backend)
 
     by, needed = _scales(each, scales, options, numbers, n_rows, compute, device, backend)
-    dtypes = [student_hidden.dtype, *target.dtypes]
+    # A gradient of fewer bits than the logits lies in their memory, or in its own.
+    narrower = training and student.gradient_dtype != student.logits_dtype
+    apart = narrower and not backend.overwrites
+    dtypes = [student.logits_dtype, *target.dtypes, *([student.gradient_dtype] if apart else [])]
     chunks = _chunks(student_hidden, needed, chunk_rows, vocab_size, dtypes)
     most = max((_length(chunk) for chunk in chunks), default=0)
     scratch = Scratch()
-    logits = _rows_of_logits(most, vocab_size, student_hidden.dtype, device, scratch)
+    logits = _rows_of_logits(most, vocab_size, student.logits_dtype, device, scratch)
+    gradients = logits.view(student.gradient_dtype) if narrower and not apart else logits
+    if apart:
+        gradients = _rows_of_logits(most, vocab_size, student.gradient_dtype, device, scratch)
     if teachers:
         target.allocate(most, scratch)
 
@@ -322,16 +358,19 @@ def _linear_distillation(
         if len(chunks) == 1 and student_weight.dtype == student.weight.dtype:
             accum_dtype = student_weight.dtype  # nothing is added up
         weight_gradient = WeightGradient(
-            student.weight, accum_dtype, student_weight, call.backend, scratch
+            student, accum_dtype, student_weight, backend, scratch
         )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     kd_scale, ce_scale = by.unbind()
+    statistics = student_hidden.new_zeros((3, n_rows) if call.statistics else 0, dtype=compute)
     for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None and isinstance(chunk, slice):
             # A row that nothing needs must not reach the weight's gradient.
             hidden = torch.where(needed[chunk, None], hidden, 0)
-        s = student.products(hidden, logits)
+        s = student.logits(hidden, logits)
+        gradient = gradients[: s.shape[0], : s.shape[1]] if training else None
+        found = statistics.new_empty(3, s.shape[0]) if call.statistics else None
         t, t_head = s, student.head  # without a teacher nothing reads it
         if teachers:
             t, t_head = target([teacher_hidden[k][chunk] for k in used])
@@ -343,21 +382,24 @@ def _linear_distillation(
             kd_scale[chunk] if kd_scale.ndim else kd_scale,
             ce_scale[chunk] if ce_scale.ndim else ce_scale,
             options,
-            s if training else None,
+            gradient,
             (student.head, t_head),
             None if d_bias is None else d_bias[:vocab_size],
+            found,
         )
+        if found is not None:
+            statistics[:, chunk] = found
         if isinstance(chunk, slice) and len(chunks) == 1:
             rows = of_chunk
         else:
             rows[:, chunk] = of_chunk
-        if want_hidden:  # what was logits is their gradient now
-            if isinstance(chunk, slice):
-                torch.mm(s, student.weight, out=d_hidden[chunk])
-            else:
-                d_hidden[chunk] = s @ student.weight
-        if weight_gradient:
-            weight_gradient.add(s, hidden)
+        if gradient is not None and want_hidden:
+            made_here = d_hidden[chunk]  # a copy, if the chunk is a selection
+            student.products.hidden_gradient(gradient, student.weight, made_here)
+            if not isinstance(chunk, slice):
+                d_hidden[chunk] = made_here
+        if gradient is not None and weight_gradient:
+            weight_gradient.add(gradient, hidden)
 
     loss, parts = backend.reduce_rows(rows, by, options[1:5], call.reduction)
     bias_like = student_weight if student_bias is None else student_bias
@@ -366,7 +408,8 @@ def _linear_distillation(
         d_weight = weight_gradient.result(vocab_size)
     d_bias = bias_like.new_empty(0) if d_bias is None else d_bias.to(bias_like.dtype)
     scratch.keep()
-    return loss, parts, d_hidden, d_weight, d_bias, by if scales is None else by.new_empty(0)
+    by = by if scales is None else by.new_empty(0)
+    return loss, parts, d_hidden, d_weight, d_bias, by, statistics
 
 
 def _scales(
@@ -414,9 +457,10 @@ def _chunks(
     if n == 0:
         return []
     if not rows:
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        kind = "cpu" if hidden.device.type == "cpu" else "cuda"
         row_bytes = _padded(vocab_size) * sum(dtype.itemsize for dtype in dtypes)
-        most = max(1, budget // row_bytes // ALIGNMENT) * ALIGNMENT
+        most = max(1, CHUNK_BYTES[kind] // row_bytes // ALIGNMENT) * ALIGNMENT
+        most = min(max(most, FEWEST_ROWS[kind]), MOST_ROWS[kind])
         rows = -(-n // -(-n // most))  # as many chunks as it takes, of one size
         rows = _padded(rows)
     if selected is not None:
@@ -435,11 +479,11 @@ def _(
     student_bias: Tensor | None,
     teacher_hidden: list[Tensor],
     *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call, scales = HeadCall.read(others[-1]), others[6]
     n_rows = [student_hidden.shape[0]] if call.reduction == "none" else []
     bias_like = student_weight if student_bias is None else student_bias
-    hidden, weight, bias = [False] * 3 if call.late else call[6:]
+    hidden, weight, bias = [False] * 3 if call.late else call.wanted
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
     like = student_hidden.new_empty(0, dtype=compute)
     return (
@@ -449,13 +493,14 @@ def _(
         student_weight.new_empty(student_weight.shape if weight else 0),
         bias_like.new_empty(student_weight.shape[0] if bias else 0),
         like.new_empty(2 if scales is None else 0),
+        like.new_empty((3, student_hidden.shape[0]) if call.statistics else 0),
     )
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    loss, *rest, scales = output
+    loss, *rest, scales, statistics = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
-    ctx.mark_non_differentiable(*rest, scales)
+    ctx.mark_non_differentiable(*rest, scales, statistics)
     *ctx.settings, how = inputs[11:]
     ctx.call = HeadCall.read(how)
     ctx.teacher_counts = [len(group) for group in inputs[3:6]]
@@ -471,7 +516,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     nothing = *([None] * n for n in ctx.teacher_counts), *[None] * 8
     if grad_loss is None:
         return *[None] * 3, *nothing
-    call, wanted = ctx.call, ctx.call[6:]
+    call, wanted = ctx.call, ctx.call.wanted
     if call.late:
         loss, scales, labels, mask, *saved = ctx.saved_tensors
         student, teachers = saved[:3], saved[3:]
@@ -479,7 +524,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
         for count in ctx.teacher_counts:
             groups.append([t.detach() for t in teachers[:count]])
             teachers = teachers[count:]
-        _, _, *gradients, _ = linear_distillation_op(
+        _, _, *gradients, _, _ = linear_distillation_op(
             *(None if x is None else x.detach() for x in student),
             *groups,
             labels,
@@ -488,7 +533,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
             None,
             late_scales(scales, grad_loss),
             *ctx.settings,
-            str(call._replace(late=False)),
+            str(call._replace(late=False, statistics=False)),
         )
         made = [
             finished(g, loss, call.backend) for g, w in zip(gradients, wanted, strict=True) if w
@@ -520,6 +565,7 @@ def linear_distillation_loss(
     ensemble: str = "probability",
     chunk_rows: int | str = "auto",
     accum_dtype: torch.dtype | None = None,
+    logits_dtype: torch.dtype | None = None,
     temperature: float = 2.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -534,6 +580,7 @@ def linear_distillation_loss(
     kd_normalizer: float | Tensor | None = None,
     ce_normalizer: float | Tensor | None = None,
     inplace_backward: bool = False,
+    statistics: bool = False,
     backend: str = "auto",
 ) -> DistillationOutput:
     """`distillation_loss` of the logits h W^T + b, which are never held: chunk by chunk of rows.
@@ -555,20 +602,23 @@ def linear_distillation_loss(
         accum_dtype: what the shares of the chunks in the weight's gradient are summed in: None is
             fp32 (fp64 for fp64); the dtype of the hidden states saves V D 4 bytes, and rounds at
             every chunk (docs/kernels.md has the error).
+        logits_dtype: of 16-bit hidden states: None is fp32; their own dtype halves the memory of a
+            chunk, and rounds logits before they are subtracted: near the teacher the gradient is
+            wrong by more than itself (docs/exactness.md).
         inplace_backward: accepted, without effect: there are no logits to overwrite.
 
     The other keywords are those of `distillation_loss`. Under autocast the products run in its
-    dtype, and the gradients of an fp32 weight and bias are summed and returned in fp32. Logits are
-    rounded to the dtype of the hidden states, as a model's are; scale, softcap, losses and the sums
-    over chunks are fp32. On a CPU a chunk's share of the weight's gradient is rounded to the dtype
-    of the hidden states before it is added. With ``reduction="none"``, or in fp16, the backward
+    dtype, and the gradients of an fp32 weight and bias are summed and returned in fp32. Logits,
+    scale, softcap, losses and the sums over chunks are fp32. The gradient of the logits is rounded
+    to 16 bits for its products, once student and teacher have been subtracted, and a chunk's share
+    of the weight's gradient is on a CPU; on CPUs without products of that dtype both stay fp32. With ``reduction="none"``, or in fp16, the backward
     computes the head a second time.
 
     Rows that no loss needs (mask 0, no label) are not projected on a CPU; on a GPU, where counting
     them would wait for the device, they are, so leave them out where that matters.
 
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse); the gradient flows to student_hidden,
+        DistillationOutput(loss, kd, ce, cos, mse, ...); the gradient flows to student_hidden,
         student_weight and student_bias.
 
     Raises:
@@ -591,6 +641,7 @@ def linear_distillation_loss(
     }
     normalizers = {"kd_normalizer": kd_normalizer, "ce_normalizer": ce_normalizer}
     check_options(temperature, weights, divergence, jsd_beta, reduction, normalizers)
+    check_statistics(statistics, kd_weight)
     check_ensemble_mode("ensemble", ensemble)
     scales = _pair("logit_scale", logit_scale, 1.0)
     softcaps = _pair("logit_softcap", logit_softcap, 0.0)
@@ -639,6 +690,7 @@ def linear_distillation_loss(
         for h, w, b in zip(t_hidden, t_weight, t_bias, strict=True):
             _check_one_dtype("teacher", h, w, b)
     accum_dtype = _accum_dtype(accum_dtype, student_hidden.dtype)
+    logits_dtype = _logits_dtype(logits_dtype, [student_hidden.dtype, *(h.dtype for h in t_hidden)])
     read = (student_hidden, *t_hidden, student_weight)  # under autocast of different dtypes
     backend = backends.choose(backend, device, [x.dtype for x in read])
 
@@ -651,8 +703,9 @@ def linear_distillation_loss(
     trained = (student_hidden, student_weight, student_bias)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained]
     late = reduction == "none" or student_hidden.dtype == torch.float16
-    accum_name = str(accum_dtype).removeprefix("torch.")
-    loss, parts, *_ = linear_distillation_op(
+    names = [str(dtype).removeprefix("torch.") for dtype in (accum_dtype, logits_dtype)]
+    call = HeadCall(divergence, reduction, backend, ensemble, *names, late, *wanted, statistics)
+    loss, parts, *_, found = linear_distillation_op(
         as_matrix(student_hidden),
         student_weight,
         student_bias,
@@ -666,9 +719,9 @@ def linear_distillation_loss(
         None,
         [*numbers, scales[0], softcaps[0], scales[1], softcaps[1], *shares],
         [ignore_index, vocab, 0 if chunk_rows == "auto" else int(chunk_rows)],
-        str(HeadCall(divergence, reduction, backend, ensemble, accum_name, late, *wanted)),
+        str(call),
     )
-    return as_output(loss, parts, leading, reduction)
+    return as_output(loss, parts, leading, reduction, found if statistics else None)
 
 
 def _as_teachers(name: str, value: Any, needed: bool) -> list[Tensor]:
@@ -693,6 +746,16 @@ def _accum_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     if wanted not in (widest, dtype):
         known = " or ".join(str(x) for x in dict.fromkeys((None, widest, dtype)))
         raise ValueError(f"accum_dtype: expected {known}, got {wanted!r}")
+    return wanted
+
+
+def _logits_dtype(wanted: torch.dtype | None, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """Of the 16-bit ones among the dtypes of the hidden states."""
+    if wanted is None or wanted == torch.float32:
+        return torch.float32
+    if wanted not in HALVES or wanted not in dtypes:
+        known = " or ".join(str(x) for x in (None, torch.float32, *HALVES) if x not in HALVES or x in dtypes)
+        raise ValueError(f"logits_dtype: expected {known}, got {wanted!r}")
     return wanted
 
 

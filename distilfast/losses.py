@@ -36,6 +36,10 @@ class DistillationOutput(NamedTuple):
     ce: Tensor
     cos: Tensor
     mse: Tensor
+    # With statistics=True, of each row, (...), at the temperature; 0 outside the mask.
+    student_entropy: Tensor | None = None  # in nats
+    teacher_entropy: Tensor | None = None
+    agreement: Tensor | None = None  # 1 where both have their largest logit in the same column
 
 
 # --- What is checked: everything that the arguments' types and shapes tell, before any work -------
@@ -94,6 +98,13 @@ def check_options(
     if not _is_number(jsd_beta) or not 0 < jsd_beta < 1:
         raise ValueError(f"jsd_beta: expected a number between 0 and 1, got {jsd_beta!r}")
     check_reduction(reduction, normalizers)
+
+
+def check_statistics(statistics: bool, kd_weight: float) -> None:
+    if not isinstance(statistics, bool):
+        raise ValueError(f"statistics: expected True or False, got {statistics!r}")
+    if statistics and not kd_weight:
+        raise ValueError("statistics: needs kd_weight > 0, whose softmaxes they are of, got 0")
 
 
 def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
@@ -275,6 +286,7 @@ class Call(NamedTuple):
     wanted: bool  # a gradient
     late: bool  # but in the backward
     inplace: bool  # over the logits
+    statistics: bool = False
 
     def __str__(self) -> str:
         return " ".join(map(str, self[:3])) + "".join(f" {int(flag)}" for flag in self[3:])
@@ -306,15 +318,19 @@ def distillation_op(
     numbers: list[float],
     sizes: list[int],
     how: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the parts, the gradient for a grad_output of 1 (empty where it is not wanted, or
-    late), and the scales (2,) by which a late one has to be multiplied."""
+    late), the scales (2,) by which a late one has to be multiplied, and the statistics (3, N)
+    (empty where they are not wanted)."""
     call = Call.read(how)
     options = as_options(numbers, sizes, call.divergence)
     check_values(labels, mask, options)
     backend = backends.BACKENDS[call.backend]
     now = call.wanted and not call.late
     gradient = rows_like(student, student.shape[1], student.dtype) if now else None
+    compute = reference.accumulation_dtype(student, teacher)
+    shape = (3, student.shape[0]) if call.statistics else 0
+    statistics = student.new_empty(shape, dtype=compute)
     with backends.on_device(student):
         scales = backend.row_scales(
             as_totals(Rows(labels, mask, kd_normalizer, ce_normalizer), numbers[TOTALS]),
@@ -322,18 +338,30 @@ def distillation_op(
             mask,
             student.shape[0],
             options.ignore_index,
-            reference.accumulation_dtype(student, teacher),
+            compute,
             student.device,
         )
         rows = backend.distillation(
-            student, teacher, labels, mask, *scales.unbind(), options, gradient
+            student,
+            teacher,
+            labels,
+            mask,
+            *scales.unbind(),
+            options,
+            gradient,
+            reference.PLAIN,
+            None,
+            statistics if call.statistics else None,
         )
         loss, parts = backend.reduce_rows(rows, scales, options[1:5], call.reduction)
-    return loss, parts, student.new_empty(0) if gradient is None else gradient, scales
+    gradient = student.new_empty(0) if gradient is None else gradient
+    return loss, parts, gradient, scales, statistics
 
 
 @distillation_op.register_fake
-def _(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    student: Tensor, teacher: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = Call.read(others[-1])
     n_rows = [student.shape[0]] if call.reduction == "none" else []
     now = call.wanted and not call.late
@@ -344,6 +372,7 @@ def _(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, T
         like.new_empty([len(PARTS), *n_rows]),
         gradient,
         like.new_empty(2),
+        like.new_empty((3, student.shape[0]) if call.statistics else 0),
     )
 
 
@@ -371,9 +400,9 @@ def distillation_gradient_op(
 
 def _distillation_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     student, teacher, labels, mask, _, _, *ctx.settings = inputs
-    loss, parts, gradient, scales = output
+    loss, parts, gradient, scales, statistics = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the gradients
-    ctx.mark_non_differentiable(parts, gradient, scales)
+    ctx.mark_non_differentiable(parts, gradient, scales, statistics)
     ctx.call = Call.read(ctx.settings[-1])
     if ctx.call.late:
         ctx.save_for_backward(loss, scales, student, teacher, labels, mask)
@@ -595,6 +624,7 @@ def distillation_loss(
     kd_normalizer: float | Tensor | None = None,
     ce_normalizer: float | Tensor | None = None,
     inplace_backward: bool = False,
+    statistics: bool = False,
     backend: str = "auto",
 ) -> DistillationOutput:
     """The weighted sum of soft-target and hard-label losses over the vocabulary.
@@ -627,10 +657,17 @@ def distillation_loss(
         inplace_backward: the backward overwrites ``student_logits`` with its gradient, which saves
             a tensor of its size and costs a second reading of both logits. Nothing else may read
             the student's after that. For rows that are dense or padded; others are left alone.
+        statistics: also give, of each row, the entropies of student and teacher at T and whether
+            their largest logits stand in the same column. Needs a kd_weight; they are 0 outside the
+            mask.
         backend: "auto", "triton", "cpp" or "torch".
 
+    Near the teacher kd keeps its relative accuracy: with fp32 logits it is right to 1e-3 of itself
+    down to 1e-6 nats, and it is never negative (docs/exactness.md).
+
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse).
+        DistillationOutput(loss, kd, ce, cos, mse, student_entropy, teacher_entropy, agreement), the
+        last three None without ``statistics``, else (...).
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -652,6 +689,7 @@ def distillation_loss(
     }
     normalizers = {"kd_normalizer": kd_normalizer, "ce_normalizer": ce_normalizer}
     check_options(temperature, weights, divergence, jsd_beta, reduction, normalizers)
+    check_statistics(statistics, kd_weight)
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
     check_teacher("teacher_logits", teacher_logits)
@@ -685,15 +723,15 @@ def distillation_loss(
     inplace = inplace and _is_overwritable(flat, student_logits)
     late = inplace or student_logits.dtype == torch.float16
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
-    loss, parts, _, _ = distillation_op(
+    loss, parts, _, _, found = distillation_op(
         flat,
         as_matrix(teacher_logits),
         *rows,
         [float(x) for x in (temperature, *weights.values(), jsd_beta, *totals)],
         [ignore_index, vocab],
-        str(Call(divergence, reduction, backend, wanted, late, inplace)),
+        str(Call(divergence, reduction, backend, wanted, late, inplace, statistics)),
     )
-    return as_output(loss, parts, leading, reduction)
+    return as_output(loss, parts, leading, reduction, found if statistics else None)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -708,13 +746,22 @@ def _is_overwritable(flat: Tensor, logits: Tensor) -> bool:
 
 
 def as_output(
-    loss: Tensor, parts: Tensor, leading: torch.Size, reduction: str
+    loss: Tensor,
+    parts: Tensor,
+    leading: torch.Size,
+    reduction: str,
+    statistics: Tensor | None = None,
 ) -> DistillationOutput:
-    """The operator's outputs in the shape of the rows: (...) with "none", else 0-d."""
+    """The operator's outputs in the shape of the rows: (...) with "none", else 0-d. Statistics,
+    (3, N), are of each row in either case."""
+    found: list[Tensor] = []
+    if statistics is not None:
+        found = [x.reshape(leading) for x in statistics.detach().unbind()]
     apart = parts.detach().unbind()
     if reduction != "none" or len(leading) == 1:
-        return DistillationOutput(loss, *apart)
-    return DistillationOutput(loss.reshape(leading), *(part.reshape(leading) for part in apart))
+        return DistillationOutput(loss, *apart, *found)
+    shaped = (part.reshape(leading) for part in apart)
+    return DistillationOutput(loss.reshape(leading), *shaped, *found)
 
 
 def hidden_cosine_loss(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 PARTS = ("kd", "ce", "cos", "mse")
+STATISTICS = ("student_entropy", "teacher_entropy", "agreement")
 
 
 class Options(NamedTuple):
@@ -79,6 +80,10 @@ class Term(NamedTuple):
     gradient: Tensor | None
 
 
+# Up to here |log q - log p| counts as small, and series replace differences that cancel.
+NEAR = 0.125
+
+
 def divergence(
     s: Tensor, t: Tensor, temperature: float, kind: str, beta: float, gradient: bool
 ) -> Term:
@@ -89,32 +94,85 @@ def divergence(
 
     T^2 keeps the gradient's size independent of T, since d/ds carries a factor 1 / T twice.
     Where a reverse KL is infinite its gradient does not exist: the whole row is NaN.
+
+    Near the teacher a divergence is the small difference of large sums. So it is summed in terms
+    that are never negative, each exact to its last digits: p (e^d - 1 - d) with d = log q - log p,
+    where p and q sum to 1. d comes from s - t; an error of its constant counts only squared.
     """
-    log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
-    p_is_0, q_is_0 = log_p == -math.inf, log_q == -math.inf
-    p, q = log_p.exp(), log_q.exp()
-    # Where exp underflows, the probability is tiny and not 0: tiny * inf is inf and not NaN.
+    x_s, x_t = s / temperature, t / temperature
+    p, q = x_t.softmax(-1), x_s.softmax(-1)
+    p_is_0, q_is_0 = x_t == -math.inf, x_s == -math.inf
+    constant = x_s.logsumexp(-1, keepdim=True) - x_t.logsumexp(-1, keepdim=True)
+    d = ((s - t) / temperature).sub_(constant).masked_fill_(p_is_0 & q_is_0, 0)
+    near = d.abs() < NEAR
+    # What rounding has left of the sum of q - p, which is 0, is off the constant.
+    d = d - torch.where(near, p * d.expm1(), q - p).sum(-1, keepdim=True)
+    # Where a softmax underflows, the probability is tiny and not 0: tiny * inf is inf.
     if kind == "forward_kl":
-        log_ratio = log_p - log_q
-        terms = (p * log_ratio).masked_fill_(log_ratio == math.inf, math.inf)
-        loss = terms.masked_fill_(p_is_0, 0).sum(-1)
-        grad = q.sub_(p) if gradient else None
+        loss = _excess(p, q, d, near).masked_fill_(q_is_0 & ~p_is_0, math.inf).sum(-1)
+        grad = torch.where(near, p * d.expm1(), q - p) if gradient else None
     elif kind == "reverse_kl":
-        log_ratio = (log_q - log_p).masked_fill(q_is_0, 0)
-        loss = (q * log_ratio).masked_fill_(log_ratio == math.inf, math.inf).sum(-1)
-        grad = q * (log_ratio - loss[:, None]) if gradient else None
+        loss = _excess(q, p, -d, near).masked_fill_(p_is_0 & ~q_is_0, math.inf).sum(-1)
+        grad = q * (d.masked_fill(q_is_0, 0) - loss[:, None]) if gradient else None
         if grad is not None:
             grad = grad.masked_fill(loss.isinf()[:, None], math.nan)
     else:
-        neither = p_is_0 & q_is_0
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        log_m = log_m.masked_fill(neither, 0)
-        p_over_m = (log_p - log_m).masked_fill(p_is_0, 0)
-        q_over_m = (log_q - log_m).masked_fill(q_is_0, 0)
-        kl_q_m = (q * q_over_m).sum(-1)
-        loss = beta * (p * p_over_m).sum(-1) + (1 - beta) * kl_q_m
+        p_over_m = _log_share(d.neg(), 1 - beta).masked_fill_(p_is_0, 0)
+        q_over_m = _log_share(d, beta).masked_fill_(q_is_0, 0)
+        # KL(p || m) is the sum of p (u - log(1 + u)), u = m / p - 1, and so for q.
+        of_p = torch.where(near, _psi((1 - beta) * d.expm1()), p_over_m)
+        of_q = torch.where(near, _psi(beta * d.neg().expm1()), q_over_m)
+        apart = (p - q).masked_fill_(near, 0)
+        kl_p_m = (p * of_p).sub_(apart, alpha=1 - beta).sum(-1)
+        kl_q_m = (q * of_q).add_(apart, alpha=beta).sum(-1)
+        loss = beta * kl_p_m + (1 - beta) * kl_q_m
         grad = (1 - beta) * q * (q_over_m - kl_q_m[:, None]) if gradient else None
     return Term(temperature**2 * loss, None if grad is None else grad.mul_(temperature))
+
+
+def _excess(p: Tensor, q: Tensor, d: Tensor, near: Tensor) -> Tensor:
+    """p (e^d - 1 - d) where q = p e^d: the terms of KL(p || q). q where p is 0."""
+    finite = d.clamp(torch.finfo(d.dtype).min, torch.finfo(d.dtype).max)
+    return torch.where(near, p * _phi(d), q - p - p * finite)
+
+
+def _phi(x: Tensor) -> Tensor:
+    """e^x - 1 - x of a small x: x^2 / 2 (1 + x / 3 (1 + x / 4 (...)))."""
+    series = torch.ones_like(x)
+    for k in range(15 if x.dtype == torch.float64 else 8, 2, -1):
+        series.mul_(x).div_(k).add_(1)
+    return series.mul_(x).mul_(x).div_(2)
+
+
+def _psi(x: Tensor) -> Tensor:
+    """x - log(1 + x) of a small x: x^2 (1 / 2 - x (1 / 3 - x (1 / 4 - ...)))."""
+    series = torch.zeros_like(x)
+    for k in range(22 if x.dtype == torch.float64 else 10, 1, -1):
+        series.mul_(-x).add_(1 / k)
+    return series.mul_(x).mul_(x)
+
+
+def _log_share(d: Tensor, share: float) -> Tensor:
+    """log(q / m) where m = share p + (1 - share) q and d = log q - log p."""
+    low = d.clamp(max=0)
+    below = low - math.log(share) - (low.exp() * ((1 - share) / share)).log1p_()
+    return torch.where(d < -1, below, -(share * d.clamp(min=-1).neg_().expm1_()).log1p_())
+
+
+def row_statistics(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    """STATISTICS of each row, (3, N): the entropies of q and p in nats, and 1 where the largest
+    logits of both stand in the same column, else 0. Of equal ones the first counts."""
+    entropies = []
+    for x in (s / temperature, t / temperature):
+        log_p = x.log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p.masked_fill(x == -math.inf, 0)).sum(-1))
+    columns = torch.arange(s.shape[-1], device=s.device)
+    first = [
+        columns.where(x == x.amax(-1, keepdim=True), s.shape[-1]).amin(-1) for x in (s, t)
+    ]
+    agreement = (first[0] == first[1]).to(s.dtype)
+    unknown = entropies[0].isnan() | entropies[1].isnan()
+    return torch.stack([*entropies, agreement.masked_fill_(unknown, math.nan)])
 
 
 def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
@@ -164,6 +222,7 @@ def distillation(
     gradient: Tensor | None,
     heads: tuple[Head, Head] = PLAIN,
     bias_gradient: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Every part of the loss for each row, and the gradient of their weighted sum.
 
@@ -177,10 +236,12 @@ def distillation(
         ce_scale: () or (N,), multiplies the gradient of ce; where it is 0 the row counts as
             unlabelled.
         options: the scalars; columns from ``options.vocab_size`` on are padding.
-        gradient: (N, V_s) to be overwritten with the gradient, may be ``student`` itself; or None.
+        gradient: (N, V_s) to be overwritten with the gradient; or None. It may be ``student``
+            itself, or have another dtype and (not triton) begin each row where that does.
         heads: of student and teacher.
         bias_gradient: (vocab_size,), in the dtype computed in, to add the sum of ``gradient`` over
             the rows to, before it is rounded (triton: after); or None.
+        statistics: (3, N), STATISTICS, to be overwritten; or None. Needs a kd_weight.
 
     Returns:
         (4, N): kd, ce, cos and mse, the first, third and fourth times the mask. A row that a part
@@ -210,6 +271,10 @@ def distillation(
 
     wanted = gradient is not None
     if options.kd_weight:
+        if statistics is not None:
+            statistics[:] = row_statistics(s, t, options.temperature)
+            if mask is not None:
+                statistics.masked_fill_(mask == 0, 0)
         term = divergence(s, t, options.temperature, options.divergence, options.jsd_beta, wanted)
         add("kd", options.kd_weight, mask, kd_scale, term)
     if options.ce_weight and labels is not None:

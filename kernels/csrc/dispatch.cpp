@@ -9,7 +9,8 @@
     int hidden_cosine_##level(const distilfast_cosine_args*, int);      \
     int combine_teachers_##level(const distilfast_ensemble_args*, int); \
     int scale_##level(const distilfast_scale_args*, int);               \
-    int accumulate_##level(const distilfast_accumulate_args*, int);
+    int accumulate_##level(const distilfast_accumulate_args*, int);     \
+    int product_##level(const distilfast_product_args*, int);
 
 DECLARE(plain)
 #if defined(__x86_64__)
@@ -44,7 +45,7 @@ int64_t distilfast_abi(void) {
     return DISTILFAST_ABI * 1000000 + sizeof(distilfast_matrix) +
            sizeof(distilfast_distillation_args) + sizeof(distilfast_cosine_args) +
            sizeof(distilfast_ensemble_args) + sizeof(distilfast_scale_args) +
-           sizeof(distilfast_accumulate_args);
+           sizeof(distilfast_accumulate_args) + sizeof(distilfast_product_args);
 }
 
 int distilfast_best_level(void) {
@@ -75,4 +76,5 @@ int distilfast_scale(const distilfast_scale_args* args, int level, int threads) 
 int distilfast_accumulate(const distilfast_accumulate_args* args, int level, int threads) {
     CHOOSE(accumulate)
 }
+int distilfast_product(const distilfast_product_args* args, int level, int threads) { CHOOSE(product) }
 }

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 // To be raised with every change of a structure or its meaning, here and in cpp.py.
-#define DISTILFAST_ABI 3
+#define DISTILFAST_ABI 4
 #define DISTILFAST_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -36,7 +36,9 @@ typedef struct {
 
 typedef struct {
     distilfast_matrix student, teacher;  // products of the heads below
-    distilfast_matrix gradient;  // the student's dtype; data null: none; may be the student itself
+    // The student's dtype, or 16 bits where the student is fp32; data null: none. It may lie in the
+    // student's own memory: a row begins where the student's does, and what is written has been read.
+    distilfast_matrix gradient;
     distilfast_head student_head, teacher_head;
     float* bias_gradient;        // (n_cols,), to add the gradient's sum over the rows to; or null
     const int64_t* labels;       // (n_rows,), or null
@@ -44,7 +46,8 @@ typedef struct {
     const float* kd_scale;       // (1,) or (n_rows,), by its stride of 0 or 1
     const float* ce_scale;
     int64_t kd_scale_stride, ce_scale_stride;
-    float* rows;  // (4, n_rows): kd, ce, cos, mse
+    float* rows;        // (4, n_rows): kd, ce, cos, mse
+    float* statistics;  // (3, n_rows): entropy of student and teacher, agreement; or null
     int64_t n_rows, n_cols, n_padded, ignore_index, divergence;
     double temperature, kd_weight, ce_weight, cos_weight, mse_weight, beta;
 } distilfast_distillation_args;
@@ -81,6 +84,13 @@ typedef struct {
     int64_t stride_total, n_rows, n_cols, begun;
 } distilfast_accumulate_args;
 
+typedef struct {
+    distilfast_matrix hidden, weight;  // (n_rows, depth), (n_cols, depth); bf16
+    float* product;                    // (n_rows, n_cols) by stride_product
+    const float* bias;                 // (n_cols,), or null
+    int64_t stride_product, n_rows, n_cols, depth;
+} distilfast_product_args;
+
 // Differs where the structures above do: whoever calls has to have been made with the same.
 DISTILFAST_API int64_t distilfast_abi(void);
 // The best level that this machine runs.
@@ -91,6 +101,8 @@ DISTILFAST_API int distilfast_hidden_cosine(const distilfast_cosine_args*, int l
 DISTILFAST_API int distilfast_combine_teachers(const distilfast_ensemble_args*, int level, int threads);
 DISTILFAST_API int distilfast_scale(const distilfast_scale_args*, int level, int threads);
 DISTILFAST_API int distilfast_accumulate(const distilfast_accumulate_args*, int level, int threads);
+// ENOSYS at a level without bf16 products.
+DISTILFAST_API int distilfast_product(const distilfast_product_args*, int level, int threads);
 
 #ifdef __cplusplus
 }

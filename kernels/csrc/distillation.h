@@ -18,6 +18,17 @@
 // No sweep looks for the maximum: m is that of the row's first columns. It is as good unless the true
 // maximum lies far above it, where x and with it e lose digits. The sums say so, as they are not below
 // their largest term; then sweep 1 is done again with the true maximum.
+//
+// A divergence that is small is the difference of large sums, of which little is left. Such a row
+// takes a sweep more, with no negative term in it. With d = log q - log p, p of the teacher, q of the
+// student, and since the sums of p and q are both 1,
+//
+//     KL(p || q) = sum p phi(d)             phi(x) = e^x - 1 - x
+//     KL(q || p) = sum q phi(-d)
+//     KL(p || m) = sum p psi(m / p - 1)     psi(x) = x - log(1 + x), and so is KL(q || m)
+//
+// each by a series where |d| is small and as it stands where it is not. d comes from s - t, which is
+// exact there; an error of its constant counts only squared. The gradient, too, is taken from d.
 #pragma once
 
 #include "rows.h"
@@ -35,6 +46,8 @@ enum {
 // at most, and a row of a million equal columns is no exception.
 constexpr int64_t FIRST_COLUMNS = 2048;
 constexpr double RANGE = 0x1p20;
+// In bits: below it a divergence is computed without differences of large sums.
+constexpr double SMALL = 0x1p-6;
 
 // A thread's own, with room for a row each.
 struct Scratch {
@@ -92,8 +105,10 @@ struct Row {
     float scale = 0, top_s = 0, top_t = 0;
     int power = 1;  // T where e_1 = 2^(T x_s) is a small power of e_s; else 0
     double l_s = 0, l_t = 0, d = 0, l_1 = 0;
+    bool small = false;  // the divergence: then scratch.e_t holds what the gradient is made of
+    float to_d = 0, shift = 0;  // d = (s - t) to_d - shift, in nats
     // the gradient's factors
-    float by_s = 0, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
+    float by_s = 0, keep = 1, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
 
     Vec x_s(Vec s) const { return (s - top_s) * scale; }
     Vec x_t(Vec t) const { return (t - top_t) * scale; }
@@ -159,6 +174,93 @@ double add_jsd(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, doubl
     return beta * (a.total() / row.l_t + ::log2(row.l_s / row.l_t)) + (1 - beta) * kl_s;
 }
 
+// Up to |x| = NEAR the series of phi and psi err by 2e-6 of their value; beyond, the differences do.
+constexpr float NEAR = 0.125f;
+
+inline Vec phi(Vec x) {  // e^x - 1 - x
+    Vec p = fma(x, 1.3888889e-3f, 8.3333333e-3f);
+    p = fma(p, x, 4.1666667e-2f);
+    p = fma(p, x, 1.6666667e-1f);
+    p = fma(p, x, 5e-1f);
+    return p * x * x;
+}
+inline Vec psi(Vec x) {  // x - log(1 + x)
+    Vec p = fma(x, 1.25e-1f, -1.4285714e-1f);
+    p = fma(p, x, 1.6666667e-1f);
+    p = fma(p, x, -2e-1f);
+    p = fma(p, x, 2.5e-1f);
+    p = fma(p, x, -3.3333333e-1f);
+    p = fma(p, x, 5e-1f);
+    return p * x * x;
+}
+
+// The divergence in bits, where it is small, and over e_t what its gradient is made of. By the ratio
+// l_s / l_t everything is in units of 1 / l_s; e_t is 0 where d is infinite or none.
+template <int KD, class S, class T>
+double add_small(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, double beta) {
+    const float ratio = float(row.l_s / row.l_t), share_s = float(1 - beta), share_t = float(beta);
+    row.shift = float((double(row.top_s) - row.top_t) * row.to_d + ::log(row.l_s / row.l_t));
+    Sum a, b;
+    const auto at = [&](int64_t i, auto n, auto k) {
+        const Vec e_s = load(scratch.e_s + i), logit_t = get(t + i, n, -INF);
+        const Vec e_t = (KD == JSD ? exponential<Element<S>>(logit_t - row.top_t, row.scale)
+                                   : load(scratch.e_t + i)) * Vec(ratio);  // JSD's is overwritten
+        const Vec apart = fma(get(s + i, n, -INF) - logit_t, row.to_d, -row.shift);
+        const Vec d = min(max(apart, -1024.f), 1024.f);
+        const Mask near = greater(NEAR * NEAR, d * d);
+        const Vec rises = d + phi(d);  // q / p - 1
+        if constexpr (KD == FORWARD_KL) {
+            a.add(k, select(near, e_t * phi(d), e_s - e_t - e_t * d));
+            store(scratch.e_t + i, select(near, e_t * rises, e_s - e_t));
+        }
+        if constexpr (KD == REVERSE_KL) {
+            a.add(k, select(near, e_s * phi(Vec(0.f) - d), fma(e_s, d, e_t - e_s)));
+            store(scratch.e_t + i, d * Vec(float(LOG2_E)));
+        }
+        if constexpr (KD == JSD) {
+            const Vec w = (phi(Vec(0.f) - d) - d) * share_t;  // m / q - 1
+            const Vec from_t = psi(rises * share_s), from_s = psi(w);
+            const Vec mixture = fma(e_s, share_s, e_t * Vec(share_t));
+            const Vec log_m = log2(max(mixture, TINY)) * Vec(float(LN_2));
+            const Vec far_s = log2(max(e_s, TINY)) * Vec(float(LN_2)) - log_m;
+            const Vec far_t = log2(max(e_t, TINY)) * Vec(float(LN_2)) - log_m;
+            a.add(k, select(near, e_t * from_t, fma(e_t, far_t, mixture - e_t)));
+            b.add(k, select(near, e_s * from_s, fma(e_s, far_s, mixture - e_s)));
+            store(scratch.e_t + i, select(near, from_s - w, far_s) * Vec(float(LOG2_E)));
+        }
+    };
+    sum_up(n_cols, at, a, b);
+    row.small = true;
+    if constexpr (KD == FORWARD_KL) row.keep = 0, row.ratio = -1;
+    if constexpr (KD == JSD) {
+        row.mean = float(LOG2_E * b.total() / row.l_s);
+        return LOG2_E * (beta * a.total() + (1 - beta) * b.total()) / row.l_s;
+    }
+    const double bits = LOG2_E * a.total() / row.l_s;
+    row.mean = float(bits);
+    return bits;
+}
+
+// Entropies of the softmaxes at T, in nats, and whether the largest logits stand in the same column.
+template <class S, class T>
+void add_statistics(
+    const distilfast_distillation_args& a, int64_t r, const Row& row, S s, T t, const Scratch& scratch) {
+    Sum h_s, h_t;
+    Best best_s, best_t;
+    const auto at = [&](int64_t i, auto n, auto k) {
+        const Vec logit_s = get(s + i, n, -INF), logit_t = get(t + i, n, -INF);
+        h_s.add(k, load(scratch.e_s + i), gap(row.x_s(logit_s), 0.f));
+        h_t.add(k, load(scratch.e_t + i), gap(row.x_t(logit_t), 0.f));
+        best_s.add(i, logit_s), best_t.add(i, logit_t);
+    };
+    sum_up(a.n_cols, at, h_s, h_t);
+    float* const out = a.statistics + r;
+    out[0] = float(LN_2 * (::log2(row.l_s) - h_s.total() / row.l_s));
+    out[a.n_rows] = float(LN_2 * (::log2(row.l_t) - h_t.total() / row.l_t));
+    const bool known = row.l_s == row.l_s && row.l_t == row.l_t;
+    out[2 * a.n_rows] = !known ? NOT_A_NUMBER : best_s.column() == best_t.column() ? 1.f : 0.f;
+}
+
 // Cosine and MSE, whose gradient waits in scratch.extra: their part of the losses and of a.rows.
 template <class S, class T>
 void add_cosine_and_mse(
@@ -190,9 +292,11 @@ inline Vec gradient_at(
     const Row& row, S s, T t, const Scratch& scratch, bool extra, int64_t i, N n) {
     Vec g(0.f);
     if constexpr (KD == FORWARD_KL)
-        g = fma(load(scratch.e_t + i), -row.ratio, load(scratch.e_s + i)) * Vec(row.by_s);
+        g = fma(load(scratch.e_t + i), -row.ratio, load(scratch.e_s + i) * Vec(row.keep)) * Vec(row.by_s);
     if constexpr (KD == REVERSE_KL) {
-        const Vec apart = gap(row.x_s(get(s + i, n, -INF)), row.x_t(get(t + i, n, -INF)));
+        const Vec apart = row.small
+                              ? load(scratch.e_t + i)
+                              : gap(row.x_s(get(s + i, n, -INF)), row.x_t(get(t + i, n, -INF)));
         g = fma(load(scratch.e_s + i) * (apart - Vec(row.mean)), row.by_s, row.spoilt);
     }
     if constexpr (KD == JSD)
@@ -280,12 +384,11 @@ void distil_row(
     const bool labelled =
         a.ce_weight != 0 && a.labels && a.labels[r] != a.ignore_index && ce_scale != 0;
     for (int part = 0; part < 4; part++) a.rows[part * a.n_rows + r] = 0;
-    if (g)
-        for (int64_t i = n_cols; i < a.n_padded; i++) narrow(g[i], 0.f);
+    for (int i = 0; a.statistics && i < 3; i++) a.statistics[i * a.n_rows + r] = 0;
 
     Row row;
     const double temperature = kind == NO_KD ? 1 : a.temperature;
-    row.scale = float(LOG2_E / temperature);
+    row.scale = float(LOG2_E / temperature), row.to_d = float(1 / temperature);
     row.power = 0;
     for (int whole = 1; whole <= 4; whole++)
         if (temperature == whole) row.power = whole;
@@ -300,6 +403,7 @@ void distil_row(
         if (n_cols > FIRST_COLUMNS && !row.in_range()) sums(n_cols);
     }
     if (kind != NO_KD) {
+        if (a.statistics) add_statistics(a, r, row, s, t, scratch);
         // Where neither row holds a NaN only tiny * inf can have made d one, and tiny is not 0.
         if (row.d != row.d && row.l_s == row.l_s && row.l_t == row.l_t) row.d = INFINITY;
         const double by_kd = a.kd_weight * kd_scale * a.temperature;
@@ -307,13 +411,16 @@ void distil_row(
         if (kind == FORWARD_KL) {
             bits = row.d / row.l_t - ::log2(row.l_t) + ::log2(row.l_s);
             row.by_s = float(by_kd / row.l_s), row.ratio = float(row.l_s / row.l_t);
+            if (bits < SMALL) bits = add_small<FORWARD_KL>(row, s, t, scratch, n_cols, 0);
         } else if (kind == REVERSE_KL) {
             bits = row.d / row.l_s - ::log2(row.l_s) + ::log2(row.l_t);
             row.mean = float(row.d / row.l_s);
             row.by_s = float(by_kd * LN_2 / row.l_s);
             row.spoilt = bits < INFINITY ? 0.f : NOT_A_NUMBER;
+            if (bits < SMALL) bits = add_small<REVERSE_KL>(row, s, t, scratch, n_cols, 0);
         } else {
             bits = add_jsd(row, s, t, scratch, n_cols, a.beta);
+            if (bits < SMALL) bits = add_small<JSD>(row, s, t, scratch, n_cols, a.beta);
             row.by_s = bits == bits ? float(by_kd * LN_2 * (1 - a.beta) / row.l_s) : NOT_A_NUMBER;
         }
         a.rows[r] = float(bits * LN_2 * a.temperature * a.temperature * weight);
@@ -332,7 +439,7 @@ void distil_row(
     if (extra) add_cosine_and_mse(a, r, s, t, scratch, weight, kd_scale);
     if (!g) return;
     if (kind == NO_KD && !labelled && !extra) {
-        memset((void*)g, 0, n_cols * sizeof(G));
+        memset((void*)g, 0, a.n_padded * sizeof(G));
         return;
     }
     // In place the lines are in the cache: they have just been read.
@@ -342,6 +449,8 @@ void distil_row(
     dispatched(kind, labelled, [&](auto kd, auto ce) {
         write_gradient<kd, ce>(row, head, s, t, g, scratch, extra, streamed, n_cols, label, by_ce);
     });
+    // Last, as it may lie over logits that had to be read.
+    for (int64_t i = n_cols; i < a.n_padded; i++) narrow(g[i], 0.f);
 }
 
 // The logits of a row in fp32.
@@ -372,10 +481,10 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     const Head student_head(a.student_head), teacher_head(a.teacher_head);
     const bool plain = student_head.plain() && teacher_head.plain();
     // A row is made into logits first, in scratch, but for the common case, where that happens on
-    // the way: both heads have a bias and nothing else, and products in bf16.
+    // the way: both heads have a bias and nothing else, and products in fp32.
     const bool biased = student_head.linear() && teacher_head.linear() && student_head.bias &&
-                        teacher_head.bias && a.student.dtype == DISTILFAST_BF16 &&
-                        a.teacher.dtype == DISTILFAST_BF16;
+                        teacher_head.bias && a.student.dtype == DISTILFAST_FP32 &&
+                        a.teacher.dtype == DISTILFAST_FP32;
     const bool extra = a.cos_weight != 0 || a.mse_weight != 0;
     const bool soft = extra || a.divergence != NO_KD;
     const int n_wide = biased ? 0 : plain ? a.student.dtype != a.teacher.dtype : 2;
@@ -386,7 +495,6 @@ int distillation(const distilfast_distillation_args& a, int threads) {
     float* const sums = summed ? lines(room * n_blocks) : nullptr;
     if (summed && !sums) return ENOMEM;
 
-    const auto gradient_like = [&](auto s) { return (Element<decltype(s)>*)a.gradient.data; };
     const auto at_row = [&](int64_t r, auto buffer) {
         const bool needed = soft && weight_of(a, r) != 0;
         Scratch scratch = {buffer(0), buffer(1), extra ? buffer(2) : nullptr, nullptr};
@@ -395,27 +503,29 @@ int distillation(const distilfast_distillation_args& a, int threads) {
             if (r % block == 0) memset(scratch.bias_gradient, 0, size_t(room) * sizeof(float));
         }
         float* const wide = n_wide ? buffer(2 + extra) : nullptr;
-        const auto distil = [&](auto s, auto t, auto* g_data) {
-            distil_row(a, r, s, t, a.gradient.data ? g_data + r * a.gradient.stride : nullptr, scratch);
+        const auto distil = [&](auto s, auto t, auto* g) {
+            distil_row(a, r, s, t, a.gradient.data ? g : nullptr, scratch);
         };
         if (plain) {
             typed_pair(a.student, a.teacher, r, a.n_cols, needed, wide, [&](const auto* s, const auto* t) {
-                distil(s, t, gradient_like(s));
+                using E = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+                if constexpr (std::is_same_v<E, float>)
+                    typed(a.gradient, r, [&](auto* g) { distil(s, t, g); });
+                else
+                    distil(s, t, (E*)a.gradient.data + r * a.gradient.stride);
             });
             return;
         }
         if (biased) {
-            const Biased<bf16> s = {(const bf16*)a.student.data + r * a.student.stride, student_head.bias};
-            const Biased<bf16> t = {(const bf16*)a.teacher.data + r * a.teacher.stride, teacher_head.bias};
-            distil(s, t, (bf16*)a.gradient.data);
+            const Biased<float> s = {(const float*)a.student.data + r * a.student.stride, student_head.bias};
+            const Biased<float> t = {(const float*)a.teacher.data + r * a.teacher.stride, teacher_head.bias};
+            typed(a.gradient, r, [&](auto* g) { distil(s, t, g); });
             return;
         }
         float* const wide_t = buffer(3 + extra);
         widen_row(a.student, r, a.n_cols, student_head, wide);
         if (needed) widen_row(a.teacher, r, a.n_cols, teacher_head, wide_t);
-        typed(a.student, 0, [&](auto* s) {
-            distil((const float*)wide, (const float*)wide_t, gradient_like(s));
-        });
+        typed(a.gradient, r, [&](auto* g) { distil((const float*)wide, (const float*)wide_t, g); });
     };
     const int failed = for_rows(
         a.n_rows, a.n_cols, 2 + extra + n_wide, threads, at_row, summed ? block : 0);

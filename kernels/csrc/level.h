@@ -4,6 +4,7 @@
 #include "distillation.h"
 #include "ensemble.h"
 #include "hidden_cosine.h"
+#include "product.h"
 #include "scale.h"
 
 #define JOIN_(a, b) a##_##b
@@ -22,3 +23,4 @@ int JOIN(scale, LEVEL)(const distilfast_scale_args* a, int threads) { return sca
 int JOIN(accumulate, LEVEL)(const distilfast_accumulate_args* a, int threads) {
     return accumulate(*a, threads);
 }
+int JOIN(product, LEVEL)(const distilfast_product_args* a, int threads) { return product(*a, threads); }

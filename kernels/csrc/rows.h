@@ -135,6 +135,24 @@ struct Top {
     float total() const { return highest(max(max(part[0], part[1]), max(part[2], part[3]))); }
 };
 
+// The column of the largest element of a row, the first of several, NaN aside.
+struct Best {
+    Vec value = -INF, from = 0.f;  // of each lane; a column is exact in fp32 up to 2^24
+    void add(int64_t i, Vec x) {
+        const Mask better = greater(x, value);
+        value = select(better, x, value), from = select(better, float(i), from);
+    }
+    int64_t column() const {
+        float values[WIDTH], columns[WIDTH];
+        store(values, value), store(columns, from);
+        int best = 0;
+        for (int j = 0; j < WIDTH; j++) columns[j] += float(j);
+        for (int j = 1; j < WIDTH; j++)
+            if (values[j] > values[best] || (values[j] == values[best] && columns[j] < columns[best])) best = j;
+        return int64_t(columns[best]);
+    }
+};
+
 // x - y, finite where x is minus infinity: 0 log 0 = 0, as 2^x is 0 there. Where 2^x is not 0 the
 // difference is above -127, so the bound changes nothing. The maximum of NaN and a number is that.
 inline Vec gap(Vec x, Vec y) { return max(x - y, -1024.f); }

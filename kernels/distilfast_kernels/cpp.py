@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 # The instruction sets, worst first. DISTILFAST_CPU_LEVEL asks for one by name.
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
-ABI = 3
+ABI = 4
 
 
 # --- The declarations of kernels/csrc/distilfast.h -----------------------------------------------
@@ -45,7 +45,7 @@ class _DistillationArguments(ctypes.Structure):
         ("bias_gradient", c_void_p),
         *((name, c_void_p) for name in ("labels", "mask", "kd_scale", "ce_scale")),
         *((name, c_int64) for name in ("kd_scale_stride", "ce_scale_stride")),
-        ("rows", c_void_p),
+        *((name, c_void_p) for name in ("rows", "statistics")),
         *(
             (name, c_int64)
             for name in ("n_rows", "n_cols", "n_padded", "ignore_index", "divergence")
@@ -93,12 +93,21 @@ class _AccumulateArguments(ctypes.Structure):
     )
 
 
+class _ProductArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("hidden", "weight")),
+        *((name, c_void_p) for name in ("product", "bias")),
+        *((name, c_int64) for name in ("stride_product", "n_rows", "n_cols", "depth")),
+    )
+
+
 _ARGUMENTS = {
     "distillation": _DistillationArguments,
     "hidden_cosine": _CosineArguments,
     "combine_teachers": _EnsembleArguments,
     "scale": _ScaleArguments,
     "accumulate": _AccumulateArguments,
+    "product": _ProductArguments,
 }
 
 
@@ -204,8 +213,10 @@ def distillation(
     gradient: Tensor | None,
     heads: Any = ((1.0, 0.0, None), (1.0, 0.0, None)),
     bias_gradient: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """`distilfast.reference.distillation` for bf16, fp16 and fp32; biases in fp32."""
+    """`distilfast.reference.distillation` for bf16, fp16 and fp32; biases in fp32. The gradient of
+    an fp32 student may have 16 bits, and then lie in the student's own memory."""
     student, teacher = _dense(student), _dense(teacher)
     labels, mask = _vector(labels, torch.int64), _vector(mask, torch.float32)
     losses = torch.empty(4, student.shape[0], dtype=torch.float32)
@@ -222,6 +233,7 @@ def distillation(
         _stride(kd_scale),
         _stride(ce_scale),
         _pointer(losses),
+        _pointer(statistics),
         student.shape[0],
         options.vocab_size,
         student.shape[1],
@@ -303,3 +315,23 @@ def accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
         _pointer(total), _matrix(share), total.stride(0), *share.shape, begun
     )
     _call("accumulate", arguments)
+
+
+def multiplies() -> bool:
+    """Whether `product` can be used at the level in use."""
+    return level() == "avx512bf16"
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """h W^T + b of bf16 (n, D) and (V, D) into fp32 ``out``, (n, V); b (V,) fp32 or None."""
+    hidden, weight = _dense(hidden), _dense(weight)
+    arguments = _ProductArguments(
+        _matrix(hidden),
+        _matrix(weight),
+        _pointer(out),
+        _pointer(bias),
+        out.stride(0),
+        *out.shape,
+        hidden.shape[1],
+    )
+    _call("product", arguments)

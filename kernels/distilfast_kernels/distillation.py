@@ -20,6 +20,17 @@ where m is any number near the row's maximum: it drops out of everything below. 
 The first sweep forms the sums, the last the gradient; it walks backwards, so that it finds in L2
 what was read last.
 
+A divergence that is small is the difference of large sums, of which little is left. Such a row
+takes a sweep more, with no negative term in it. With d = log q - log p, p of the teacher, q of the
+student, and since p and q both sum to 1,
+
+    KL(p || q) = sum p phi(d)             phi(x) = e^x - 1 - x
+    KL(q || p) = sum q phi(-d)
+    KL(p || m) = sum p psi(m / p - 1)     psi(x) = x - log(1 + x), and so is KL(q || m)
+
+each by a series where |d| is small and as it stands where it is not. d comes from s - t, which is
+exact there; an error of its constant counts only squared. The gradient, too, is taken from d.
+
 No barrier in a sweep: every thread keeps an m and sums of its own, merged once at the row's end.
 m is the maximum rounded up to a whole number. A thread whose maximum grows then rescales its sums
 by a power of two: exactly, and with integer instructions in place of an exponential. d is rescaled
@@ -47,6 +58,12 @@ from distilfast_kernels import rows
 from distilfast_kernels.rows import FLOOR, INF, LN_2, LOG2_E, TINY, log2
 
 FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# What a sweep adds up between the first and the last.
+MIXTURE, SMALL, STATISTICS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# In bits: below it a divergence is computed without differences of large sums.
+SMALL_BITS = tl.constexpr(2.0**-6)
+# Up to |d| = NEAR the series err by 2e-6 of their value; beyond, the differences do.
+NEAR = tl.constexpr(0.125)
 DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 
 # --- Kernel: where a row's elements are -----------------------------------------------------------
@@ -148,6 +165,46 @@ def _log2_mixture(e_s, e_t, share_s, share_t):
 
 
 @triton.jit
+def _phi(x):
+    """e^x - 1 - x for |x| <= NEAR."""
+    p = 8.3333333e-3 + x * 1.3888889e-3
+    p = 4.1666667e-2 + x * p
+    p = 1.6666667e-1 + x * p
+    return x * x * (0.5 + x * p)
+
+
+@triton.jit
+def _psi(x):
+    """x - log(1 + x) for |x| <= e^NEAR - 1."""
+    p = -1.4285714e-1 + x * 1.25e-1
+    p = 1.6666667e-1 + x * p
+    p = -0.2 + x * p
+    p = 0.25 + x * p
+    p = -3.3333333e-1 + x * p
+    return x * x * (0.5 + x * p)
+
+
+@triton.jit
+def _apart(s, t, scale, shift):
+    """d in bits, and whether it is small; finite where a side, or both, are minus infinity."""
+    d = (s - t) * scale - shift
+    d = tl.where(d > -100.0, tl.minimum(d, 100.0), -100.0)
+    return d, tl.abs(d) * LN_2 < NEAR
+
+
+@triton.jit
+def _log_shares(d, near, beta):
+    """log(p / m) and log(q / m) in nats, with psi of m / p - 1 and of m / q - 1 where d is small.
+    From ratios: log2 is exact near 1."""
+    nats = d * LN_2
+    u, w = (1 - beta) * (nats + _phi(nats)), beta * (_phi(-nats) - nats)
+    psi_u, psi_w = _psi(u), _psi(w)
+    of_p = tl.where(near, psi_u - u, -LN_2 * log2(beta + (1 - beta) * tl.exp2(d)))
+    of_q = tl.where(near, psi_w - w, -LN_2 * log2((1 - beta) + beta * tl.exp2(-d)))
+    return of_p, of_q, psi_u, psi_w
+
+
+@triton.jit
 def _excluded(s, t):
     """Columns that both sides rule out: they have no part in cosine and MSE."""
     return (s == -INF) & (t == -INF)
@@ -246,14 +303,80 @@ def _merge(
 
 
 @triton.jit
-def _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t):
-    """JSD's second sweep: a = sum e_t log2(p_t / M), b = sum e_s log2(p_s / M), up to log2 l."""
+def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
+    """A middle sweep: its sums with a tile more. MIXTURE, of JSD: a = sum e_t log2(p_t / M),
+    b = sum e_s log2(p_s / M), up to log2 l. SMALL: the divergence's terms, times l_s; of JSD those
+    of either side. STATISTICS: sum e x of either side, the largest logits and their columns."""
+    scale, top_s, top_t, share_s, share_t, to_s, shift, beta = row
     x_s, x_t = s * scale - top_s, t * scale - top_t
     e_s, e_t = tl.exp2(x_s), tl.exp2(x_t)
-    mixture = _log2_mixture(e_s, e_t, share_s, share_t)
-    return a + rows.thread_sum(e_t * _gap(x_t, mixture)), b + rows.thread_sum(
-        e_s * _gap(x_s, mixture)
-    )
+    if WHAT == MIXTURE:
+        a, b = sums
+        mixture = _log2_mixture(e_s, e_t, share_s, share_t)
+        a += rows.thread_sum(e_t * _gap(x_t, mixture))
+        b += rows.thread_sum(e_s * _gap(x_s, mixture))
+        sums = (a, b)
+    if WHAT == SMALL:
+        a, b = sums
+        e_t *= to_s
+        d, near = _apart(s, t, scale, shift)
+        nats = d * LN_2
+        if KD == FORWARD_KL:
+            a += rows.thread_sum(tl.where(near, e_t * _phi(nats), e_s - e_t - e_t * nats))
+        if KD == REVERSE_KL:
+            a += rows.thread_sum(tl.where(near, e_s * _phi(-nats), e_t - e_s + e_s * nats))
+        if KD == JSD:
+            of_p, of_q, psi_u, psi_w = _log_shares(d, near, beta)
+            mixture = (1 - beta) * e_s + beta * e_t
+            a += rows.thread_sum(e_t * tl.where(near, psi_u, of_p) + tl.where(near, 0.0, mixture - e_t))
+            b += rows.thread_sum(e_s * tl.where(near, psi_w, of_q) + tl.where(near, 0.0, mixture - e_s))
+        sums = (a, b)
+    if WHAT == STATISTICS:
+        h_s, h_t, best_s, best_t, col_s, col_t = sums
+        h_s += rows.thread_sum(e_s * _gap(x_s, 0.0))
+        h_t += rows.thread_sum(e_t * _gap(x_t, 0.0))
+        best_s, col_s = rows.first_highest(s, cols, best_s, col_s)
+        best_t, col_t = rows.first_highest(t, cols, best_t, col_t)
+        sums = (h_s, h_t, best_s, best_t, col_s, col_t)
+    return sums
+
+
+@triton.jit
+def _middle_sweep(
+    sums,
+    row,
+    s_row,
+    t_row,
+    s_body,
+    t_body,
+    head,
+    body,
+    n_full,
+    tile,
+    edge,
+    is_edge,
+    soft,
+    heads,
+    WHAT: tl.constexpr,
+    KD: tl.constexpr,
+    HEADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """From the newest tile back to the oldest."""
+    if n_full * BLOCK_V < body:
+        rest = n_full * BLOCK_V + tile
+        s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, True, HEADS)
+        sums = _add_more(s, t, head + rest, sums, row, WHAT, KD)
+    for i in range(0, n_full):
+        at = (n_full - 1 - i) * BLOCK_V
+        s, t = _load(s_body + at, t_body + at, tile, soft, heads, True, LAST, HEADS)
+        sums = _add_more(s, t, head + at + tile, sums, row, WHAT, KD)
+    if VECTOR > 1:
+        edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, True, HEADS)
+        sums = _add_more(edge_s, edge_t, edge, sums, row, WHAT, KD)
+    return sums
 
 
 @triton.jit
@@ -287,20 +410,35 @@ def _gradient(
         by_cos,
         ratio,
         by_gap,
+        small,
+        shift,
+        beta,
     ) = row
     scale, power, labelled, label = how
     g = tl.zeros_like(s)
     if KD != 0 or CE:
         x_s, x_t = s * scale - top_s, t * scale - top_t
         e_s = tl.exp2(x_s)
-        if KD == FORWARD_KL:
-            # Two probabilities that may nearly cancel: one rounding before, none of a product.
-            g = by_s * (e_s - to_s * tl.exp2(x_t))
-        if KD == REVERSE_KL:
-            g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
-        if KD == JSD:
-            mixture = _log2_mixture(e_s, tl.exp2(x_t), share_s, share_t)
-            g = by_s * (e_s * (_gap(x_s, mixture) - mean))
+        if KD != 0:
+            if small:
+                d, near = _apart(s, t, scale, shift)
+                if KD == FORWARD_KL:
+                    e_t, nats = to_s * tl.exp2(x_t), d * LN_2
+                    g = by_s * tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)
+                if KD == REVERSE_KL:
+                    g = by_s * (e_s * (d - mean))
+                if KD == JSD:
+                    _p, of_q, _u, _w = _log_shares(d, near, beta)
+                    g = by_s * (e_s * (of_q * LOG2_E - mean))
+            else:
+                if KD == FORWARD_KL:
+                    # Probabilities that may nearly cancel: one rounding before, none of a product.
+                    g = by_s * (e_s - to_s * tl.exp2(x_t))
+                if KD == REVERSE_KL:
+                    g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
+                if KD == JSD:
+                    mixture = _log2_mixture(e_s, tl.exp2(x_t), share_s, share_t)
+                    g = by_s * (e_s * (_gap(x_s, mixture) - mean))
         if CE:
             if labelled:
                 if not WHOLE:
@@ -337,6 +475,7 @@ def distillation_kernel(
     kd_scale_ptr,
     ce_scale_ptr,
     rows_ptr,
+    statistics_ptr,
     stride_s,
     stride_t,
     stride_g,
@@ -362,11 +501,13 @@ def distillation_kernel(
     MASK: tl.constexpr,
     GRADIENT: tl.constexpr,
     HEADS: tl.constexpr,
+    COUNTED: tl.constexpr,
     VECTOR: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """s and t, (n_rows, n_cols) -> rows, (4, n_rows): kd, ce, cos, mse; g, (n_rows, n_padded)."""
+    """s and t, (n_rows, n_cols) -> rows, (4, n_rows): kd, ce, cos, mse; g, (n_rows, n_padded);
+    if COUNTED statistics, (3, n_rows)."""
     SOFT: tl.constexpr = KD != 0 or COS or MSE
     BLOCK_V: tl.constexpr = TILES * THREADS * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -409,6 +550,10 @@ def distillation_kernel(
         for _ in tl.static_range(4):
             tl.store(rows_ptr + row, 0.0)
             rows_ptr += n_rows
+        if COUNTED:
+            for _ in tl.static_range(3):
+                tl.store(statistics_ptr + row, 0.0)
+                statistics_ptr += n_rows
         if GRADIENT:
             nothing = tl.zeros([TILES, THREADS, VECTOR], dtype)
             for i in range(0, n_full):
@@ -440,6 +585,7 @@ def distillation_kernel(
     kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
     by_s, to_s, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
+    small, shift = tl.full([], False, tl.int1), 0.0
     # Loaded again, as registers are dear in the sweeps.
     by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
     if KD != 0:
@@ -447,29 +593,107 @@ def distillation_kernel(
         # Where neither row holds a NaN, only tiny * inf can have made d one: minus infinity on the
         # right where the left probability underflows. It is tiny and not 0, and d infinite.
         d = tl.where((d != d) & (l_s == l_s) & (l_t == l_t), INF, d)
+        to_s = tl.div_rn(l_s, l_t)
+        share_s, share_t = 1 - beta, beta * to_s
+        shift = (top_s - top_t) + tl.log2(to_s)
+        none = tl.zeros([THREADS], tl.float32)
+        middle = scale, top_s, top_t, share_s, share_t, to_s, shift, beta
+        if COUNTED:
+            zero = tl.zeros([THREADS], tl.int32)
+            counts = _middle_sweep(
+                (none, none, none - INF, none - INF, zero, zero),
+                middle,
+                s_row,
+                t_row,
+                s_body,
+                t_body,
+                head,
+                body,
+                n_full,
+                tile,
+                edge,
+                is_edge,
+                soft,
+                heads,
+                STATISTICS,
+                KD,
+                HEADS,
+                VECTOR,
+                BLOCK_V,
+                False,
+            )
+            h_s, h_t, best_s, best_t, col_s, col_t = counts
+            h_s = LN_2 * (tl.log2(l_s) - tl.sum(h_s, 0) / l_s)
+            h_t = LN_2 * (tl.log2(l_t) - tl.sum(h_t, 0) / l_t)
+            same = rows.first_column(best_s, col_s) == rows.first_column(best_t, col_t)
+            same = tl.where(h_s + h_t == h_s + h_t, tl.where(same, 1.0, 0.0), float("nan"))
+            counted = statistics_ptr + row
+            tl.store(counted, tl.where(soft, h_s, 0.0))
+            tl.store(counted + n_rows, tl.where(soft, h_t, 0.0))
+            tl.store(counted + n_rows + n_rows, tl.where(soft, same, 0.0))
         if KD == FORWARD_KL:
             kd = d / l_t - tl.log2(l_t) + tl.log2(l_s)
-            by_s, to_s = by_kd / l_s, tl.div_rn(l_s, l_t)
+            by_s = by_kd / l_s
         if KD == REVERSE_KL:
             mean = d / l_s
             kd = mean - tl.log2(l_s) + tl.log2(l_t)
             by_s = by_kd * LN_2 / l_s
             spoilt = tl.where(kd < INF, 0.0, float("nan"))
         if KD == JSD:
-            share_s, share_t = 1 - beta, beta * (l_s / l_t)
-            a, b = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.float32)
-            if n_full * BLOCK_V < body:
-                s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
-                a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
-            for i in range(0, n_full):
-                at = (n_full - 1 - i) * BLOCK_V
-                s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, not GRADIENT, HEADS)
-                a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)
-            if VECTOR > 1:
-                edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
-                a, b = _add_jsd(edge_s, edge_t, a, b, scale, top_s, top_t, share_s, share_t)
+            a, b = _middle_sweep(
+                (none, none),
+                middle,
+                s_row,
+                t_row,
+                s_body,
+                t_body,
+                head,
+                body,
+                n_full,
+                tile,
+                edge,
+                is_edge,
+                soft,
+                heads,
+                MIXTURE,
+                KD,
+                HEADS,
+                VECTOR,
+                BLOCK_V,
+                not GRADIENT,
+            )
             mean = tl.sum(b, 0) / l_s
-            kd = beta * (tl.sum(a, 0) / l_t + tl.log2(l_s / l_t)) + (1 - beta) * mean
+            kd = beta * (tl.sum(a, 0) / l_t + tl.log2(to_s)) + (1 - beta) * mean
+        small = soft & (kd < SMALL_BITS)
+        if small:
+            a, b = _middle_sweep(
+                (none, none),
+                middle,
+                s_row,
+                t_row,
+                s_body,
+                t_body,
+                head,
+                body,
+                n_full,
+                tile,
+                edge,
+                is_edge,
+                soft,
+                heads,
+                SMALL,
+                KD,
+                HEADS,
+                VECTOR,
+                BLOCK_V,
+                not GRADIENT,
+            )
+            kd = LOG2_E * tl.sum(a, 0) / l_s
+            mean = kd
+            if KD == JSD:
+                mean = LOG2_E * tl.sum(b, 0) / l_s
+                kd = beta * kd + (1 - beta) * mean
+        if KD == JSD:
             by_s = tl.where(kd == kd, by_kd * LN_2 * (1 - beta) / l_s, float("nan"))
         kd = tl.where(soft, kd * (LN_2 * temperature * temperature) * weight, 0.0)
     if CE:
@@ -504,7 +728,7 @@ def distillation_kernel(
     # Last sweep: the gradient, from the newest tile back to the oldest.
     if GRADIENT:
         scalars = (top_s, top_t, by_s, to_s, mean, spoilt, share_s, share_t)
-        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap)
+        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap, small, shift, beta)
         if n_full * BLOCK_V < body:
             s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
             g = _gradient(s, t, head + rest, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS)
@@ -538,6 +762,7 @@ class Variant(NamedTuple):
     MASK: bool
     GRADIENT: bool
     HEADS: bool  # a side's logits are to be made first
+    COUNTED: bool  # statistics, in a sweep of their own
     VECTOR: int
     TILES: int
     THREADS: int
@@ -562,8 +787,10 @@ def variant(
     itemsizes: list[int],
     aligned: bool,
     heads: bool = False,
+    counted: bool = False,
 ) -> Variant:
-    """The kernel for these options; ``itemsizes`` are those of student and teacher, in bytes.
+    """The kernel for these options; ``itemsizes`` are those of student, teacher and gradient, in
+    bytes.
 
     VECTOR neighbours fill the 16 bytes of a store. Of more the compiler would make two stores, and
     bring the tile into their layout through shared memory first, with barriers, every turn.
@@ -573,7 +800,7 @@ def variant(
     whole = ce and _power_of(kd, options.temperature) > 0
     cos, mse = bool(options.cos_weight), bool(options.mse_weight)
     # Without a gradient there is nothing to find again, and 32 warps would be left 32 registers.
-    warps = rows.warps_for(options.vocab_size * sum(itemsizes), most=32 if gradient else 16)
+    warps = rows.warps_for(options.vocab_size * sum(itemsizes[:2]), most=32 if gradient else 16)
     if kd and (cos or mse):
         # Their sums take some 100 registers, 32 warps have 64.
         warps = min(warps, 16 if gradient else 8)
@@ -589,6 +816,7 @@ def variant(
         MASK=mask,
         GRADIENT=gradient,
         HEADS=heads,
+        COUNTED=counted,
         VECTOR=vector if aligned else 1,
         TILES=8 // (vector if aligned else 1),
         THREADS=32 * warps,
@@ -596,8 +824,8 @@ def variant(
 
 
 def vector_of(itemsizes: list[int]) -> int:
-    """The elements of an access: 16 bytes of the gradient, which has the student's dtype."""
-    return 16 // itemsizes[0]
+    """The elements of an access: 16 bytes of student or gradient, whichever has the wider ones."""
+    return 16 // max(itemsizes[0], itemsizes[-1])
 
 
 def distillation(
@@ -611,12 +839,13 @@ def distillation(
     gradient: Tensor | None,
     heads: Any = ((1.0, 0.0, None), (1.0, 0.0, None)),
     bias_gradient: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """`distilfast.reference.distillation` for bf16, fp16 and fp32, of heads without a bias: a GPU's
     product adds it for nothing. bias_gradient in fp32.
 
     Logits whose innermost dimension is not the vocabulary are copied first. ``gradient`` has to be
-    dense in it, and may be ``student`` where that is.
+    dense in it, and may be ``student`` where that is; of another dtype it has memory of its own.
 
     The bias' gradient is a pass of its own over the gradient, 2 bytes a logit in bf16: a program
     has one row, and partial sums in fp32 would be 8 bytes of traffic for each.
@@ -630,7 +859,7 @@ def distillation(
     if n_rows == 0:
         return losses
     written = student if gradient is None else gradient
-    itemsizes = [student.element_size(), teacher.element_size()]
+    itemsizes = [x.element_size() for x in (student, teacher, written)]
     chosen = variant(
         options,
         labels is not None,
@@ -639,6 +868,7 @@ def distillation(
         itemsizes,
         rows.is_aligned([student, teacher, written], vector_of(itemsizes)),
         any(head[:2] != (1.0, 0.0) for head in heads),
+        statistics is not None,
     )
     temperature = options.temperature if chosen.KD else 1.0
     distillation_kernel[(n_rows,)](
@@ -650,6 +880,7 @@ def distillation(
         kd_scale,
         ce_scale,
         losses,
+        statistics,
         student.stride(0),
         teacher.stride(0),
         written.stride(0),

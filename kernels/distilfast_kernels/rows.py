@@ -110,6 +110,22 @@ def sum_four(a, b, c, d):
 
 
 @triton.jit
+def first_highest(tile, cols, highest, col):
+    """(THREADS,): the largest element that a thread has seen and the first column that has it."""
+    here = tl.max(tl.max(tile, axis=2), axis=0)
+    at = tl.where(tile == here[None, :, None], cols, 2147483647)
+    at = tl.min(tl.min(at, axis=2), axis=0).to(tl.int32)
+    col = tl.where(here > highest, at, tl.where(here == highest, tl.minimum(at, col), col))
+    return tl.maximum(highest, here), col
+
+
+@triton.jit
+def first_column(highest, col):
+    """The first column of the largest element of all threads."""
+    return tl.min(tl.where(highest == tl.max(highest, 0), col, 2147483647), 0)
+
+
+@triton.jit
 def reciprocal_root(x):
     """1 / sqrt(x) of subnormal numbers, too: the hardware's own takes them for 0."""
     return tl.div_rn(1.0, tl.sqrt_rn(x))
