@@ -362,7 +362,9 @@ def _linear_distillation(
         )
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     kd_scale, ce_scale = by.unbind()
-    statistics = student_hidden.new_zeros((3, n_rows) if call.statistics else 0, dtype=compute)
+    statistics = student_hidden.new_empty(0, dtype=compute)
+    if call.statistics:
+        statistics = student_hidden.new_zeros((3, n_rows), dtype=compute)
     for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None and isinstance(chunk, slice):

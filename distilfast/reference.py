@@ -126,8 +126,18 @@ def divergence(
         kl_p_m = (p * of_p).sub_(apart, alpha=1 - beta).sum(-1)
         kl_q_m = (q * of_q).add_(apart, alpha=beta).sum(-1)
         loss = beta * kl_p_m + (1 - beta) * kl_q_m
-        grad = (1 - beta) * q * (q_over_m - kl_q_m[:, None]) if gradient else None
+        grad = (1 - beta) * q * _from_mean(q, q_over_m, kl_q_m, d, beta) if gradient else None
     return Term(temperature**2 * loss, None if grad is None else grad.mul_(temperature))
+
+
+def _from_mean(q: Tensor, q_over_m: Tensor, kl_q_m: Tensor, d: Tensor, beta: float) -> Tensor:
+    """log(q / m) less its mean under q. Where student and teacher have little in common it is
+    nearly -log(1 - beta) everywhere, and is measured from there."""
+    farthest = -math.log1p(-beta)
+    rest = (d.clamp(min=-80).neg_().exp_() * (beta / (1 - beta))).log1p_().neg_()
+    saturated = (kl_q_m > farthest / 2)[:, None]
+    values = torch.where(saturated, rest, q_over_m)
+    return values - torch.where(saturated, (q * rest).sum(-1, keepdim=True), kl_q_m[:, None])
 
 
 def _excess(p: Tensor, q: Tensor, d: Tensor, near: Tensor) -> Tensor:

@@ -743,13 +743,13 @@ def test_masked_rows_alone_are_projected(
 ) -> None:
     # in student and teacher: the counts of every micro-batch, in the order of their products
     projected: list[int] = []
-    products = linear.Side.products
+    logits = linear.Side.logits
 
     def count(side: linear.Side, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         projected.append(len(hidden))
-        return products(side, hidden, out)
+        return logits(side, hidden, out)
 
-    monkeypatch.setattr(linear.Side, "products", count)
+    monkeypatch.setattr(linear.Side, "logits", count)
     rows = {}
     for kd_rows in ("all", "masked"):
         projected.clear()

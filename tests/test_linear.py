@@ -30,6 +30,7 @@ from distilfast import (
     distillation_loss,
     linear,
     linear_distillation_loss,
+    products,
 )
 
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
@@ -137,7 +138,7 @@ def compare(
         chunk_rows=chunk_rows,
         **keywords,
     )
-    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=rtol, atol=atol)
+    torch.testing.assert_close(output[:5], wanted[:5], rtol=rtol, atol=atol)
     got = gradients(output.loss, student, grad_output)
     torch.testing.assert_close(
         got, gradients(wanted.loss, student, grad_output), rtol=rtol, atol=atol
@@ -348,7 +349,7 @@ def test_padded_heads_contribute_nothing_whatever_they_hold(
     }
     wanted, wanted_gradients = compare(narrow_student, narrow_teacher, labels, **keywords)
     output = call(student, teacher, labels, vocab_size=VOCAB, **keywords)
-    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(output[:5], wanted[:5])
     d_hidden, d_weight, d_bias = gradients(output.loss, student)
     assert d_weight.shape == (student_vocab, 8)
     assert (d_weight[VOCAB:] == 0).all()
@@ -407,7 +408,7 @@ def test_hard_labels_alone_do_not_read_the_teacher(backend, device):
     wanted_gradients = gradients(wanted.loss, student)
     teacher.hidden.fill_(NAN)
     output = call(student, teacher, labels, **keywords)
-    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(output[:5], wanted[:5])
     torch.testing.assert_close(gradients(output.loss, student), wanted_gradients)
 
 
@@ -421,7 +422,7 @@ def test_teacher_row_outside_the_mask_does_not_matter(backend, device):
     wanted_gradients = gradients(wanted.loss, student)
     teacher.hidden[~mask] = NAN
     output = call(student, teacher, labels, **keywords)
-    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(output[:5], wanted[:5])
     torch.testing.assert_close(gradients(output.loss, student), wanted_gradients)
 
 
@@ -468,7 +469,7 @@ def test_any_leading_shape_equals_materialised(backend, device, lead):
             **ALL_PARTS,
         )
         wanted = lead if reduction == "none" else ()
-        assert all(part.shape == wanted for part in output)
+        assert all(part.shape == wanted for part in output[:5])
         assert got[0].shape == student.hidden.shape
 
 
@@ -482,7 +483,7 @@ def test_nothing_to_do_gives_zero_and_zero_gradients(backend, device, reduction,
         mask = torch.zeros(lead, device=device)
         output = call(student, teacher, labels, mask=mask, **keywords)
         assert output.loss.shape == (lead if reduction == "none" else ())
-        assert all((part == 0).all() for part in output)
+        assert all((part == 0).all() for part in output[:5])
         for leaf, gradient in zip(student.leaves(), gradients(output.loss, student), strict=True):
             assert gradient.shape == leaf.shape
             assert (gradient == 0).all()
@@ -500,7 +501,7 @@ def test_memory_layout_does_not_matter(backend, device):
     for leaf in student.leaves():
         leaf.requires_grad_()
     output = call(student, teacher, labels, chunk_rows=3, backend=backend, **ALL_PARTS)
-    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[:5], wanted[:5], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         gradients(output.loss, student), wanted_gradients, rtol=1e-4, atol=1e-5
     )
@@ -529,7 +530,7 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
             *(None, None, None, None, None),
             [*options, *totals, *heads, 1.0],
             [IGNORE, VOCAB, chunk_rows],
-            str(linear.HeadCall("forward_kl", "sum", backend, "probability", "float32", *flags)),
+            str(linear.HeadCall("forward_kl", "sum", backend, "probability", *2 * ["float32"], *flags)),
         ),
         test_utils="test_faketensor",
     )
@@ -556,7 +557,7 @@ def test_half_precision_keeps_its_dtype_and_stays_near_the_truth(backend, device
     student, teacher = sides(device=device, dtype=dtype)
     labels = make_labels(LEAD, VOCAB, "some", device)
     output = call(student, teacher, labels, chunk_rows=4, backend=backend, **ALL_PARTS)
-    assert all(part.dtype == FP32 for part in output)
+    assert all(part.dtype == FP32 for part in output[:5])
     got = gradients(output.loss, student)
     assert all(x.dtype == dtype for x in got)
     plain = distillation_loss(
@@ -606,7 +607,7 @@ def test_autocast_computes_in_half_and_returns_the_parameters_dtype(
     assert output.loss.dtype == FP32
     got = gradients(output.loss, student)
     assert all(x.dtype == FP32 for x in got)
-    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-2, atol=5e-3)
+    torch.testing.assert_close(output[:5], wanted[:5], rtol=1e-2, atol=5e-3)
     for a, b in zip(got, gradients(wanted.loss, student), strict=True):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
     # it did follow autocast: fp32 would agree with the full computation to seven digits
@@ -640,7 +641,8 @@ def test_fp32_parameters_under_autocast_get_an_fp32_sum(backend, device, chunk_r
     with torch.autocast(device, dtype=BF16):
         output = call(student, teacher, chunk_rows=chunk_rows, backend=backend)
     _, d_weight, d_bias = gradients(output.loss, student)
-    several = chunk_rows < N_ROWS or device != "cpu"  # on a CPU a chunk's own share is bf16
+    # On a CPU that multiplies bf16 a chunk's own share is bf16.
+    several = chunk_rows < N_ROWS or device != "cpu" or not products.multiplies_bf16()
     assert ((d_weight != d_weight.to(BF16)).float().mean() > 0.5) == several
     assert (d_bias != d_bias.to(BF16)).float().mean() > 0.5
 
@@ -648,6 +650,7 @@ def test_fp32_parameters_under_autocast_get_an_fp32_sum(backend, device, chunk_r
 def test_large_heads_share_goes_by_parts(backend, device, monkeypatch):
     if device != "cpu":
         pytest.skip("a GPU's product adds to the sum itself")
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: True)  # else there are no shares
     student, teacher = sides(dtype=BF16)
     keywords = {"chunk_rows": 4, "backend": backend}
     whole = gradients(call(student, teacher, **keywords).loss, student)
@@ -747,7 +750,7 @@ def test_ensemble_equals_combined_logits(backend, device, mode, weights, chunk_r
             chunk_rows=chunk_rows,
             **keywords,
         )
-        torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(output[:5], wanted[:5], rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(
             gradients(output.loss, student), gradients(wanted.loss, student), rtol=1e-4, atol=2e-5
         )
@@ -830,7 +833,7 @@ def test_no_grad_gives_the_same_loss_without_a_graph(backend, device):
     with torch.no_grad():
         output = call(student, teacher, labels, **keywords)
     assert not output.loss.requires_grad
-    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(output[:5], wanted[:5])
     for leaf in student.leaves():
         leaf.requires_grad_(False)
     assert not call(student, teacher, labels, **keywords).loss.requires_grad
@@ -924,7 +927,7 @@ def test_two_runs_are_bitwise_the_same(backend, device, chunk_rows):
     runs = []
     for _ in range(2):
         output = call(student, teacher, labels, chunk_rows=chunk_rows, backend=backend, **ALL_PARTS)
-        runs.append([*(x.detach() for x in output), *gradients(output.loss, student)])
+        runs.append([*(x.detach() for x in output[:5]), *gradients(output.loss, student)])
     assert_same(*runs)
 
 
@@ -1008,7 +1011,7 @@ def test_compiled_call_equals_eager(backend, device, teachers, chunk_rows, reduc
     fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
     wanted = loss(*student.leaves(), labels, mask)
     output = fast(*student.leaves(), labels, mask)
-    torch.testing.assert_close(tuple(output), tuple(wanted))
+    torch.testing.assert_close(output[:5], wanted[:5])
     torch.testing.assert_close(gradients(output.loss, student), gradients(wanted.loss, student))
 
 
@@ -1130,17 +1133,21 @@ def test_bad_ensembles_are_refused(spoil, device):
 @pytest.mark.parametrize("vocab", [2, 65, 30_522, 151_936])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_chunks_cover_the_rows_once_and_fit_the_budget(monkeypatch, device_type, vocab, n_rows):
-    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", linear.CHUNK_BYTES[device_type])
+    for limit in (linear.CHUNK_BYTES, linear.FEWEST_ROWS, linear.MOST_ROWS):
+        monkeypatch.setitem(limit, "cpu", limit[device_type])
     hidden = torch.empty(n_rows, 1)
     chunks = linear._chunks(hidden, None, 0, vocab, [BF16, BF16])
     assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(n_rows))
     sizes = [c.stop - c.start for c in chunks]
     width = -(-vocab // 64) * 64  # of the memory that a row takes
-    assert max(sizes) * 4 * width <= linear.CHUNK_BYTES[device_type]
+    fewest, most = linear.FEWEST_ROWS[device_type], linear.MOST_ROWS[device_type]
+    assert max(sizes) <= most
+    assert max(sizes) <= fewest or max(sizes) * 4 * width <= linear.CHUNK_BYTES[device_type]
     # of one size, in multiples of 64 rows, and never more of them than the budget asks for
     assert len(set(sizes[:-1])) <= 1
     assert len(sizes) == 1 or (sizes[0] % 64 == 0 and sizes[-1] > sizes[0] - 64 * len(sizes))
     room = linear.CHUNK_BYTES[device_type] // (4 * width) // 64 * 64
+    room = min(max(room, fewest), most)
     assert len(sizes) == -(-n_rows // room)
     # the same for many rows: what a chunk takes does not grow with N
     if len(sizes) > 20:
@@ -1156,13 +1163,13 @@ def test_rows_that_are_not_needed_are_not_projected(backend, device, monkeypatch
     mask = torch.zeros(LEAD)
     mask[1, 2] = 1.0
     projected = []
-    products = linear.Side.products
+    logits = linear.Side.logits
 
     def count(side, hidden, out):
         projected.append(len(hidden))
-        return products(side, hidden, out)
+        return logits(side, hidden, out)
 
-    monkeypatch.setattr(linear.Side, "products", count)
+    monkeypatch.setattr(linear.Side, "logits", count)
     call(student, teacher, labels, mask=mask, ce_weight=1.0, backend=backend)
     assert projected == [2, 2]  # of student and teacher
     # nor a teacher whom nobody hears, nor any for the labels alone
@@ -1222,10 +1229,7 @@ def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n
     teachers = [Side(5 + k, seed=k, device=device, dtype=BF16) for k in range(n_teachers)]
     with torch.no_grad():
         call(student, teachers, backend=backend)
-    # and, where products are not logits, a teacher's logits in fp32
-    in_fp32 = 2 if backends.BACKENDS[backend].adds_bias else 1
-    dtypes = sorted(str(dtype) for *_, dtype in made)
-    assert dtypes == ["torch.bfloat16"] * 2 + ["torch.float32"] * in_fp32
+    assert [dtype for *_, dtype in made] == [FP32] * 3
     assert {rows for rows, *_ in made} == {N_ROWS}
     assert {width % linear.ALIGNMENT for _, width, _ in made} == {0}
 
@@ -1264,7 +1268,7 @@ def test_ensemble_of_three_equals_combined_logits(backend, device, mode):
         chunk_rows=4,
         **keywords,
     )
-    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(output[:5], wanted[:5], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(
         gradients(output.loss, student), gradients(wanted.loss, student), rtol=1e-4, atol=2e-5
     )
@@ -1322,4 +1326,4 @@ def test_mse_with_a_logit_ensemble_is_allowed(backend, device):
         backend=backend,
     )
     wanted = call(student, teacher, kd_weight=0.0, mse_weight=1.0, cos_weight=1.0, backend=backend)
-    torch.testing.assert_close(tuple(output), tuple(wanted), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[:5], wanted[:5], rtol=1e-4, atol=1e-5)

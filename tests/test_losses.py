@@ -554,7 +554,7 @@ def test_parity_at_every_leading_shape(backend, device, lead):
             **ALL_PARTS,
         )
         wanted = lead if reduction == "none" else ()
-        assert all(part.shape == wanted for part in output)
+        assert all(part.shape == wanted for part in output[:5])
         assert gradient.shape == (*lead, 11)
 
 
@@ -852,7 +852,7 @@ def test_masked_equals_filtered(backend, device, seed, keep):
     keywords = {"backend": backend, **ALL_PARTS}
     ours, gradient = run(student, teacher, labels.masked_fill(~keep, IGNORE), mask=keep, **keywords)
     theirs, filtered = run(student[keep], teacher[keep], labels[keep], **keywords)
-    torch.testing.assert_close(tuple(ours), tuple(theirs))
+    torch.testing.assert_close(ours[:5], theirs[:5])
     torch.testing.assert_close(gradient[keep], filtered)
     assert (gradient[~keep] == 0).all()
 
@@ -1030,7 +1030,7 @@ def test_compiled_function_equals_eager(backend, device, divergence):
         count = (labels != IGNORE).sum()
         eager = value_and_grad(loss, student, teacher, labels, mask, count)
         ours = value_and_grad(fast, student, teacher, labels, mask, count)
-        torch.testing.assert_close(tuple(ours[0]), tuple(eager[0]))
+        torch.testing.assert_close(ours[0][:5], eager[0][:5])
         torch.testing.assert_close(ours[1], eager[1])
 
 
@@ -1057,7 +1057,7 @@ def test_compiled_module_equals_eager(backend, device):
     labels = make_labels((4,), 12, "some", device)
     eager = value_and_grad(module, student, teacher, labels)
     ours = value_and_grad(compiled(module), student, teacher, labels)
-    torch.testing.assert_close(tuple(ours[0]), tuple(eager[0]))
+    torch.testing.assert_close(ours[0][:5], eager[0][:5])
     torch.testing.assert_close(ours[1], eager[1])
 
 
@@ -1069,7 +1069,7 @@ def test_compiled_call_without_gradient_equals_eager(backend, device):
 
     with torch.no_grad():
         torch.testing.assert_close(
-            tuple(compiled(loss)(student, teacher)), tuple(loss(student, teacher))
+            compiled(loss)(student, teacher)[:5], loss(student, teacher)[:5]
         )
 
 

@@ -345,16 +345,8 @@ def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
 def _middle_sweep(
     sums,
     row,
-    s_row,
-    t_row,
-    s_body,
-    t_body,
-    head,
-    body,
-    n_full,
-    tile,
-    edge,
-    is_edge,
+    places,
+    extent,
     soft,
     heads,
     WHAT: tl.constexpr,
@@ -365,6 +357,8 @@ def _middle_sweep(
     LAST: tl.constexpr,
 ):
     """From the newest tile back to the oldest."""
+    s_row, t_row, _g_row, s_body, t_body, _g_body = places
+    head, body, n_full, tile, edge, is_edge = extent
     if n_full * BLOCK_V < body:
         rest = n_full * BLOCK_V + tile
         s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, True, HEADS)
@@ -393,6 +387,7 @@ def _gradient(
     COS: tl.constexpr,
     MSE: tl.constexpr,
     HEADS: tl.constexpr,
+    SMALL_KD: tl.constexpr,
 ):
     """Last sweep: the gradient of a tile in fp32, from the row's scalars."""
     (
@@ -410,7 +405,6 @@ def _gradient(
         by_cos,
         ratio,
         by_gap,
-        small,
         shift,
         beta,
     ) = row
@@ -419,26 +413,25 @@ def _gradient(
     if KD != 0 or CE:
         x_s, x_t = s * scale - top_s, t * scale - top_t
         e_s = tl.exp2(x_s)
-        if KD != 0:
-            if small:
-                d, near = _apart(s, t, scale, shift)
-                if KD == FORWARD_KL:
-                    e_t, nats = to_s * tl.exp2(x_t), d * LN_2
-                    g = by_s * tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)
-                if KD == REVERSE_KL:
-                    g = by_s * (e_s * (d - mean))
-                if KD == JSD:
-                    _p, of_q, _u, _w = _log_shares(d, near, beta)
-                    g = by_s * (e_s * (of_q * LOG2_E - mean))
-            else:
-                if KD == FORWARD_KL:
-                    # Probabilities that may nearly cancel: one rounding before, none of a product.
-                    g = by_s * (e_s - to_s * tl.exp2(x_t))
-                if KD == REVERSE_KL:
-                    g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
-                if KD == JSD:
-                    mixture = _log2_mixture(e_s, tl.exp2(x_t), share_s, share_t)
-                    g = by_s * (e_s * (_gap(x_s, mixture) - mean))
+        if SMALL_KD:
+            d, near = _apart(s, t, scale, shift)
+            if KD == FORWARD_KL:
+                e_t, nats = to_s * tl.exp2(x_t), d * LN_2
+                g = by_s * tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)
+            if KD == REVERSE_KL:
+                g = by_s * (e_s * (d - mean))
+            if KD == JSD:
+                _p, of_q, _u, _w = _log_shares(d, near, beta)
+                g = by_s * (e_s * (of_q * LOG2_E - mean))
+        else:
+            if KD == FORWARD_KL:
+                # Two probabilities that may nearly cancel: one rounding before, none of a product.
+                g = by_s * (e_s - to_s * tl.exp2(x_t))
+            if KD == REVERSE_KL:
+                g = by_s * (e_s * (_gap(x_s, x_t) - mean)) + spoilt
+            if KD == JSD:
+                mixture = _log2_mixture(e_s, tl.exp2(x_t), share_s, share_t)
+                g = by_s * (e_s * (_gap(x_s, mixture) - mean))
         if CE:
             if labelled:
                 if not WHOLE:
@@ -455,6 +448,49 @@ def _gradient(
     if HEADS:
         g *= _slope(s, heads[0], heads[1])
     return g
+
+
+@triton.jit
+def _last_sweep(
+    places,
+    extent,
+    row,
+    how,
+    heads,
+    soft,
+    KD: tl.constexpr,
+    CE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COS: tl.constexpr,
+    MSE: tl.constexpr,
+    HEADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMALL_KD: tl.constexpr,
+):
+    """The gradient, from the newest tile back to the oldest."""
+    s_row, t_row, g_row, s_body, t_body, g_body = places
+    head, body, n_full, tile, edge, is_edge = extent
+    dtype: tl.constexpr = g_row.dtype.element_ty
+    if n_full * BLOCK_V < body:
+        rest = n_full * BLOCK_V + tile
+        s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
+        g = _gradient(
+            s, t, head + rest, row, how, heads, KD, CE, WHOLE, COS, MSE, HEADS, SMALL_KD
+        )
+        tl.store(g_body + rest, g.to(dtype), mask=rest < body)
+    for i in range(0, n_full):
+        at = (n_full - 1 - i) * BLOCK_V
+        s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, True, HEADS)
+        g = _gradient(
+            s, t, head + at + tile, row, how, heads, KD, CE, WHOLE, COS, MSE, HEADS, SMALL_KD
+        )
+        tl.store(g_body + at + tile, g.to(dtype), eviction_policy="evict_first")
+    if VECTOR > 1:
+        s, t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
+        g = _gradient(s, t, edge, row, how, heads, KD, CE, WHOLE, COS, MSE, HEADS, SMALL_KD)
+        tl.store(g_row + edge, g.to(dtype), mask=is_edge)
 
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -502,6 +538,7 @@ def distillation_kernel(
     GRADIENT: tl.constexpr,
     HEADS: tl.constexpr,
     COUNTED: tl.constexpr,
+    EXACT: tl.constexpr,
     VECTOR: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
@@ -520,6 +557,8 @@ def distillation_kernel(
     tile = rows.tile(TILES, THREADS, VECTOR)
     rest = n_full * BLOCK_V + tile
     edge, is_edge = rows.edges(head, body, n_cols, THREADS, VECTOR)
+    places = s_row, t_row, g_row, s_body, t_body, g_body
+    extent = head, body, n_full, tile, edge, is_edge
     dtype: tl.constexpr = g_ptr.dtype.element_ty
 
     # What this row needs. A row that needs nothing is not read.
@@ -603,16 +642,8 @@ def distillation_kernel(
             counts = _middle_sweep(
                 (none, none, none - INF, none - INF, zero, zero),
                 middle,
-                s_row,
-                t_row,
-                s_body,
-                t_body,
-                head,
-                body,
-                n_full,
-                tile,
-                edge,
-                is_edge,
+                places,
+                extent,
                 soft,
                 heads,
                 STATISTICS,
@@ -643,16 +674,8 @@ def distillation_kernel(
             a, b = _middle_sweep(
                 (none, none),
                 middle,
-                s_row,
-                t_row,
-                s_body,
-                t_body,
-                head,
-                body,
-                n_full,
-                tile,
-                edge,
-                is_edge,
+                places,
+                extent,
                 soft,
                 heads,
                 MIXTURE,
@@ -664,21 +687,14 @@ def distillation_kernel(
             )
             mean = tl.sum(b, 0) / l_s
             kd = beta * (tl.sum(a, 0) / l_t + tl.log2(to_s)) + (1 - beta) * mean
-        small = soft & (kd < SMALL_BITS)
+        if EXACT:
+            small = soft & (kd < SMALL_BITS)
         if small:
             a, b = _middle_sweep(
                 (none, none),
                 middle,
-                s_row,
-                t_row,
-                s_body,
-                t_body,
-                head,
-                body,
-                n_full,
-                tile,
-                edge,
-                is_edge,
+                places,
+                extent,
                 soft,
                 heads,
                 SMALL,
@@ -689,7 +705,8 @@ def distillation_kernel(
                 not GRADIENT,
             )
             kd = LOG2_E * tl.sum(a, 0) / l_s
-            mean = kd
+            if KD == REVERSE_KL:
+                mean = kd
             if KD == JSD:
                 mean = LOG2_E * tl.sum(b, 0) / l_s
                 kd = beta * kd + (1 - beta) * mean
@@ -725,27 +742,48 @@ def distillation_kernel(
     tl.store(out + n_rows + n_rows, cos)
     tl.store((out + n_rows) + n_rows + n_rows, mse)
 
-    # Last sweep: the gradient, from the newest tile back to the oldest.
+    # Last sweep: the gradient.
     if GRADIENT:
         scalars = (top_s, top_t, by_s, to_s, mean, spoilt, share_s, share_t)
-        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap, small, shift, beta)
-        if n_full * BLOCK_V < body:
-            s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
-            g = _gradient(s, t, head + rest, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS)
-            tl.store(g_body + rest, g.to(dtype), mask=rest < body)
-        for i in range(0, n_full):
-            at = (n_full - 1 - i) * BLOCK_V
-            s, t = _load(s_body + at, t_body + at, tile, soft, heads, SOFT, True, HEADS)
-            g = _gradient(
-                s, t, head + at + tile, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS
+        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap, shift, beta)
+        if small:
+            _last_sweep(
+                places,
+                extent,
+                scalars,
+                how,
+                heads,
+                soft,
+                KD,
+                CE,
+                WHOLE,
+                COS,
+                MSE,
+                HEADS,
+                VECTOR,
+                BLOCK_V,
+                SOFT,
+                True,
             )
-            tl.store(g_body + at + tile, g.to(dtype), eviction_policy="evict_first")
-        if VECTOR > 1:
-            edge_s, edge_t = _load_some(s_row, t_row, edge, is_edge, soft, heads, SOFT, HEADS)
-            edge_g = _gradient(
-                edge_s, edge_t, edge, scalars, how, heads, KD, CE, WHOLE, COS, MSE, HEADS
+        else:
+            _last_sweep(
+                places,
+                extent,
+                scalars,
+                how,
+                heads,
+                soft,
+                KD,
+                CE,
+                WHOLE,
+                COS,
+                MSE,
+                HEADS,
+                VECTOR,
+                BLOCK_V,
+                SOFT,
+                False,
             )
-            tl.store(g_row + edge, edge_g.to(dtype), mask=is_edge)
 
 
 # --- Launcher -------------------------------------------------------------------------------------
@@ -763,6 +801,7 @@ class Variant(NamedTuple):
     GRADIENT: bool
     HEADS: bool  # a side's logits are to be made first
     COUNTED: bool  # statistics, in a sweep of their own
+    EXACT: bool  # small divergences, in a sweep of their own; never without, but to count the rest
     VECTOR: int
     TILES: int
     THREADS: int
@@ -817,6 +856,7 @@ def variant(
         GRADIENT=gradient,
         HEADS=heads,
         COUNTED=counted,
+        EXACT=bool(kd),
         VECTOR=vector if aligned else 1,
         TILES=8 // (vector if aligned else 1),
         THREADS=32 * warps,
