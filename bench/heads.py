@@ -131,7 +131,7 @@ class HeadContestant(Contestant):
 # --- Ours -----------------------------------------------------------------------------------------
 
 
-def ours(case: HeadCase, backend: str) -> HeadLoss:
+def ours(case: HeadCase, backend: str, logits_dtype: torch.dtype | None = None) -> HeadLoss:
     def call(x: Inputs) -> Tensor:
         return distilfast.linear_distillation_loss(
             x.hidden,
@@ -146,6 +146,7 @@ def ours(case: HeadCase, backend: str) -> HeadLoss:
             ce_weight=float(case.loss in ("kl_ce", "ce")),
             divergence="jsd" if case.loss == "jsd" else "forward_kl",
             backend=backend,
+            logits_dtype=logits_dtype,
         ).loss
 
     return call
@@ -257,13 +258,17 @@ def liger_chunked(case: HeadCase) -> HeadLoss:
     )
 
     def call(x: Inputs) -> Tensor:
-        labels = x.labels
-        if labels is None:  # it asks for some
-            labels = torch.zeros(len(x.hidden), dtype=torch.long, device=x.hidden.device)
         sides = x.hidden, x.weight, x.teacher_hidden, x.teacher_weight
-        return loss(*sides, labels, x.bias, x.teacher_bias)
+        return loss(*sides, any_labels(x), x.bias, x.teacher_bias)
 
     return call
+
+
+def any_labels(x: Inputs) -> Tensor:
+    """For those that ask for labels even where only the teacher counts."""
+    if x.labels is not None:
+        return x.labels
+    return torch.zeros(len(x.hidden), dtype=torch.long, device=x.hidden.device)
 
 
 def cut_cross_entropy(case: HeadCase, **options: Any) -> HeadLoss:
@@ -296,6 +301,65 @@ def fla_ce(case: HeadCase) -> HeadLoss:
     )
 
 
+def trl_divergence(case: HeadCase) -> HeadLoss:
+    """It makes fp32 logits of tiles, twice (three times for JSD); CE is a second head."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    T, ce = case.temperature, trl_ce(case)
+    beta = 0.5 if case.loss == "jsd" else 0.0
+
+    def call(x: Inputs) -> Tensor:
+        student = x.hidden, x.weight, x.bias
+        teacher = x.teacher_hidden, x.teacher_weight, x.teacher_bias
+        rows, _ = ChunkedDivergenceFunction.apply(*student, *teacher, beta, T)
+        loss = T * T * rows.mean()
+        return loss if x.labels is None else loss + ce(x)
+
+    return call
+
+
+def trl_ce(case: HeadCase) -> HeadLoss:
+    """Log-probabilities of the labels, of the rows that have one, with no other output."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    columns = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # at a time, as its trainers have it
+
+    def call(x: Inputs) -> Tensor:
+        chosen = x.labels != IGNORED
+        hidden, labels = x.hidden[chosen], x.labels[chosen]
+        found = ChunkedLogProbFunction.apply(
+            hidden, x.weight, x.bias, labels, 1.0, columns, None, 1.0, ()
+        )
+        return -found[0].mean()
+
+    return call
+
+
+def orda(case: HeadCase, backend: str) -> HeadLoss:
+    """The weight's gradient is summed in fp32, as ours is."""
+    import orda_kernel
+
+    variant: dict[str, Any] = {"kl_divergence": "forward"}
+    if case.loss == "jsd":
+        variant = {"kl_divergence": "skew_js", "kl_beta": 0.5}
+    loss = orda_kernel.DistillationLoss(
+        student_ce_weight=float(case.loss == "kl_ce"),
+        kl_weight=1.0,
+        kl_temperature=case.temperature,
+        ignore_index=IGNORED,
+        backend=backend,
+        config=orda_kernel.KernelConfig(grad_weight_accumulation="fp32"),
+        **variant,
+    )
+
+    def call(x: Inputs) -> Tensor:
+        teacher = orda_kernel.SeparateTeacher(x.teacher_hidden, x.teacher_weight)
+        return loss(x.hidden, x.weight, any_labels(x), teacher).loss
+
+    return call
+
+
 def contestants() -> list[HeadContestant]:
     """Everyone, those that are not here included; the slowest to get ready come last."""
     with_teacher = ("kl_ce", "kl", "jsd")
@@ -312,6 +376,17 @@ def contestants() -> list[HeadContestant]:
         lacks="bias",
         package="cut-cross-entropy",
         module="cut_cross_entropy",
+    )
+    trl = functools.partial(HeadContestant, package="trl")
+    orda_entry = functools.partial(
+        HeadContestant,
+        computes=with_teacher,
+        unable="has CE only beside a teacher",
+        takes_bias=False,
+        one_mean=True,
+        lacks="bias",
+        package="orda-kernel",
+        module="orda_kernel",
     )
     has_linear = hasattr(F, "linear_cross_entropy") and hasattr(
         torch.nn, "LinearCrossEntropyOptions"
@@ -364,6 +439,21 @@ def contestants() -> list[HeadContestant]:
             unable="has CE only",
             module="fla.modules.fused_linear_cross_entropy",
         ),
+        trl(
+            "TRL divergence",
+            with_teacher,
+            trl_divergence,
+            lacks=f"T^2 (PyTorch's, timed); {two_heads}",
+            unable="has KL and JSD only",
+            module="trl.kernels.chunked_divergence",
+        ),
+        trl("TRL CE", ("ce",), trl_ce, unable="has CE only", module="trl.kernels.chunked_logprob"),
+        orda_entry(
+            "ORDA",
+            build=functools.partial(orda, backend="triton"),
+            kernels="cuda",  # Triton's, but it refuses a CPU's tensors under the interpreter too
+        ),
+        orda_entry("ORDA torch", build=functools.partial(orda, backend="torch"), materialises=True),
         cce("Cut Cross Entropy", build=cut_cross_entropy, kernels="triton"),
         cce(
             "Cut Cross Entropy, unfiltered",

@@ -119,7 +119,12 @@ def compiled(
     constants: dict[str, Any] = dict(variant._asdict())
     if power is not None:
         constants["power"] = power
-    pointers = {"s_ptr": dtype, "t_ptr": teacher or dtype, "g_ptr": gradient or dtype, "labels_ptr": "i64"}
+    pointers = {
+        "s_ptr": dtype,
+        "t_ptr": teacher or dtype,
+        "g_ptr": gradient or dtype,
+        "labels_ptr": "i64",
+    }
     floats = ("temperature", "beta", *(f"{p}_weight" for p in ("kd", "ce", "cos", "mse")))
 
     def type_of(name: str) -> str | tuple[str, ...]:

@@ -7,6 +7,7 @@ from distilfast._version import __version__
 from distilfast.linear import linear_distillation_loss
 from distilfast.losses import (
     DistillationLoss,
+    DetailedOutput,
     DistillationOutput,
     combine_teachers,
     distillation_loss,
@@ -15,6 +16,7 @@ from distilfast.losses import (
 
 __all__ = [
     "DistillationLoss",
+    "DetailedOutput",
     "DistillationOutput",
     "__version__",
     "combine_teachers",

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from distilfast import backends, reference
+from distilfast.backends import Backend
 from distilfast.losses import (
     TOTALS,
+    DetailedOutput,
     DistillationOutput,
     Rows,
     as_matrix,
@@ -45,7 +47,6 @@ from distilfast.losses import (
     normalize_weights,
     scale_gradients,
 )
-from distilfast.backends import Backend
 from distilfast.memory import Scratch
 from distilfast.products import HALVES, Products
 from distilfast.reference import PARTS, Head, Options
@@ -357,9 +358,7 @@ def _linear_distillation(
         accum_dtype = getattr(torch, call.accum_dtype)
         if len(chunks) == 1 and student_weight.dtype == student.weight.dtype:
             accum_dtype = student_weight.dtype  # nothing is added up
-        weight_gradient = WeightGradient(
-            student, accum_dtype, student_weight, backend, scratch
-        )
+        weight_gradient = WeightGradient(student, accum_dtype, student_weight, backend, scratch)
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     kd_scale, ce_scale = by.unbind()
     statistics = student_hidden.new_empty(0, dtype=compute)
@@ -584,7 +583,7 @@ def linear_distillation_loss(
     inplace_backward: bool = False,
     statistics: bool = False,
     backend: str = "auto",
-) -> DistillationOutput:
+) -> DistillationOutput | DetailedOutput:
     """`distillation_loss` of the logits h W^T + b, which are never held: chunk by chunk of rows.
 
     Args:
@@ -613,14 +612,14 @@ def linear_distillation_loss(
     dtype, and the gradients of an fp32 weight and bias are summed and returned in fp32. Logits,
     scale, softcap, losses and the sums over chunks are fp32. The gradient of the logits is rounded
     to 16 bits for its products, once student and teacher have been subtracted, and a chunk's share
-    of the weight's gradient is on a CPU; on CPUs without products of that dtype both stay fp32. With ``reduction="none"``, or in fp16, the backward
-    computes the head a second time.
+    of the weight's gradient is on a CPU; on CPUs without products of that dtype both stay fp32.
+    With ``reduction="none"``, or in fp16, the backward computes the head a second time.
 
     Rows that no loss needs (mask 0, no label) are not projected on a CPU; on a GPU, where counting
     them would wait for the device, they are, so leave them out where that matters.
 
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse, ...); the gradient flows to student_hidden,
+        A DistillationOutput or DetailedOutput, as `distillation_loss`; the gradient flows to student_hidden,
         student_weight and student_bias.
 
     Raises:
@@ -756,7 +755,9 @@ def _logits_dtype(wanted: torch.dtype | None, dtypes: Sequence[torch.dtype]) -> 
     if wanted is None or wanted == torch.float32:
         return torch.float32
     if wanted not in HALVES or wanted not in dtypes:
-        known = " or ".join(str(x) for x in (None, torch.float32, *HALVES) if x not in HALVES or x in dtypes)
+        known = " or ".join(
+            str(x) for x in (None, torch.float32, *HALVES) if x not in HALVES or x in dtypes
+        )
         raise ValueError(f"logits_dtype: expected {known}, got {wanted!r}")
     return wanted
 

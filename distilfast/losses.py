@@ -36,10 +36,20 @@ class DistillationOutput(NamedTuple):
     ce: Tensor
     cos: Tensor
     mse: Tensor
-    # With statistics=True, of each row, (...), at the temperature; 0 outside the mask.
-    student_entropy: Tensor | None = None  # in nats
-    teacher_entropy: Tensor | None = None
-    agreement: Tensor | None = None  # 1 where both have their largest logit in the same column
+
+
+class DetailedOutput(NamedTuple):
+    """A DistillationOutput with what statistics=True asks for: of each row, (...), detached, at the
+    temperature; 0 outside the mask."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    cos: Tensor
+    mse: Tensor
+    student_entropy: Tensor  # in nats
+    teacher_entropy: Tensor
+    agreement: Tensor  # 1 where both have their largest logit in the same column, else 0
 
 
 # --- What is checked: everything that the arguments' types and shapes tell, before any work -------
@@ -626,7 +636,7 @@ def distillation_loss(
     inplace_backward: bool = False,
     statistics: bool = False,
     backend: str = "auto",
-) -> DistillationOutput:
+) -> DistillationOutput | DetailedOutput:
     """The weighted sum of soft-target and hard-label losses over the vocabulary.
 
     Per row, with T the temperature:
@@ -666,8 +676,8 @@ def distillation_loss(
     down to 1e-6 nats, and it is never negative (docs/exactness.md).
 
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse, student_entropy, teacher_entropy, agreement), the
-        last three None without ``statistics``, else (...).
+        DistillationOutput(loss, kd, ce, cos, mse), or with ``statistics`` a DetailedOutput, that has
+        student_entropy, teacher_entropy and agreement, too.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -751,17 +761,15 @@ def as_output(
     leading: torch.Size,
     reduction: str,
     statistics: Tensor | None = None,
-) -> DistillationOutput:
+) -> DistillationOutput | DetailedOutput:
     """The operator's outputs in the shape of the rows: (...) with "none", else 0-d. Statistics,
     (3, N), are of each row in either case."""
-    found: list[Tensor] = []
-    if statistics is not None:
-        found = [x.reshape(leading) for x in statistics.detach().unbind()]
     apart = parts.detach().unbind()
-    if reduction != "none" or len(leading) == 1:
-        return DistillationOutput(loss, *apart, *found)
-    shaped = (part.reshape(leading) for part in apart)
-    return DistillationOutput(loss.reshape(leading), *shaped, *found)
+    if reduction == "none" and len(leading) != 1:
+        loss, apart = loss.reshape(leading), tuple(part.reshape(leading) for part in apart)
+    if statistics is None:
+        return DistillationOutput(loss, *apart)
+    return DetailedOutput(loss, *apart, *(x.reshape(leading) for x in statistics.unbind()))
 
 
 def hidden_cosine_loss(
@@ -946,7 +954,7 @@ class DistillationLoss(nn.Module):
         mask: Tensor | None = None,
         kd_normalizer: float | Tensor | None = None,
         ce_normalizer: float | Tensor | None = None,
-    ) -> DistillationOutput:
+    ) -> DistillationOutput | DetailedOutput:
         return distillation_loss(
             student_logits,
             teacher_logits,

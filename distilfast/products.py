@@ -48,7 +48,9 @@ class Products(NamedTuple):
     in_bf16: bool = False  # and multiply in bf16
 
     @staticmethod
-    def of(dtype: torch.dtype, logits_dtype: torch.dtype, device: str, backend: Backend) -> Products:
+    def of(
+        dtype: torch.dtype, logits_dtype: torch.dtype, device: str, backend: Backend
+    ) -> Products:
         """For hidden states and a weight of ``dtype``, and logits of ``logits_dtype``."""
         if device == "cuda" or dtype not in HALVES:
             return Products(backend)

@@ -97,13 +97,12 @@ def divergence(
 
     Near the teacher a divergence is the small difference of large sums. So it is summed in terms
     that are never negative, each exact to its last digits: p (e^d - 1 - d) with d = log q - log p,
-    where p and q sum to 1. d comes from s - t; an error of its constant counts only squared.
+    where p and q sum to 1. An error of a constant in d counts only squared.
     """
     x_s, x_t = s / temperature, t / temperature
     p, q = x_t.softmax(-1), x_s.softmax(-1)
     p_is_0, q_is_0 = x_t == -math.inf, x_s == -math.inf
-    constant = x_s.logsumexp(-1, keepdim=True) - x_t.logsumexp(-1, keepdim=True)
-    d = ((s - t) / temperature).sub_(constant).masked_fill_(p_is_0 & q_is_0, 0)
+    d = _log_ratio(s, t, temperature).masked_fill_(p_is_0 & q_is_0, 0)
     near = d.abs() < NEAR
     # What rounding has left of the sum of q - p, which is 0, is off the constant.
     d = d - torch.where(near, p * d.expm1(), q - p).sum(-1, keepdim=True)
@@ -128,6 +127,16 @@ def divergence(
         loss = beta * kl_p_m + (1 - beta) * kl_q_m
         grad = (1 - beta) * q * _from_mean(q, q_over_m, kl_q_m, d, beta) if gradient else None
     return Term(temperature**2 * loss, None if grad is None else grad.mul_(temperature))
+
+
+def _log_ratio(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    """log q - log p. Of two ways to take s - t the one that rounds a smaller number."""
+    top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+    below_s, below_t = s - top_s, t - top_t
+    direct = (s - t).abs() < -(below_s + below_t)
+    apart = torch.where(direct, (s - t) - (top_s - top_t), below_s - below_t)
+    sums = [(x / temperature).logsumexp(-1, keepdim=True) for x in (below_s, below_t)]
+    return (apart / temperature).sub_(sums[0] - sums[1])
 
 
 def _from_mean(q: Tensor, q_over_m: Tensor, kl_q_m: Tensor, d: Tensor, beta: float) -> Tensor:
@@ -177,9 +186,7 @@ def row_statistics(s: Tensor, t: Tensor, temperature: float) -> Tensor:
         log_p = x.log_softmax(-1)
         entropies.append(-(log_p.exp() * log_p.masked_fill(x == -math.inf, 0)).sum(-1))
     columns = torch.arange(s.shape[-1], device=s.device)
-    first = [
-        columns.where(x == x.amax(-1, keepdim=True), s.shape[-1]).amin(-1) for x in (s, t)
-    ]
+    first = [columns.where(x == x.amax(-1, keepdim=True), s.shape[-1]).amin(-1) for x in (s, t)]
     agreement = (first[0] == first[1]).to(s.dtype)
     unknown = entropies[0].isnan() | entropies[1].isnan()
     return torch.stack([*entropies, agreement.masked_fill_(unknown, math.nan)])

@@ -20,10 +20,12 @@ from distilfast import models
 from distilfast.config import LossConfig
 from distilfast.data import MicroBatch
 from distilfast.linear import linear_distillation_loss
-from distilfast.losses import DistillationOutput, hidden_cosine_loss, normalize_weights
+from distilfast.losses import DetailedOutput, DistillationOutput, hidden_cosine_loss, normalize_weights
 from distilfast.models import Teacher
 
-PARTS = ("loss", "kd", "ce", "hidden_cos", "logit_cos", "mse")
+# What is summed over a step: the losses, and the share of the rows of kd in which student and
+# teacher have their largest logit in the same column.
+PARTS = ("loss", "kd", "ce", "hidden_cos", "logit_cos", "mse", "agreement")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class TeacherSide:
 class Distillation(nn.Module):
     """The student with the loss it learns from.
 
-    forward(batch, targets, normalizers) -> the loss, 0-d, and the (6,) detached PARTS. Summed over
+    forward(batch, targets, normalizers) -> the loss, 0-d, and the (7,) detached PARTS. Summed over
     the micro-batches of a step, on all ranks, they are the loss of the step.
 
     forward(batch) -> the student's logits at the masked positions, (masked, V): evaluation, too,
@@ -150,6 +152,8 @@ class Distillation(nn.Module):
             out = self._vocabulary_loss(batch, hidden, targets, normalizers)
             loss = loss + out.loss
             values |= {"kd": out.kd, "ce": out.ce, "logit_cos": out.cos, "mse": out.mse}
+            if isinstance(out, DetailedOutput):
+                values["agreement"] = out.agreement.sum() / normalizers.rows.clamp(min=1)
         if config.hidden_cos_weight:
             cosine = self._hidden_loss(batch, hidden, targets, normalizers)
             loss = loss + config.hidden_cos_weight * cosine
@@ -163,7 +167,7 @@ class Distillation(nn.Module):
         hidden: Tensor,
         targets: Targets | None,
         normalizers: Normalizers,
-    ) -> DistillationOutput:
+    ) -> DistillationOutput | DetailedOutput:
         config, parts = self.config, models.family(self.student)
         rows, head = vocabulary_rows(batch, config), parts.head(self.student)
         soft = self._soft(targets) if config.vocabulary else {}
@@ -189,6 +193,7 @@ class Distillation(nn.Module):
             jsd_beta=config.jsd_beta,
             kd_normalizer=normalizers.rows,
             ce_normalizer=normalizers.masked,
+            statistics=bool(config.kd_weight),
             vocab_size=min(widths),  # what is beyond is some head's padding
             backend=config.backend,
             **soft,

@@ -237,7 +237,7 @@ def optimiser_step(
     line = {
         "step": step + 1,
         "tokens": int(tokens),
-        **{part: totals[part] for part in PARTS if part == "loss" or _weight(config, part)},
+        **{part: totals[part] for part in PARTS if _is_computed(config, part)},
         "grad_norm": norm,
         "learning_rate": rate,
         "tokens_per_second": tokens / (time.perf_counter() - began),
@@ -278,8 +278,9 @@ def _not_finite(config: Config, step: int, what: str) -> TrainingError:
     )
 
 
-def _weight(config: Config, part: str) -> float:
-    return float(getattr(config.loss, f"{part}_weight"))
+def _is_computed(config: Config, part: str) -> bool:
+    weighted = {"agreement": "kd"}.get(part, part)
+    return part == "loss" or bool(getattr(config.loss, f"{weighted}_weight"))
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -58,7 +58,7 @@ from test_triton import (
 )
 from torch import Tensor
 
-from distilfast import distillation_loss
+from distilfast import distillation_loss, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)
@@ -129,12 +129,13 @@ def launch(
     *,
     gradient: Tensor | None,
     scale: float = 1.0,
+    heads: Any = reference.PLAIN,
     **keywords: Any,
 ) -> Tensor:
     """(4, N) parts by row; the gradient goes where it is told to."""
     by = torch.full((), scale)
     chosen = options(**{"vocab_size": student.shape[1], **keywords})
-    return cpp.distillation(student, teacher, labels, mask, by, by, chosen, gradient)
+    return cpp.distillation(student, teacher, labels, mask, by, by, chosen, gradient, heads)
 
 
 def wanted_rows(
@@ -326,6 +327,98 @@ def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
             parts = launch(inside, teacher, labels, mask, gradient=inside, **keywords)
             assert_same([parts, inside], [wanted, beside])
             assert_nothing_else_was_written(inside)
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 37, 517, FIRST_COLUMNS + 552])
+def test_gradient_of_fewer_bits_in_place_of_fp32_logits_is_the_same_to_the_bit(
+    level: str, vocab: int, dtype: torch.dtype, divergence: str
+) -> None:
+    # it begins where the logits' row does, so that it lies over those that come later
+    student, teacher = logits_pair((5, vocab))
+    teacher[4] = student[4] * 1.0001  # a small divergence
+    labels = torch.tensor([0, vocab - 1, 20 % vocab, IGNORE, IGNORE])
+    mask = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
+    bias = torch.linspace(-1, 1, vocab)
+    plain, biased, capped = (1.0, 0.0, None), (1.0, 0.0, bias), (0.5, 9.0, bias)
+    for heads in ((plain, plain), (biased, biased), (capped, plain)):
+        for weights in ({}, {"ce_weight": 1.0}, ALL_PARTS):
+            keywords = {"divergence": divergence, "scale": -0.5, "temperature": 2.5, **weights}
+            keywords["heads"] = heads
+            beside = hole(5, vocab, dtype, "cpu")
+            wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
+            inside = placed(student)
+            room = inside.untyped_storage()
+            gradient = torch.empty(0, dtype=dtype).set_(
+                room, 2 * inside.storage_offset(), (5, vocab), (2 * inside.stride(0), 1)
+            )
+            parts = launch(inside, teacher, labels, mask, gradient=gradient, **keywords)
+            assert_same([parts, gradient], [wanted, beside])
+
+
+def test_padding_beside_logits_that_their_gradient_overwrites_is_zeroed(level: str) -> None:
+    # after what it lies over has been read
+    student, teacher = logits_pair((3, 70))
+    wanted = torch.empty(3, 70, dtype=BF16)
+    launch(student, teacher, gradient=wanted, vocab_size=61)
+    gradient = student.view(BF16)[:, :70]
+    launch(student, teacher, gradient=gradient, vocab_size=61)
+    assert torch.equal(gradient, wanted)
+    assert (gradient[:, 61:] == 0).all()
+
+
+def heads_products(n: int, vocab: int, depth: int, bias: bool) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(n + vocab + depth)
+    hidden, weight = (
+        torch.randn(rows, depth + 3, generator=generator).to(BF16)[:, :depth] for rows in (n, vocab)
+    )
+    offset = torch.randn(vocab, generator=generator) if bias else None
+    exact = hidden.double() @ weight.double().T
+    return hidden, weight, offset, exact if offset is None else exact + offset.double()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 17])
+@pytest.mark.parametrize("vocab", [1, 15, 47, 48, 49, 100, 300])
+def test_product_of_bf16_is_one_of_fp32(level: str, n: int, vocab: int, bias: bool) -> None:
+    # rows around the tile's 8, columns around its 3 x 16, depths that are odd or no whole vectors
+    if not cpp.multiplies():
+        pytest.skip(f"{level} has no products of bf16")
+    for depth in (1, 2, 31, 32, 33, 64, 97):
+        hidden, weight, offset, exact = heads_products(n, vocab, depth, bias)
+        wide = torch.full((n + 1, vocab + 5), 7.0)
+        cpp.product(hidden, weight, offset, wide[:n, :vocab])
+        size = (hidden.double().abs() @ weight.double().abs().T).amax()
+        assert (wide[:n, :vocab] - exact).abs().max() <= 1e-6 * size
+        assert (wide[n:] == 7).all()
+        assert (wide[:, vocab:] == 7).all()
+
+
+def test_large_product_written_past_the_caches_is_the_small_ones(level: str) -> None:
+    if not cpp.multiplies():
+        pytest.skip(f"{level} has no products of bf16")
+    n, vocab, depth = 256, 20_000, 66
+    hidden, weight, offset, exact = heads_products(n, vocab, depth, True)
+    large = torch.empty(n, 20_032)[:, :vocab]
+    cpp.product(hidden, weight, offset, large)
+    parts = torch.empty(n, vocab)
+    for start in range(0, n, 50):  # below what is streamed, and from another row on
+        cpp.product(hidden[start : start + 50], weight, offset, parts[start : start + 50])
+    assert torch.equal(large, parts)
+    assert relative_error(large, exact) < 1e-6
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def test_product_of_another_level_is_refused(level: str) -> None:
+    if cpp.multiplies():
+        pytest.skip(f"{level} has it")
+    hidden, weight, _, _ = heads_products(3, 5, 4, False)
+    with pytest.raises(OSError, match="distilfast product"):
+        cpp.product(hidden, weight, None, torch.empty(3, 5))
 
 
 @every_divergence
@@ -833,6 +926,7 @@ STRUCTURES = {
     "distilfast_ensemble_args": cpp._EnsembleArguments,
     "distilfast_scale_args": cpp._ScaleArguments,
     "distilfast_accumulate_args": cpp._AccumulateArguments,
+    "distilfast_product_args": cpp._ProductArguments,
 }
 
 
@@ -991,7 +1085,7 @@ def declared_functions() -> set[str]:
 @needs_library
 def test_library_shows_the_functions_of_its_header_and_nothing_else() -> None:
     # neither weak nor unique: those the loader would take from whoever came first
-    assert len(declared_functions()) == 7
+    assert len(declared_functions()) == 8
     shown = symbols("-D", "--defined-only", str(cpp.LIBRARY))
     assert sorted(shown) == sorted(("T", name) for name in declared_functions())
 

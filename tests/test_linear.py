@@ -25,7 +25,6 @@ from oracle import (
 )
 
 from distilfast import (
-    backends,
     combine_teachers,
     distillation_loss,
     linear,
@@ -521,7 +520,7 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
     torch.testing.assert_close(got, wanted)
     # and the operator's fake has the strides of the real one
     options, totals, heads = [2.0, 1.0, 0.0, 0.0, 0.0, 0.5], [1.0, 1.0], [1.0, 0.0, 1.0, 0.0]
-    flags = False, True, True, True
+    flags = False, True, True, True, False
     torch.library.opcheck(
         linear.linear_distillation_op,
         (
@@ -530,7 +529,11 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
             *(None, None, None, None, None),
             [*options, *totals, *heads, 1.0],
             [IGNORE, VOCAB, chunk_rows],
-            str(linear.HeadCall("forward_kl", "sum", backend, "probability", *2 * ["float32"], *flags)),
+            str(
+                linear.HeadCall(
+                    "forward_kl", "sum", backend, "probability", *2 * ["float32"], *flags
+                )
+            ),
         ),
         test_utils="test_faketensor",
     )

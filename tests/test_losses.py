@@ -1068,9 +1068,7 @@ def test_compiled_call_without_gradient_equals_eager(backend, device):
         return distillation_loss(s, t, cos_weight=1.0, backend=backend)
 
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(loss)(student, teacher)[:5], loss(student, teacher)[:5]
-        )
+        torch.testing.assert_close(compiled(loss)(student, teacher)[:5], loss(student, teacher)[:5])
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -31,6 +31,7 @@ import test_hidden_cosine as hidden
 import test_linear as fused
 import test_losses as values
 import test_losses_edges as edges
+import test_near as near
 import test_triton as launches
 import torch
 
@@ -65,6 +66,30 @@ class Mutation(NamedTuple):
 
 FORWARD, REVERSE, JSD, CE, COS, MSE = edges.ALONE
 INF, NAN, FP32, BF16 = math.inf, math.nan, torch.float32, torch.bfloat16
+
+# Near the teacher.
+SMALL = {
+    (kind, noise): call(
+        near.test_small_divergence_keeps_its_digits,
+        divergence=kind,
+        noise=noise,
+        temperature=1.0,
+    )
+    for kind in ("forward_kl", "reverse_kl", "jsd")
+    for noise in (1e-3, 0.15)
+}
+FAR_APART, EXCLUDED = (
+    {kind: call(test, divergence=kind) for kind in ("forward_kl", "reverse_kl", "jsd")}
+    for test in (
+        near.test_few_columns_far_apart_in_a_small_divergence,
+        near.test_small_divergence_with_excluded_columns,
+    )
+)
+COUNTED = call(
+    near.test_statistics_are_the_softmaxes, divergence="forward_kl", noise=0.5, vocab=1003
+)
+FIRST_OF_EQUALS = call(near.test_first_of_equal_largest_logits_counts)
+SATURATED = call(near.test_saturated_jsd_keeps_its_gradient)
 
 # The cheapest calls that notice something. Several tiles, edges at every alignment, gradients that
 # hold NaN beforehand, surroundings that must not change:
@@ -203,7 +228,7 @@ NOTHING_COUNTS = call(
     values.test_total_of_zero_counts_nothing_whatever_the_rows_hold, as_tensor=True
 )
 
-K, N, R = "distillation.py", "reductions.py", "reference.py"
+K, N, R, W = "distillation.py", "reductions.py", "reference.py", "rows.py"
 MUTATIONS = [
     # The scalars of the losses
     Mutation(
@@ -312,15 +337,15 @@ MUTATIONS = [
     Mutation(
         "columns of full tiles counted from the boundary",
         K,
-        "s, t, head + at + tile, scalars",
-        "s, t, at + tile, scalars",
+        "s, t, head + at + tile, row, how",
+        "s, t, at + tile, row, how",
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
         "columns of the last tile counted from the boundary",
         K,
-        "_gradient(s, t, head + rest,",
-        "_gradient(s, t, rest,",
+        "s, t, head + rest, row, how",
+        "s, t, rest, row, how",
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
@@ -399,8 +424,8 @@ MUTATIONS = [
     Mutation(
         "the last sweep forgets the edges",
         K,
-        "tl.store(g_row + edge, edge_g.to(dtype), mask=is_edge)",
-        "tl.store(g_row + edge, edge_g.to(dtype), mask=edge < 0)",
+        "tl.store(g_row + edge, g.to(dtype), mask=is_edge)",
+        "tl.store(g_row + edge, g.to(dtype), mask=edge < 0)",
         AROUND_TILES["forward_kl"],
     ),
     Mutation(
@@ -656,15 +681,15 @@ MUTATIONS = [
     Mutation(
         "JSD's beta is the student's share",
         K,
-        "share_s, share_t = 1 - beta, beta * (l_s / l_t)",
-        "share_s, share_t = beta, (1 - beta) * (l_s / l_t)",
+        "share_s, share_t = 1 - beta, beta * to_s",
+        "share_s, share_t = beta, (1 - beta) * to_s",
         AT["jsd", 2.0],
     ),
     Mutation(
         "JSD weighs its two sides alike",
         K,
-        "+ (1 - beta) * mean",
-        "+ beta * mean",
+        "+ tl.log2(to_s)) + (1 - beta) * mean",
+        "+ tl.log2(to_s)) + beta * mean",
         AT["jsd", 2.0],
     ),
     Mutation(
@@ -684,21 +709,21 @@ MUTATIONS = [
     Mutation(
         "JSD's second sweep forgets full tiles",
         K,
-        "a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)\n            if VECTOR",
-        "pass\n            if VECTOR",
+        "sums = _add_more(s, t, head + at + tile, sums, row, WHAT, KD)",
+        "pass",
         AROUND_TILES["jsd"],
     ),
     Mutation(
         "JSD's second sweep forgets the last tile",
         K,
-        "a, b = _add_jsd(s, t, a, b, scale, top_s, top_t, share_s, share_t)\n            for",
-        "pass\n            for",
+        "sums = _add_more(s, t, head + rest, sums, row, WHAT, KD)",
+        "pass",
         AROUND_TILES["jsd"],
     ),
     Mutation(
         "JSD's second sweep forgets the edges",
         K,
-        "a, b = _add_jsd(edge_s, edge_t, a, b, scale, top_s, top_t, share_s, share_t)",
+        "sums = _add_more(edge_s, edge_t, edge, sums, row, WHAT, KD)",
         "pass",
         AROUND_TILES["jsd"],
     ),
@@ -1382,9 +1407,13 @@ MUTATIONS = [
         "reference: the gradient's T", R, "grad.mul_(temperature)", "grad", AT["forward_kl", 2.0]
     ),
     Mutation(
-        "reference: the mean", R, "(log_ratio - loss[:, None])", "log_ratio", AT["reverse_kl", 2.0]
+        "reference: the mean",
+        R,
+        "(d.masked_fill(q_is_0, 0) - loss[:, None])",
+        "d.masked_fill(q_is_0, 0)",
+        AT["reverse_kl", 2.0],
     ),
-    Mutation("reference: 1 - beta", R, "(1 - beta) * q * (q", "q * (q", AT["jsd", 2.0]),
+    Mutation("reference: 1 - beta", R, "(1 - beta) * q * _from", "q * _from", AT["jsd", 2.0]),
     Mutation(
         "reference: half of MSE's gradient", R, "(2 * difference)", "difference.clone()", PARTS
     ),
@@ -1507,6 +1536,167 @@ MUTATIONS = [
         "bias_gradient += total.sum(0)",
         "bias_gradient[:] = total.sum(0)",
         HEAD["bias"],
+    ),
+    Mutation(
+        "small divergences are differences",
+        K,
+        "small = soft & (kd < SMALL_BITS)",
+        "small = soft & (kd < -1.0)",
+        SMALL["forward_kl", 1e-3],
+    ),
+    Mutation(
+        "phi is a square",
+        K,
+        "return x * x * (0.5 + x * p)\n\n\n@triton.jit\ndef _psi",
+        "return x * x * 0.5\n\n\n@triton.jit\ndef _psi",
+        SMALL["forward_kl", 0.15],
+    ),
+    Mutation(
+        "psi is a square",
+        K,
+        "return x * x * (0.5 + x * p)\n\n\n@triton.jit\ndef _apart",
+        "return x * x * 0.5\n\n\n@triton.jit\ndef _apart",
+        SMALL["jsd", 0.15],
+    ),
+    Mutation(
+        "the sums' ratio is not in d",
+        K,
+        "log_ratio = tl.log2(to_s)",
+        "log_ratio = 0.0 * to_s",
+        SMALL["forward_kl", 0.15],
+    ),
+    Mutation(
+        "small KL's terms are not of one scale", K, "e_t *= to_s", "pass", FAR_APART["forward_kl"]
+    ),
+    Mutation(
+        "small KL leaves out what is far",
+        K,
+        "tl.where(near, e_t * _phi(nats), e_s - e_t - e_t * nats)",
+        "tl.where(near, e_t * _phi(nats), 0.0)",
+        FAR_APART["forward_kl"],
+    ),
+    Mutation(
+        "small reverse KL leaves out what is far",
+        K,
+        "tl.where(near, e_s * _phi(-nats), e_t - e_s + e_s * nats)",
+        "tl.where(near, e_s * _phi(-nats), 0.0)",
+        FAR_APART["reverse_kl"],
+    ),
+    Mutation(
+        "small JSD forgets the mixture",
+        K,
+        "tl.where(near, 0.0, mixture - e_t)",
+        "tl.where(near, 0.0, 0.0)",
+        FAR_APART["jsd"],
+    ),
+    Mutation(
+        "small KL's gradient is a line",
+        K,
+        "tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)",
+        "e_t * nats",
+        FAR_APART["forward_kl"],
+    ),
+    Mutation(
+        "small reverse KL's gradient has no mean",
+        K,
+        "if KD == REVERSE_KL:\n                mean = kd",
+        "if KD == REVERSE_KL:\n                mean = 0.0 * kd",
+        SMALL["reverse_kl", 0.15],
+    ),
+    Mutation(
+        "small JSD's gradient has no mean",
+        K,
+        "of_q * LOG2_E - mean",
+        "of_q * LOG2_E",
+        SMALL["jsd", 0.15],
+    ),
+    Mutation(
+        "a small row's weight in the JSD",
+        K,
+        "kd = beta * kd + (1 - beta) * mean",
+        "kd = (1 - beta) * kd + beta * mean",
+        SMALL["jsd", 0.15],
+    ),
+    Mutation(
+        "no bound of d",
+        K,
+        "tl.where(d > -100.0, tl.minimum(d, 100.0), -100.0)",
+        "d",
+        EXCLUDED["forward_kl"],
+    ),
+    Mutation(
+        "entropy of the sums alone",
+        K,
+        "tl.log2(l_s) - tl.sum(h_s, 0) / l_s",
+        "tl.log2(l_s)",
+        COUNTED,
+    ),
+    Mutation(
+        "the teacher's entropy is the student's",
+        K,
+        "tl.log2(l_t) - tl.sum(h_t, 0) / l_t",
+        "tl.log2(l_s) - tl.sum(h_s, 0) / l_s",
+        COUNTED,
+    ),
+    Mutation("statistics outside the mask", K, "tl.where(soft, h_s, 0.0)", "h_s", COUNTED),
+    Mutation(
+        "the last of equal columns",
+        W,
+        "tl.where(here == highest, tl.minimum(at, col), col)",
+        "tl.where(here == highest, tl.maximum(at, col), col)",
+        FIRST_OF_EQUALS,
+    ),
+    Mutation(
+        "the threads' last column",
+        W,
+        "return tl.min(tl.where(highest == tl.max(highest, 0), col",
+        "return tl.max(tl.where(highest == tl.max(highest, 0), col",
+        FIRST_OF_EQUALS,
+    ),
+    Mutation(
+        "reference: no series",
+        R,
+        "near = d.abs() < NEAR",
+        "near = d.abs() < 0",
+        SMALL["forward_kl", 1e-3],
+    ),
+    Mutation(
+        "reference: phi",
+        R,
+        "range(15 if x.dtype == torch.float64 else 8, 2, -1)",
+        "range(15 if x.dtype == torch.float64 else 8, 3, -1)",
+        SMALL["forward_kl", 0.15],
+    ),
+    Mutation(
+        "reference: psi",
+        R,
+        "series.mul_(-x).add_(1 / k)",
+        "series.mul_(x).add_(1 / k)",
+        SMALL["jsd", 0.15],
+    ),
+    Mutation(
+        "reference: what rounding left",
+        R,
+        "    d = d - torch.where",
+        "    torch.where",
+        SMALL["forward_kl", 1e-3],
+    ),
+    Mutation(
+        "reference: saturated",
+        R,
+        "saturated = (kl_q_m > farthest / 2)",
+        "saturated = (kl_q_m > 2 * farthest)",
+        SATURATED,
+    ),
+    Mutation(
+        "reference: entropy", R, "entropies.append(-(log_p", "entropies.append((log_p", COUNTED
+    ),
+    Mutation(
+        "reference: agreement of the last",
+        R,
+        ".where(x == x.amax(-1, keepdim=True), s.shape[-1]).amin(-1)",
+        ".where(x == x.amax(-1, keepdim=True), -1).amax(-1)",
+        FIRST_OF_EQUALS,
     ),
 ]
 

@@ -2269,6 +2269,7 @@ KERNELS = {
     "combine_teachers": "ensemble",
     "scale": "scale",
     "accumulate": "accumulate",
+    "product": "product",
 }
 
 

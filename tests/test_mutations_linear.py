@@ -1,4 +1,5 @@
-"""Mutations of the fused head, each noticed by a test of test_linear.py.
+"""Mutations of the fused head and its products, each noticed by a test of test_linear.py or
+test_near.py.
 
 As test_mutations.py does for the kernels: a list of plausible mistakes, and for each a call of a
 test that has to fail.
@@ -7,17 +8,19 @@ test that has to fail.
 from __future__ import annotations
 
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import test_linear as tests
+import test_near as near
 import torch
 from oracle import NAN
 from test_mutations import Call, call, load
 
-from distilfast import backends, linear
+from distilfast import backends, linear, products
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PADDED = call(
@@ -71,6 +74,28 @@ UNUSED = call(
 )
 
 
+NEAR = {
+    machine: call(
+        near.test_head_is_exact_near_the_teacher,
+        machine=machine,
+        divergence="forward_kl",
+        temperature=1.0,
+        noise=0.05,
+        shared=True,
+        bias=True,
+    )
+    for machine in ("here", "bf16 products")
+}
+ROUNDED = call(
+    near.test_rounded_logits_are_taken_where_they_are_asked_for, machine="here", bias=True
+)
+TWINS_ROUNDED = call(near.test_capped_ensemble_of_rounded_logits)
+COUNTED = call(near.test_statistics_of_a_head, chunk_rows=5, reduction="mean")
+SEVERAL_BLOCKS = call(near.test_head_of_several_blocks, bias=True)
+SETTINGS = call(near.test_settings_of_the_process_are_left_as_they_were)
+FP32_SUM = call(tests.test_fp32_parameters_under_autocast_get_an_fp32_sum, chunk_rows=1000)
+
+
 class Mutation(NamedTuple):
     name: str
     backend: str
@@ -84,22 +109,22 @@ MUTATIONS = [
     Mutation(
         "sums in the products' dtype",
         "torch",
-        "student.weight, accum_dtype, student_weight",
-        "student.weight, student.weight.dtype, student_weight",
+        "student, accum_dtype, student_weight",
+        "student, student.weight.dtype, student_weight",
         IN_FP32,
     ),
     Mutation(
         "accum_dtype is not asked",
         "torch",
-        "    return wanted\n\n\ndef _check_head",
-        "    return widest\n\n\ndef _check_head",
+        "    return wanted\n\n\ndef _logits_dtype",
+        "    return widest\n\n\ndef _logits_dtype",
         IN_FP32,
     ),
     Mutation(
         "every part of a share is the first's",
         "cpp",
-        "torch.mm(some.T, hidden, out=self.share[: len(total)])",
-        "torch.mm(gradient[:, : len(total)].T, hidden, out=self.share[: len(total)])",
+        "self.products.weight_gradient(some, hidden, share, False)",
+        "self.products.weight_gradient(gradient[:, : len(total)], hidden, share, False)",
         IN_PARTS,
     ),
     Mutation(
@@ -129,12 +154,16 @@ MUTATIONS = [
     Mutation(
         "no bias in the products",
         "torch",
-        "torch.addmm(self.bias, hidden, self.weight.T, out=out)",
-        "torch.mm(hidden, self.weight.T, out=out)",
+        "return torch.addmm(bias, h, weight.T, **how)",
+        "return torch.mm(h, weight.T, **how)",
         BIASES["student"],
     ),
     Mutation(
-        "no bias in the kernel", "cpp", "head._replace(bias=in_fp32)", "head", BIASES["teacher"]
+        "no bias in the kernel",
+        "cpp",
+        "head._replace(bias=in_fp32), None",
+        "head, None",
+        BIASES["teacher"],
     ),
     Mutation(
         "heads change sides",
@@ -175,8 +204,8 @@ MUTATIONS = [
     Mutation(
         "all teachers at once",
         "torch",
-        "self.dtypes = list({side.weight.dtype for side in sides})",
-        "self.dtypes = [side.weight.dtype for side in sides]",
+        "self.dtypes = list({side.logits_dtype for side in sides})",
+        "self.dtypes = [side.logits_dtype for side in sides]",
         ONE_AT_A_TIME,
     ),
     Mutation(
@@ -263,8 +292,8 @@ MUTATIONS = [
     Mutation(
         "a gradient is doubled",
         "torch",
-        "return loss, parts, d_hidden, d_weight, d_bias, by if",
-        "return loss, parts, d_hidden * 2, d_weight, d_bias, by if",
+        "return loss, parts, d_hidden, d_weight, d_bias, by, statistics",
+        "return loss, parts, d_hidden * 2, d_weight, d_bias, by, statistics",
         MEAN,
     ),
     Mutation(
@@ -274,32 +303,120 @@ MUTATIONS = [
         "pass",
         PROJECTED,
     ),
+    Mutation(
+        "logits are rounded to bf16",
+        "cpp",
+        "return getattr(torch, self.logits_dtype) if hidden.dtype in HALVES else hidden.dtype",
+        "return hidden.dtype",
+        NEAR["here"],
+    ),
+    Mutation(
+        "logits_dtype is not asked",
+        "torch",
+        "    return wanted\n\n\ndef _check_head",
+        "    return torch.float32\n\n\ndef _check_head",
+        ROUNDED,
+    ),
+    Mutation(
+        "a capped ensemble is capped in the products' memory of 16 bits",
+        "torch",
+        "if logits.dtype != z.dtype:",
+        "if False:",
+        TWINS_ROUNDED,
+    ),
+    Mutation(
+        "statistics of the last chunk alone",
+        "torch",
+        "statistics[:, chunk] = found",
+        "statistics[:, : found.shape[1]] = found",
+        COUNTED,
+    ),
+    Mutation(
+        "a gradient of fewer bits lies at another stride",
+        "cpp",
+        "logits.view(student.gradient_dtype) if narrower and not apart else logits",
+        "logits.view(student.gradient_dtype).flatten()[: logits.numel()].view(logits.shape)"
+        " if narrower and not apart else logits",
+        NEAR["bf16 products"],
+    ),
+    Mutation(
+        "the products are rounded on the way",
+        "torch",
+        "wide = h.to(torch.float32)",
+        "wide = h.to(torch.float32) * (1 + 2.0**-9)",
+        NEAR["here"],
+    ),
+    Mutation(
+        "blocks after the first begin the sum again",
+        "torch",
+        "beta=int(columns.start > 0)",
+        "beta=0",
+        SEVERAL_BLOCKS,
+    ),
+    Mutation(
+        "every block is the first's columns",
+        "torch",
+        "to = out[:, columns]",
+        "to = out[:, : block.shape[0]]",
+        SEVERAL_BLOCKS,
+    ),
+    Mutation(
+        "every block's bias is the first's",
+        "torch",
+        "None if bias is None else bias[columns]",
+        "None if bias is None else bias[: block.shape[0]]",
+        SEVERAL_BLOCKS,
+    ),
+    Mutation(
+        "the setting stays",
+        "torch",
+        "        settings.fp32_precision = before",
+        "        pass",
+        SETTINGS,
+    ),
+    Mutation(
+        "the gradient is rounded although the machine does not gain by it",
+        "torch",
+        "return self.widened and not self.in_bf16",
+        "return False",
+        FP32_SUM,
+    ),
 ]
 
 
 @contextmanager
 def instead(folder: Path) -> Any:
-    """test_linear.py's calls go to the module in this folder, whose operator has its own name."""
+    """The tests' calls go to the modules in this folder, whose operator has its own name."""
     path = folder / "linear.py"
     text = path.read_text(encoding="utf-8")
     name = '"distilfast::linear_distillation"'
     assert text.count(name) == 1
     path.write_text(text.replace(name, '"distilfast_mutated::linear_distillation"'), "utf-8")
-    module = load("distilfast_mutated_linear", path)
+    its_products = load("distilfast_mutated_products", folder / "products.py")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, products.__name__, its_products)
+        module = load("distilfast_mutated_linear", path)
+        for suite in (tests, near):
+            patch.setattr(suite, "products", its_products)
+            patch.setattr(suite, "linear_distillation_loss", module.linear_distillation_loss)
         patch.setattr(tests, "linear", module)
-        patch.setattr(tests, "linear_distillation_loss", module.linear_distillation_loss)
         yield
+
+
+def copy_of_both(folder: Path) -> list[Path]:
+    return [Path(shutil.copy(x.__file__, folder)) for x in (linear, products)]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_mutation_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     if backends.unavailable(mutation.backend):
         pytest.skip(f"no {mutation.backend} here")
-    path = Path(shutil.copy(linear.__file__, tmp_path / "linear.py"))
-    text = path.read_text(encoding="utf-8")
-    assert text.count(mutation.old) == 1, f"{mutation.old!r} is not in linear.py exactly once"
-    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in copy_of_both(tmp_path)}
+    found = [path for path, text in texts.items() if mutation.old in text]
+    assert sum(text.count(mutation.old) for text in texts.values()) == 1, (
+        f"not once: {mutation.old!r}"
+    )
+    found[0].write_text(texts[found[0]].replace(mutation.old, mutation.new), encoding="utf-8")
     with instead(tmp_path):
         try:
             mutation.caught_by(mutation.backend)
@@ -311,7 +428,7 @@ def test_mutation_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
 
 
 def test_unmutated_copy_passes_the_same_calls(tmp_path: Path) -> None:
-    shutil.copy(linear.__file__, tmp_path / "linear.py")
+    copy_of_both(tmp_path)
     calls = {(x.backend, repr(x.caught_by)): x.caught_by for x in MUTATIONS}
     with instead(tmp_path):
         for (backend, _), caught_by in calls.items():

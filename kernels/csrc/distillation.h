@@ -106,7 +106,7 @@ struct Row {
     int power = 1;  // T where e_1 = 2^(T x_s) is a small power of e_s; else 0
     double l_s = 0, l_t = 0, d = 0, l_1 = 0;
     bool small = false;  // the divergence: then scratch.e_t holds what the gradient is made of
-    float to_d = 0, shift = 0;  // d = (s - t) to_d - shift, in nats
+    float to_d = 0;  // 1 / T
     // the gradient's factors
     float by_s = 0, keep = 1, ratio = 0, mean = 0, spoilt = 0, by_1 = 0;
 
@@ -199,19 +199,23 @@ inline Vec psi(Vec x) {  // x - log(1 + x)
 template <int KD, class S, class T>
 double add_small(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, double beta) {
     const float ratio = float(row.l_s / row.l_t), share_s = float(1 - beta), share_t = float(beta);
-    row.shift = float((double(row.top_s) - row.top_t) * row.to_d + ::log(row.l_s / row.l_t));
-    Sum a, b;
+    // d = (s - t - offset) / T - rest: what is subtracted first is large, and cancels exactly.
+    const double tops = double(row.top_s) - row.top_t;
+    const float offset = float(tops), rest = float(::log(row.l_s / row.l_t) + (tops - offset) * row.to_d);
+    Sum a, b, left;
     const auto at = [&](int64_t i, auto n, auto k) {
         const Vec e_s = load(scratch.e_s + i), logit_t = get(t + i, n, -INF);
         const Vec e_t = (KD == JSD ? exponential<Element<S>>(logit_t - row.top_t, row.scale)
                                    : load(scratch.e_t + i)) * Vec(ratio);  // JSD's is overwritten
-        const Vec apart = fma(get(s + i, n, -INF) - logit_t, row.to_d, -row.shift);
+        const Vec apart = fma(get(s + i, n, -INF) - logit_t - Vec(offset), row.to_d, -rest);
         const Vec d = min(max(apart, -1024.f), 1024.f);
         const Mask near = greater(NEAR * NEAR, d * d);
         const Vec rises = d + phi(d);  // q / p - 1
+        const Vec differ = select(near, e_t * rises, e_s - e_t);
+        left.add(k, differ);
         if constexpr (KD == FORWARD_KL) {
             a.add(k, select(near, e_t * phi(d), e_s - e_t - e_t * d));
-            store(scratch.e_t + i, select(near, e_t * rises, e_s - e_t));
+            store(scratch.e_t + i, differ);
         }
         if constexpr (KD == REVERSE_KL) {
             a.add(k, select(near, e_s * phi(Vec(0.f) - d), fma(e_s, d, e_t - e_s)));
@@ -229,16 +233,17 @@ double add_small(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, dou
             store(scratch.e_t + i, select(near, from_s - w, far_s) * Vec(float(LOG2_E)));
         }
     };
-    sum_up(n_cols, at, a, b);
+    sum_up(n_cols, at, a, b, left);
     row.small = true;
-    if constexpr (KD == FORWARD_KL) row.keep = 0, row.ratio = -1;
+    // What is left of the sum of q - p, which is 0, is what the constant in d is off.
+    const double off = left.total() / row.l_s;
+    if constexpr (KD == FORWARD_KL) row.keep = float(-off), row.ratio = -1;
     if constexpr (KD == JSD) {
-        row.mean = float(LOG2_E * b.total() / row.l_s);
+        row.mean = float(LOG2_E * (b.total() / row.l_s + beta * off));
         return LOG2_E * (beta * a.total() + (1 - beta) * b.total()) / row.l_s;
     }
-    const double bits = LOG2_E * a.total() / row.l_s;
-    row.mean = float(bits);
-    return bits;
+    row.mean = float(LOG2_E * (a.total() / row.l_s + off));
+    return LOG2_E * a.total() / row.l_s;
 }
 
 // Entropies of the softmaxes at T, in nats, and whether the largest logits stand in the same column.

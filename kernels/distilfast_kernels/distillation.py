@@ -185,9 +185,10 @@ def _psi(x):
 
 
 @triton.jit
-def _apart(s, t, scale, shift):
-    """d in bits, and whether it is small; finite where a side, or both, are minus infinity."""
-    d = (s - t) * scale - shift
+def _apart(s, t, scale, offset, log_ratio):
+    """d in bits, and whether it is small; finite where a side, or both, are minus infinity. What is
+    subtracted first is large, and cancels exactly."""
+    d = ((s - t) * scale - offset) - log_ratio
     d = tl.where(d > -100.0, tl.minimum(d, 100.0), -100.0)
     return d, tl.abs(d) * LN_2 < NEAR
 
@@ -306,8 +307,8 @@ def _merge(
 def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
     """A middle sweep: its sums with a tile more. MIXTURE, of JSD: a = sum e_t log2(p_t / M),
     b = sum e_s log2(p_s / M), up to log2 l. SMALL: the divergence's terms, times l_s; of JSD those
-    of either side. STATISTICS: sum e x of either side, the largest logits and their columns."""
-    scale, top_s, top_t, share_s, share_t, to_s, shift, beta = row
+    of either side; and the sum of q - p. STATISTICS: sum e x of either side, the largest logits and their columns."""
+    scale, top_s, top_t, share_s, share_t, to_s, log_ratio, beta = row
     x_s, x_t = s * scale - top_s, t * scale - top_t
     e_s, e_t = tl.exp2(x_s), tl.exp2(x_t)
     if WHAT == MIXTURE:
@@ -317,10 +318,11 @@ def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
         b += rows.thread_sum(e_s * _gap(x_s, mixture))
         sums = (a, b)
     if WHAT == SMALL:
-        a, b = sums
+        a, b, left = sums
         e_t *= to_s
-        d, near = _apart(s, t, scale, shift)
+        d, near = _apart(s, t, scale, top_s - top_t, log_ratio)
         nats = d * LN_2
+        left += rows.thread_sum(tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t))
         if KD == FORWARD_KL:
             a += rows.thread_sum(tl.where(near, e_t * _phi(nats), e_s - e_t - e_t * nats))
         if KD == REVERSE_KL:
@@ -328,9 +330,13 @@ def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
         if KD == JSD:
             of_p, of_q, psi_u, psi_w = _log_shares(d, near, beta)
             mixture = (1 - beta) * e_s + beta * e_t
-            a += rows.thread_sum(e_t * tl.where(near, psi_u, of_p) + tl.where(near, 0.0, mixture - e_t))
-            b += rows.thread_sum(e_s * tl.where(near, psi_w, of_q) + tl.where(near, 0.0, mixture - e_s))
-        sums = (a, b)
+            a += rows.thread_sum(
+                e_t * tl.where(near, psi_u, of_p) + tl.where(near, 0.0, mixture - e_t)
+            )
+            b += rows.thread_sum(
+                e_s * tl.where(near, psi_w, of_q) + tl.where(near, 0.0, mixture - e_s)
+            )
+        sums = (a, b, left)
     if WHAT == STATISTICS:
         h_s, h_t, best_s, best_t, col_s, col_t = sums
         h_s += rows.thread_sum(e_s * _gap(x_s, 0.0))
@@ -405,7 +411,7 @@ def _gradient(
         by_cos,
         ratio,
         by_gap,
-        shift,
+        log_ratio,
         beta,
     ) = row
     scale, power, labelled, label = how
@@ -414,7 +420,7 @@ def _gradient(
         x_s, x_t = s * scale - top_s, t * scale - top_t
         e_s = tl.exp2(x_s)
         if SMALL_KD:
-            d, near = _apart(s, t, scale, shift)
+            d, near = _apart(s, t, scale, top_s - top_t, log_ratio)
             if KD == FORWARD_KL:
                 e_t, nats = to_s * tl.exp2(x_t), d * LN_2
                 g = by_s * tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)
@@ -476,9 +482,7 @@ def _last_sweep(
     if n_full * BLOCK_V < body:
         rest = n_full * BLOCK_V + tile
         s, t = _load_some(s_body, t_body, rest, rest < body, soft, heads, SOFT, HEADS)
-        g = _gradient(
-            s, t, head + rest, row, how, heads, KD, CE, WHOLE, COS, MSE, HEADS, SMALL_KD
-        )
+        g = _gradient(s, t, head + rest, row, how, heads, KD, CE, WHOLE, COS, MSE, HEADS, SMALL_KD)
         tl.store(g_body + rest, g.to(dtype), mask=rest < body)
     for i in range(0, n_full):
         at = (n_full - 1 - i) * BLOCK_V
@@ -624,7 +628,7 @@ def distillation_kernel(
     kd, ce, cos, mse = 0.0, 0.0, 0.0, 0.0
     by_s, to_s, mean, spoilt, share_s, share_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_1, by_label, by_cos, ratio, by_gap = 0.0, 0.0, 0.0, 0.0, 0.0
-    small, shift = tl.full([], False, tl.int1), 0.0
+    small, log_ratio = tl.full([], False, tl.int1), 0.0
     # Loaded again, as registers are dear in the sweeps.
     by_row = weight * tl.load(kd_scale_ptr + row * stride_kd_scale)
     if KD != 0:
@@ -634,9 +638,9 @@ def distillation_kernel(
         d = tl.where((d != d) & (l_s == l_s) & (l_t == l_t), INF, d)
         to_s = tl.div_rn(l_s, l_t)
         share_s, share_t = 1 - beta, beta * to_s
-        shift = (top_s - top_t) + tl.log2(to_s)
+        log_ratio = tl.log2(to_s)
         none = tl.zeros([THREADS], tl.float32)
-        middle = scale, top_s, top_t, share_s, share_t, to_s, shift, beta
+        middle = scale, top_s, top_t, share_s, share_t, to_s, log_ratio, beta
         if COUNTED:
             zero = tl.zeros([THREADS], tl.int32)
             counts = _middle_sweep(
@@ -690,8 +694,8 @@ def distillation_kernel(
         if EXACT:
             small = soft & (kd < SMALL_BITS)
         if small:
-            a, b = _middle_sweep(
-                (none, none),
+            a, b, left = _middle_sweep(
+                (none, none, none),
                 middle,
                 places,
                 extent,
@@ -705,6 +709,8 @@ def distillation_kernel(
                 not GRADIENT,
             )
             kd = LOG2_E * tl.sum(a, 0) / l_s
+            # What is left of the sum of q - p, which is 0, is what the constant in d is off.
+            log_ratio += LOG2_E * tl.sum(left, 0) / l_s
             if KD == REVERSE_KL:
                 mean = kd
             if KD == JSD:
@@ -745,7 +751,7 @@ def distillation_kernel(
     # Last sweep: the gradient.
     if GRADIENT:
         scalars = (top_s, top_t, by_s, to_s, mean, spoilt, share_s, share_t)
-        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap, shift, beta)
+        scalars += (top_1, by_1, by_label, by_cos, ratio, by_gap, log_ratio, beta)
         if small:
             _last_sweep(
                 places,
