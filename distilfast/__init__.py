@@ -6,8 +6,8 @@ The losses need torch alone; the driver's modules (train, models, data, ...) are
 from distilfast._version import __version__
 from distilfast.linear import linear_distillation_loss
 from distilfast.losses import (
-    DistillationLoss,
     DetailedOutput,
+    DistillationLoss,
     DistillationOutput,
     combine_teachers,
     distillation_loss,
@@ -15,8 +15,8 @@ from distilfast.losses import (
 )
 
 __all__ = [
-    "DistillationLoss",
     "DetailedOutput",
+    "DistillationLoss",
     "DistillationOutput",
     "__version__",
     "combine_teachers",

@@ -62,7 +62,7 @@ class Backend:
     adds_bias: bool = False
     overwrites: bool = False
     multiplies: Callable[[], bool] = lambda: False
-    product: Callable[..., None] | None = None
+    product: Callable[..., None] = reference.product
 
 
 # Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU

@@ -619,8 +619,8 @@ def linear_distillation_loss(
     them would wait for the device, they are, so leave them out where that matters.
 
     Returns:
-        A DistillationOutput or DetailedOutput, as `distillation_loss`; the gradient flows to student_hidden,
-        student_weight and student_bias.
+        As `distillation_loss`; the gradient flows to student_hidden, student_weight and
+        student_bias.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -704,8 +704,9 @@ def linear_distillation_loss(
     trained = (student_hidden, student_weight, student_bias)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained]
     late = reduction == "none" or student_hidden.dtype == torch.float16
-    names = [str(dtype).removeprefix("torch.") for dtype in (accum_dtype, logits_dtype)]
-    call = HeadCall(divergence, reduction, backend, ensemble, *names, late, *wanted, statistics)
+    sums, rounded = (str(dtype).removeprefix("torch.") for dtype in (accum_dtype, logits_dtype))
+    named = divergence, reduction, backend, ensemble, sums, rounded
+    call = HeadCall(*named, late, wanted[0], wanted[1], wanted[2], statistics)
     loss, parts, *_, found = linear_distillation_op(
         as_matrix(student_hidden),
         student_weight,

@@ -676,7 +676,7 @@ def distillation_loss(
     down to 1e-6 nats, and it is never negative (docs/exactness.md).
 
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse), or with ``statistics`` a DetailedOutput, that has
+        DistillationOutput(loss, kd, ce, cos, mse); with ``statistics`` a DetailedOutput, which has
         student_entropy, teacher_entropy and agreement, too.
 
     Raises:

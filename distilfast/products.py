@@ -133,7 +133,7 @@ def _multiplying_in_bf16(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -462,6 +462,13 @@ def reduce_rows(
     return loss, parts
 
 
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = h W^T (+ b) of (n, D) and (V, D), made and added up in the dtype of ``out``, (n, V)."""
+    torch.mm(hidden.to(out.dtype), weight.to(out.dtype).T, out=out)
+    if bias is not None:
+        out += bias
+
+
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 where a tensor is fp64, else fp32: what sums and softmaxes are computed in."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -1592,8 +1592,8 @@ MUTATIONS = [
     Mutation(
         "small KL's gradient is a line",
         K,
-        "tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)",
-        "e_t * nats",
+        "g = by_s * tl.where(near, e_t * (nats + _phi(nats)), e_s - e_t)",
+        "g = by_s * (e_t * nats)",
         FAR_APART["forward_kl"],
     ),
     Mutation(

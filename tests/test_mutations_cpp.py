@@ -36,6 +36,7 @@ import test_heads as heads
 import test_hidden_cosine as hidden
 import test_losses as values
 import test_losses_edges as edges
+import test_near as near
 import torch
 from conftest import ROOT, cpu_levels
 from distilfast_kernels import cpp
@@ -226,6 +227,27 @@ def test_shares_inside_wider_rows_are_added_whole(backend: str) -> None:
         cpp.accumulate(total, share, True)
         assert torch.equal(total, 2 * share)
         assert (wide[:, width:] == 7).all()
+
+
+def test_padding_beside_logits_that_their_gradient_overwrites_is_zeroed(backend: str) -> None:
+    # after what it lies over has been read
+    student, teacher = logits_pair((3, 70))
+    wanted = torch.empty(3, 70, dtype=BF16)
+    launch(student, teacher, gradient=wanted, vocab_size=61)
+    gradient = student.view(BF16)[:, :70]
+    launch(student, teacher, gradient=gradient, vocab_size=61)
+    assert torch.equal(gradient, wanted)
+
+
+def test_product_is_one_of_fp32(backend: str) -> None:
+    for n, vocab, depth in ((9, 100, 33), (17, 49, 64), (1, 15, 1)):
+        hidden, weight = (torch.randn(rows, depth + 3).to(BF16)[:, :depth] for rows in (n, vocab))
+        bias, wide = torch.randn(vocab), torch.full((n + 1, vocab + 5), 7.0)
+        cpp.product(hidden, weight, bias, wide[:n, :vocab])
+        exact = hidden.double() @ weight.double().T + bias.double()
+        assert (wide[:n, :vocab] - exact).abs().max() <= 1e-6 * (1 + depth)
+        assert (wide[n:] == 7).all()
+        assert (wide[:, vocab:] == 7).all()
 
 
 def test_operands_of_any_stride_are_taken(backend: str) -> None:
@@ -561,10 +583,28 @@ HEAD = {
     name: call(heads.test_parity_with_the_oracle, name=name, divergence="forward_kl", dtype=FP32)
     for name in heads.HEADS
 }
-HEAD_BF16 = call(
-    heads.test_parity_with_the_oracle, name="bias", divergence="forward_kl", dtype=BF16
-)
 HEAD_MIXED = call(heads.test_dtypes_of_the_sides_may_differ, name="bias", dtypes=(BF16, FP32))
+NEAR = {
+    (kind, noise): call(
+        near.test_small_divergence_keeps_its_digits,
+        divergence=kind,
+        noise=noise,
+        temperature=1.0,
+    )
+    for kind in ("forward_kl", "reverse_kl", "jsd")
+    for noise in (1e-3, 0.15)
+}
+FAR_COLUMNS = {
+    kind: call(near.test_few_columns_far_apart_in_a_small_divergence, divergence=kind)
+    for kind in ("forward_kl", "reverse_kl", "jsd")
+}
+EXCLUDED = call(near.test_small_divergence_with_excluded_columns, divergence="forward_kl")
+COUNTED = call(
+    near.test_statistics_are_the_softmaxes, divergence="forward_kl", noise=0.5, vocab=1003
+)
+FIRST_OF_EQUALS = call(near.test_first_of_equal_largest_logits_counts)
+OVER_LOGITS = call(test_padding_beside_logits_that_their_gradient_overwrites_is_zeroed)
+PRODUCT = call(test_product_is_one_of_fp32)
 ACCUMULATED = call(test_shares_inside_wider_rows_are_added_whole)
 SOFTCAP = call(heads.test_softcap_of_large_small_and_infinite_products, softcap=30.0)
 BIAS_OF_MANY_ROWS = call(heads.test_bias_gradient_is_added_to_and_not_only_by_whole_blocks)
@@ -684,7 +724,7 @@ SILENT_TEACHER = call(
 )
 
 D, R, V, H, E, L = "distillation.h", "rows.h", "vec.h", "hidden_cosine.h", "ensemble.h", "cpp.py"
-A = "accumulate.h"
+A, P = "accumulate.h", "product.h"
 MUTATIONS = [
     # distillation.h: exponentials
     Mutation("no square", AVX2, D, "power > 1 ? e * e : e", "power > 2 ? e * e : e", AT[2.0]),
@@ -913,7 +953,14 @@ MUTATIONS = [
     Mutation(
         "labels without a weight", PLAIN, D, "a.ce_weight != 0 && a.labels", "a.labels", FORWARD
     ),
-    Mutation("parts begin at 1", AVX2, D, "a.n_rows + r] = 0;", "a.n_rows + r] = 1;", NO_CE),
+    Mutation(
+        "parts begin at 1",
+        AVX2,
+        D,
+        "a.rows[part * a.n_rows + r] = 0;",
+        "a.rows[part * a.n_rows + r] = 1;",
+        NO_CE,
+    ),
     Mutation("the padding is not written", AVX512, D, "i < a.n_padded;", "i < n_cols;", FORWARD),
     Mutation(
         "the gradient forgets T",
@@ -1010,7 +1057,12 @@ MUTATIONS = [
         FORWARD,
     ),
     Mutation(
-        "half of a row that nothing needs", AVX2, D, "n_cols * sizeof(G));", "n_cols);", FORWARD
+        "half of a row that nothing needs",
+        AVX2,
+        D,
+        "a.n_padded * sizeof(G));",
+        "a.n_padded);",
+        FORWARD,
     ),
     Mutation(
         "kd does not need the teacher",
@@ -1029,8 +1081,8 @@ MUTATIONS = [
         "the gradient has the student's stride",
         PLAIN,
         D,
-        "r * a.gradient.stride :",
-        "r * a.student.stride :",
+        "(E*)a.gradient.data + r * a.gradient.stride",
+        "(E*)a.gradient.data + r * a.student.stride",
         FORWARD,
     ),
     # rows.h
@@ -2150,14 +2202,14 @@ MUTATIONS = [
         D,
         "a.teacher.stride, teacher_head.bias}",
         "a.teacher.stride, student_head.bias}",
-        HEAD_BF16,
+        HEAD["bias"],
     ),
     Mutation(
         "the biases of other dtypes",
         AVX2,
         D,
-        "a.teacher.dtype == DISTILFAST_BF16;",
-        "true;",
+        "a.student.dtype == DISTILFAST_FP32 &&",
+        "true &&",
         HEAD_MIXED,
     ),
     Mutation(
@@ -2174,16 +2226,18 @@ MUTATIONS = [
         R,
         "get(x.p, n, other) + get(x.bias, n, 0.f)",
         "get(x.p, n, other)",
-        HEAD_BF16,
+        HEAD["bias"],
     ),
-    Mutation("the label has no bias", AVX512, R, "widen(p[i]) + bias[i]", "widen(p[i])", HEAD_BF16),
+    Mutation(
+        "the label has no bias", AVX512, R, "widen(p[i]) + bias[i]", "widen(p[i])", HEAD["bias"]
+    ),
     Mutation(
         "the first columns' bias for all",
         AVX512_BF16,
         R,
         "{p + i, bias + i}",
         "{p + i, bias}",
-        HEAD_BF16,
+        HEAD["bias"],
     ),
     Mutation(
         "shares are not added",
@@ -2257,6 +2311,217 @@ MUTATIONS = [
         'os.environ.get("DISTILFAST_CPU_LEVEL") or best_level()',
         "best_level()",
         ASKED_FOR,
+    ),
+    # near the teacher
+    Mutation(
+        "small divergences are differences",
+        AVX2,
+        D,
+        "if (bits < SMALL) bits = add_small<FORWARD_KL>",
+        "if (bits < -1) bits = add_small<FORWARD_KL>",
+        NEAR["forward_kl", 1e-3],
+    ),
+    Mutation(
+        "small reverse divergences are differences",
+        PLAIN,
+        D,
+        "if (bits < SMALL) bits = add_small<REVERSE_KL>",
+        "if (bits < -1) bits = add_small<REVERSE_KL>",
+        NEAR["reverse_kl", 1e-3],
+    ),
+    Mutation(
+        "small mixtures are differences",
+        AVX2,
+        D,
+        "if (bits < SMALL) bits = add_small<JSD>",
+        "if (bits < -1) bits = add_small<JSD>",
+        NEAR["jsd", 1e-3],
+    ),
+    Mutation(
+        "phi is a square",
+        PLAIN,
+        D,
+        "p = fma(p, x, 1.6666667e-1f);\n    p = fma(p, x, 5e-1f);",
+        "p = 5e-1f;",
+        NEAR["forward_kl", 0.15],
+    ),
+    Mutation(
+        "psi is a square",
+        AVX2,
+        D,
+        "p = fma(p, x, -3.3333333e-1f);\n    p = fma(p, x, 5e-1f);",
+        "p = 5e-1f;",
+        NEAR["jsd", 0.15],
+    ),
+    Mutation(
+        "the sums' ratio is not in d",
+        AVX512,
+        D,
+        "::log(row.l_s / row.l_t) + (tops",
+        "(tops",
+        NEAR["forward_kl", 0.15],
+    ),
+    Mutation(
+        "the maxima are not in d",
+        AVX2,
+        D,
+        "logit_t - Vec(offset)",
+        "logit_t",
+        NEAR["forward_kl", 0.15],
+    ),
+    Mutation(
+        "small KL leaves out what is far",
+        AVX2,
+        D,
+        "e_s - e_t - e_t * d)",
+        "Vec(0.f))",
+        FAR_COLUMNS["forward_kl"],
+    ),
+    Mutation(
+        "small reverse KL leaves out what is far",
+        PLAIN,
+        D,
+        "fma(e_s, d, e_t - e_s))",
+        "Vec(0.f))",
+        FAR_COLUMNS["reverse_kl"],
+    ),
+    Mutation(
+        "small JSD forgets the mixture",
+        AVX2,
+        D,
+        "fma(e_t, far_t, mixture - e_t)",
+        "e_t * far_t",
+        FAR_COLUMNS["jsd"],
+    ),
+    Mutation(
+        "small JSD takes what the mixture's sweep left",
+        PLAIN,
+        D,
+        "KD == JSD ? exponential",
+        "KD == NO_KD ? exponential",
+        NEAR["jsd", 0.15],
+    ),
+    Mutation(
+        "small KL's gradient is off by the constant",
+        AVX2,
+        D,
+        "row.keep = float(-off)",
+        "row.keep = 1",
+        NEAR["forward_kl", 1e-3],
+    ),
+    Mutation(
+        "small reverse KL's gradient has no mean",
+        PLAIN,
+        D,
+        "row.mean = float(LOG2_E * (a.total() / row.l_s + off));",
+        "row.mean = 0;",
+        NEAR["reverse_kl", 0.15],
+    ),
+    Mutation(
+        "small reverse KL's gradient is the large one's",
+        AVX2,
+        D,
+        "row.small\n                              ? load(scratch.e_t + i)",
+        "false\n                              ? load(scratch.e_t + i)",
+        NEAR["reverse_kl", 1e-3],
+    ),
+    Mutation(
+        "no bound of d",
+        AVX2,
+        D,
+        "min(max(apart, -1024.f), 1024.f)",
+        "apart",
+        EXCLUDED,
+    ),
+    Mutation(
+        "entropy of the sums alone",
+        AVX2,
+        D,
+        "::log2(row.l_s) - h_s.total() / row.l_s",
+        "::log2(row.l_s)",
+        COUNTED,
+    ),
+    Mutation(
+        "the teacher's entropy is the student's",
+        PLAIN,
+        D,
+        "::log2(row.l_t) - h_t.total() / row.l_t",
+        "::log2(row.l_s) - h_s.total() / row.l_s",
+        COUNTED,
+    ),
+    Mutation(
+        "statistics outside the mask",
+        AVX2,
+        D,
+        "a.statistics && i < 3",
+        "a.statistics && i < 0",
+        COUNTED,
+    ),
+    Mutation(
+        "the last of equal columns",
+        AVX2,
+        R,
+        "columns[j] < columns[best])",
+        "columns[j] > columns[best])",
+        FIRST_OF_EQUALS,
+    ),
+    Mutation(
+        "a column is its vector's first",
+        PLAIN,
+        R,
+        "columns[j] += float(j);",
+        "columns[j] += 0;",
+        FIRST_OF_EQUALS,
+    ),
+    Mutation(
+        "padding is zeroed over logits that are still to be read",
+        AVX2,
+        D,
+        "    Row row;\n    const double temperature",
+        "    for (int64_t i = n_cols; g && i < a.n_padded; i++) narrow(g[i], 0.f);\n"
+        "    Row row;\n    const double temperature",
+        OVER_LOGITS,
+    ),
+    # product.h
+    Mutation(
+        "the last of an odd depth is left out",
+        AVX512_BF16,
+        P,
+        "if (depth % 2) add",
+        "if (false) add",
+        PRODUCT,
+    ),
+    Mutation(
+        "the bias of the first panel",
+        AVX512_BF16,
+        P,
+        "a.bias ? a.bias + column : nullptr",
+        "a.bias",
+        PRODUCT,
+    ),
+    Mutation(
+        "the first rows for all",
+        AVX512_BF16,
+        P,
+        "a.hidden.data + r * a.hidden.stride",
+        "a.hidden.data",
+        PRODUCT,
+    ),
+    Mutation(
+        "a transposition of lanes",
+        AVX512_BF16,
+        P,
+        "x[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);",
+        "x[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);",
+        PRODUCT,
+    ),
+    Mutation(
+        "a tile is written too far",
+        AVX512_BF16,
+        P,
+        "store(at, tile[i][j], left);",
+        "store(at, tile[i][j]);",
+        PRODUCT,
     ),
 ]
 

@@ -305,9 +305,12 @@ def _merge(
 
 @triton.jit
 def _add_more(s, t, cols, sums, row, WHAT: tl.constexpr, KD: tl.constexpr):
-    """A middle sweep: its sums with a tile more. MIXTURE, of JSD: a = sum e_t log2(p_t / M),
-    b = sum e_s log2(p_s / M), up to log2 l. SMALL: the divergence's terms, times l_s; of JSD those
-    of either side; and the sum of q - p. STATISTICS: sum e x of either side, the largest logits and their columns."""
+    """A middle sweep: its sums with a tile more.
+
+    MIXTURE, of JSD: sum e_t log2(p_t / M) and sum e_s log2(p_s / M), up to log2 l.
+    SMALL: the divergence's terms, times l_s, of JSD those of either side; and the sum of q - p.
+    STATISTICS: sum e x of either side, the largest logits and their columns.
+    """
     scale, top_s, top_t, share_s, share_t, to_s, log_ratio, beta = row
     x_s, x_t = s * scale - top_s, t * scale - top_t
     e_s, e_t = tl.exp2(x_s), tl.exp2(x_t)
