@@ -1635,7 +1635,7 @@ MUTATIONS = [
         "the teacher's entropy is the student's",
         K,
         "tl.log2(l_t) - tl.sum(h_t, 0) / l_t",
-        "tl.log2(l_s) - tl.sum(h_s, 0) / l_s",
+        "tl.log2(l_s) - tl.sum(h_t, 0) / l_t",
         COUNTED,
     ),
     Mutation("statistics outside the mask", K, "tl.where(soft, h_s, 0.0)", "h_s", COUNTED),

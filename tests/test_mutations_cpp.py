@@ -240,6 +240,8 @@ def test_padding_beside_logits_that_their_gradient_overwrites_is_zeroed(backend:
 
 
 def test_product_is_one_of_fp32(backend: str) -> None:
+    if not cpp.multiplies():
+        pytest.skip("this level has no products of bf16")
     for n, vocab, depth in ((9, 100, 33), (17, 49, 64), (1, 15, 1)):
         hidden, weight = (torch.randn(rows, depth + 3).to(BF16)[:, :depth] for rows in (n, vocab))
         bias, wide = torch.randn(vocab), torch.full((n + 1, vocab + 5), 7.0)
@@ -667,6 +669,9 @@ AT = {
     )
     for temperature in (2.0, 3.0, 4.0, 5.0, 7.3)
 }
+JSD_FAR = call(
+    values.test_parity_at_every_temperature, divergence="jsd", temperature=2.0, near=False
+)
 MASKS = call(values.test_float_mask_weights_rows_and_their_divisor)
 DIVISORS = call(values.test_mean_divides_each_part_by_its_own_count)
 NOT_CENTRED = {
@@ -782,14 +787,14 @@ MUTATIONS = [
         "float(beta)",
         JSD,
     ),
-    Mutation("JSD: b over the teacher", AVX2, D, "b.add(k, e_s,", "b.add(k, e_t,", JSD),
+    Mutation("JSD: b is doubled", AVX2, D, "b.add(k, e_s,", "b.add(k, e_s * Vec(2.f),", JSD_FAR),
     Mutation(
         "JSD: a from the student",
         AVX512,
         D,
         "a.add(k, e_t, gap(row.x_t(get(t + i, n, -INF)), mixture))",
         "a.add(k, e_t, from_m)",
-        JSD,
+        JSD_FAR,
     ),
     Mutation("JSD: no mean", AVX2, D, "row.mean = float(kl_s)", "row.mean = 0", JSD),
     Mutation(
@@ -2450,14 +2455,6 @@ MUTATIONS = [
         COUNTED,
     ),
     Mutation(
-        "statistics outside the mask",
-        AVX2,
-        D,
-        "a.statistics && i < 3",
-        "a.statistics && i < 0",
-        COUNTED,
-    ),
-    Mutation(
         "the last of equal columns",
         AVX2,
         R,
@@ -2612,11 +2609,15 @@ def instead(file: str, folder: Path, level: str) -> Iterator[None]:
             forget_library()
 
 
+WITH_HALVES = (
+    test_nan_of_halves_makes_its_row_nan,
+    test_padding_beside_logits_that_their_gradient_overwrites_is_zeroed,
+)
+
+
 def takes_halves(calls: Call) -> bool:
     flat = torch.utils._pytree.tree_leaves(calls.arguments)
-    return (
-        any(x in (BF16, FP16) for x in flat) or calls.test is test_nan_of_halves_makes_its_row_nan
-    )
+    return any(x in (BF16, FP16) for x in flat) or calls.test in WITH_HALVES
 
 
 def copy_of(file: str, folder: Path, halves_too: bool) -> Path:
