@@ -311,6 +311,36 @@ def test_rounded_logits_are_taken_where_they_are_asked_for(
     assert relative(got[0], gradients[0]) < 0.03
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_split_of_the_rows_changes_a_small_divergence_by_less_than_1e_5(
+    backend, device, divergence, noise
+):
+    # as micro-batches and ranks split a step of a student that begins with its teacher's layers
+    student, teacher = (
+        [None if x is None else x.to(device) for x in side]
+        for side in head_pair(noise, True, True, dtype=FP32)
+    )
+    keywords = {"divergence": divergence, "kd_normalizer": 24.0, "backend": backend}
+    parts = []
+    for size in (24, 7, 1):
+        kd = 0.0
+        for start in range(0, 24, size):
+            rows = slice(start, start + size)
+            kd += linear_distillation_loss(
+                student[0][rows],
+                student[1],
+                teacher[0][rows],
+                teacher[1],
+                student_bias=student[2],
+                teacher_bias=teacher[2],
+                **keywords,
+            ).kd.double()
+        parts.append(float(kd))
+    assert parts[0] > 0
+    assert parts[1:] == pytest.approx([parts[0]] * 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("wanted", [FP16, FP64, torch.int64, "bf16"], ids=str)
 def test_wrong_dtype_of_the_logits_is_refused(dtype, wanted):

@@ -35,7 +35,7 @@ def test_ratios_are_those_of_the_times_beside_them() -> None:
         assert row["limit"] > 1
 
 
-@pytest.mark.skipif(not os.environ.get("DISTILFAST_SLOW_TESTS"), reason="set DISTILFAST_SLOW_TESTS")
+@pytest.mark.slow
 def test_no_ratio_is_beyond_its_limit() -> None:
     done = ratios("--seconds", "30")
     assert done.returncode == 0, done.stdout + done.stderr
