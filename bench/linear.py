@@ -58,9 +58,10 @@ WARM_ROWS = 64
 SECONDS, QUICK_SECONDS = {"cuda": 75, "cpu": 360}, 45  # nothing new is begun after so long
 ROUNDS_SECONDS = {"cuda": 0.5, "cpu": 4.0}  # for the rounds of a case, or five of them
 LONGEST_CALL_SECONDS = 10.0  # one that takes longer would take the time of all others
-# What rounding the logits to the dtype costs. A row of the hidden states' gradient may be off by so
-# much of its largest entry. A row of the weight's gradient sums over the rows: its budget is for
-# the root mean square of the rows' relative errors, which a few rows that are wrong exceed too.
+# What rounding gradients to the dtype costs, and logits, where a contestant rounds them. A row of
+# the hidden states' gradient may be off by so much of its largest entry. A row of the weight's
+# gradient sums over the rows: its budget is for the root mean square of the rows' relative errors,
+# which a few rows that are wrong exceed too.
 VALUE_TOLERANCE = {torch.bfloat16: 5e-4, torch.float16: 1e-4, torch.float32: 1e-5}
 HIDDEN_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5}
 WEIGHT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-5}

@@ -222,6 +222,8 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
         optimizer.step()
         found = {"loss": total, "kd": loss.kd, "ce": loss.ce, "hidden_cos": cosine}
         found["grad_norm"] = norm
+        agreed = out.logits.argmax(-1) == target.logits.argmax(-1)
+        found["agreement"] = agreed[mask].float().mean()
         for name, value in found.items():
             assert line[name] == pytest.approx(value.item(), rel=1e-5), (step, name)
 
@@ -668,7 +670,8 @@ def test_run_leaves_what_it_promises(whole: tuple[list[str], Path]) -> None:
     assert configs.parse(["--config", str(folder / "config.yaml")]) == configs.parse(recipe)
     lines = metrics(folder)
     steps = [line for line in lines if "loss" in line]
-    keys = {"step", "tokens", "loss", "kd", "ce", "hidden_cos", "grad_norm", "learning_rate"}
+    keys = {"step", "tokens", "loss", "kd", "ce", "hidden_cos", "agreement", "grad_norm"}
+    keys.add("learning_rate")
     assert all(line.keys() == keys for line in steps)
     assert [line["step"] for line in steps] == list(range(1, 11))
     for line in steps:
@@ -709,7 +712,7 @@ def test_labels_alone_run_without_a_teacher(
         "--loss.hidden_cos_weight=0",
     )
     steps = [line for line in metrics(folder) if "loss" in line]
-    assert all("kd" not in line and "hidden_cos" not in line for line in steps)
+    assert all(not {"kd", "hidden_cos", "agreement"} & line.keys() for line in steps)
     assert all(line["loss"] == pytest.approx(2 * line["ce"]) for line in steps)
 
 
