@@ -669,8 +669,9 @@ AT = {
     )
     for temperature in (2.0, 3.0, 4.0, 5.0, 7.3)
 }
-JSD_FAR = call(
-    values.test_parity_at_every_temperature, divergence="jsd", temperature=2.0, near=False
+REVERSE_FAR, JSD_FAR = (
+    call(values.test_parity_at_every_temperature, divergence=kind, temperature=2.0, near=False)
+    for kind in ("reverse_kl", "jsd")
 )
 MASKS = call(values.test_float_mask_weights_rows_and_their_divisor)
 DIVISORS = call(values.test_mean_divides_each_part_by_its_own_count)
@@ -772,8 +773,10 @@ MUTATIONS = [
         "no maximum", AVX2, D, "row.top_s = top_s.total()", "row.top_s = 0", NOT_CENTRED[100.0]
     ),
     # its sums
-    Mutation("forward: the sign", PLAIN, D, "gap(x_t, x_s)", "gap(x_s, x_t)", FORWARD),
-    Mutation("reverse: the mean", AVX2, D, "d.add(k, e_s,", "d.add(k, e_t,", REVERSE),
+    Mutation("forward: the sign", PLAIN, D, "gap(x_t, x_s)", "gap(x_s, x_t)", AT[2.0]),
+    Mutation(
+        "reverse: the mean", AVX2, D, "d.add(k, e_s,", "d.add(k, e_s * Vec(2.f),", REVERSE_FAR
+    ),
     Mutation("l_t is l_s", AVX512, D, "l_t.add(k, e_t)", "l_t.add(k, e_s)", FORWARD),
     Mutation("e_t is e_s", PLAIN, D, "scratch.e_t + i, e_t)", "scratch.e_t + i, e_s)", FORWARD),
     Mutation(
@@ -1088,7 +1091,7 @@ MUTATIONS = [
         D,
         "(E*)a.gradient.data + r * a.gradient.stride",
         "(E*)a.gradient.data + r * a.student.stride",
-        FORWARD,
+        ROWS["forward_kl", BF16],
     ),
     # rows.h
     Mutation(
