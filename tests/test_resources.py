@@ -127,8 +127,8 @@ def test_report_covers_every_case_once(reports: list[dict[str, Any]]) -> None:
 
 
 def test_no_kernel_spills_more_than_a_few_words(reports: list[dict[str, Any]]) -> None:
-    # 32 warps have 64 registers a thread and no more: there the sweep of small divergences may cost
-    # a few words, which other rows do not touch in their sweeps
+    # 32 warps have 64 registers a thread and no more: the sweep of small divergences costs a few
+    # words there
     assert not missed(reports, lambda r: r["spilled_bytes"] <= (16 if r["warps"] == 32 else 0))
 
 
