@@ -251,7 +251,9 @@ class HeadCall(NamedTuple):
         return HeadCall(*words[:6], *(flag == "1" for flag in words[6:]))  # type: ignore[arg-type]
 
     def dtype_of_logits(self, hidden: Tensor) -> torch.dtype:
-        return getattr(torch, self.logits_dtype) if hidden.dtype in HALVES else hidden.dtype
+        """fp32 of 16 bits, unless these very 16 bits are asked for."""
+        kept = hidden.dtype not in HALVES or hidden.dtype == getattr(torch, self.logits_dtype)
+        return hidden.dtype if kept else torch.float32
 
 
 HEADS = slice(8, 12)  # among the numbers: scale and softcap of the student, of the teachers

@@ -306,7 +306,7 @@ MUTATIONS = [
     Mutation(
         "logits are rounded to bf16",
         "cpp",
-        "return getattr(torch, self.logits_dtype) if hidden.dtype in HALVES else hidden.dtype",
+        "return hidden.dtype if kept else torch.float32",
         "return hidden.dtype",
         NEAR["here"],
     ),

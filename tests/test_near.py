@@ -341,6 +341,18 @@ def test_split_of_the_rows_changes_a_small_divergence_by_less_than_1e_5(
     assert parts[1:] == pytest.approx([parts[0]] * 2, rel=1e-5)
 
 
+def test_logits_dtype_is_for_the_side_of_that_dtype_alone(backend, device):
+    # a teacher of bf16 keeps its fp32 logits where the student's fp16 is asked for
+    student, _ = head_pair(0.5, True, False, dtype=FP16)
+    _, teacher = head_pair(0.5, True, False, dtype=BF16)
+    keywords = {"divergence": "forward_kl", "temperature": 1.0, "backend": backend}
+    sides = [x.to(device) for x in (*student[:2], *teacher[:2])]
+    asked = linear_distillation_loss(*sides, logits_dtype=FP16, **keywords).kd
+    exact = [h.double() @ w.double().T for h, w in (student[:2], teacher[:2])]
+    wanted = distillation_loss(exact[0].to(FP16).double(), exact[1], temperature=1.0).kd
+    torch.testing.assert_close(asked.double().cpu(), wanted, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("wanted", [FP16, FP64, torch.int64, "bf16"], ids=str)
 def test_wrong_dtype_of_the_logits_is_refused(dtype, wanted):
