@@ -224,13 +224,19 @@ double add_small(Row& row, S s, T t, const Scratch& scratch, int64_t n_cols, dou
         if constexpr (KD == JSD) {
             const Vec w = (phi(Vec(0.f) - d) - d) * share_t;  // m / q - 1
             const Vec from_t = psi(rises * share_s), from_s = psi(w);
-            const Vec mixture = fma(e_s, share_s, e_t * Vec(share_t));
-            const Vec log_m = log2(max(mixture, TINY)) * Vec(float(LN_2));
-            const Vec far_s = log2(max(e_s, TINY)) * Vec(float(LN_2)) - log_m;
-            const Vec far_t = log2(max(e_t, TINY)) * Vec(float(LN_2)) - log_m;
-            a.add(k, select(near, e_t * from_t, fma(e_t, far_t, mixture - e_t)));
-            b.add(k, select(near, e_s * from_s, fma(e_s, far_s, mixture - e_s)));
-            store(scratch.e_t + i, select(near, from_s - w, far_s) * Vec(float(LOG2_E)));
+            Vec kl_t = e_t * from_t, kl_s = e_s * from_s, from_m = from_s - w;
+            if (!all(near)) {  // which is rare, and dear
+                const Vec mixture = fma(e_s, share_s, e_t * Vec(share_t));
+                const Vec log_m = log2(max(mixture, TINY)) * Vec(float(LN_2));
+                const Vec far_s = log2(max(e_s, TINY)) * Vec(float(LN_2)) - log_m;
+                const Vec far_t = log2(max(e_t, TINY)) * Vec(float(LN_2)) - log_m;
+                kl_t = select(near, kl_t, fma(e_t, far_t, mixture - e_t));
+                kl_s = select(near, kl_s, fma(e_s, far_s, mixture - e_s));
+                from_m = select(near, from_m, far_s);
+            }
+            a.add(k, kl_t);
+            b.add(k, kl_s);
+            store(scratch.e_t + i, from_m * Vec(float(LOG2_E)));
         }
     };
     sum_up(n_cols, at, a, b, left);

@@ -88,6 +88,7 @@ inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline Mask both(Mask a, Mask b) { return a & b; }
+inline bool all(Mask m) { return m == 0xffff; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no.v, yes.v); }
 inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -178,6 +179,7 @@ inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
 inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+inline bool all(Mask m) { return _mm256_movemask_ps(m) == 0xff; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, m); }
 inline float highest(Vec a) {
     alignas(32) float x[WIDTH];
@@ -272,6 +274,7 @@ inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 inline Mask equal(Vec a, Vec b) { return a.v == b.v; }
 inline Mask greater(Vec a, Vec b) { return a.v > b.v; }
 inline Mask both(Mask a, Mask b) { return a & b; }
+inline bool all(Mask m) { return m[0] && m[1] && m[2] && m[3]; }
 inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes.v : no.v; }
 inline float highest(Vec a) {
     const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
