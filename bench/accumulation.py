@@ -29,7 +29,7 @@ import ranks as kit
 import torch
 from torch import Tensor
 
-from distilfast import engine
+from distilfast.driver import engine
 
 CSV = Path(__file__).parent / "results" / "accumulation.csv"
 RANKS = (1, 2)

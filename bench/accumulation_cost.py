@@ -33,8 +33,9 @@ import ranks as kit
 import torch
 import transformers
 
-from distilfast import assets, checks, engine
-from distilfast.step import Distillation
+from distilfast.driver import checks, engine
+from distilfast.driver.step import Distillation
+from distilfast.sources import assets
 
 RESULTS = Path(__file__).parent / "results"
 COSTS = [("fp32", 0), ("bf16", 1)]  # where one process is, whatever is asked for

@@ -26,7 +26,7 @@ from measure import Spread, figure
 from distilfast import linear_distillation_loss, models
 from distilfast.config import BatchConfig, MaskingConfig
 from distilfast.data import FORMAT, Batches, Store, prefetch
-from distilfast.masking import Masker
+from distilfast.data.masking import Masker
 
 CSV = Path(__file__).parent / "results" / "batches.csv"
 VOCABULARY, SPECIAL = 30522, [0, 100, 101, 102, 103]

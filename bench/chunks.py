@@ -25,7 +25,7 @@ from products import BareProducts
 from torch import Tensor
 
 from distilfast import linear_distillation_loss
-from distilfast.memory import Scratch
+from distilfast.losses.scratch import Scratch
 
 CSV = Path(__file__).parent / "results" / "chunks.csv"
 CHUNKS = {"cpu": (128, 256, 512, 1024, 2048, 4096), "cuda": (512, 1024, 2048, 4096, 8192, 16384)}

@@ -32,8 +32,9 @@ import measure
 import ranks as kit
 import torch
 
-from distilfast import data, engine
-from distilfast.step import Normalizers, vocabulary_rows
+from distilfast import data
+from distilfast.driver import engine
+from distilfast.driver.step import Normalizers, vocabulary_rows
 
 CSV = Path(__file__).parent / "results" / "exactness.csv"
 RANKS = (1, 2, 4)

@@ -24,9 +24,11 @@ from typing import Any
 import measure
 import torch
 
-from distilfast import finetuning, models, names, tasks
-from distilfast.finetuning import FineTuning
+from distilfast import models, tasks
+from distilfast.sources import lookup as names
 from distilfast.tasks import Encoded, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
 
 RESULTS = Path(__file__).parent / "results" / "finetuning.csv"
 

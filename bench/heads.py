@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import distilfast
-from distilfast import backends
+from distilfast.losses import backends
 
 LOSSES = ("kl_ce", "kl", "jsd", "ce")
 # Of a materialised loss, by entry of N x V: both logits, their fp32 copies, divided by T, as logs

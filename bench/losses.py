@@ -36,7 +36,7 @@ from measure import figure
 from peers import Case, Contestant
 from torch import Tensor
 
-from distilfast import reference
+from distilfast.losses import reference
 
 CSV = Path(__file__).parent / "results" / "losses.csv"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 import distilfast
-from distilfast.memory import Scratch
+from distilfast.losses.scratch import Scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20

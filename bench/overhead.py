@@ -24,10 +24,12 @@ from typing import Any
 import torch
 import transformers
 
-from distilfast import assets, checks, engine, optimizers, train
+from distilfast import train
 from distilfast.config import Config, parse
-from distilfast.records import Metrics
-from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.driver import checks, engine, optimizers
+from distilfast.driver.metrics import Metrics
+from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.sources import assets
 
 WARMUP = 3  # steps that are not counted
 RESULTS = Path(__file__).parent / "results" / "overhead.csv"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import distilfast
-from distilfast import backends, reference
+from distilfast.losses import backends, reference
 
 LABELLED = 0.15  # of the rows, with labels "some": what masked language modelling has
 IGNORED = -100

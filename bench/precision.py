@@ -32,12 +32,13 @@ import transformers
 from measure import figure
 from torch import Tensor
 
-from distilfast import checks, data, models, step
+from distilfast import data, models
 from distilfast.config import ConfigError, LossConfig, parse
 from distilfast.data import MicroBatch
-from distilfast.fp32_sums import use_fp32_sums
-from distilfast.masking import Masker
-from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.data.masking import Masker
+from distilfast.driver import checks, step
+from distilfast.driver.fp32_sums import use_fp32_sums
+from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 
 ROOT = Path(__file__).parent.parent
 CSV = Path(__file__).parent / "results" / "precision.csv"

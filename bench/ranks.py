@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distilfast import checks, data, engine, train
 from distilfast import config as configs
-from distilfast.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast import data, train
+from distilfast.driver import checks, engine
+from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
 
 WORDS, LINES = 1000, 400
 # Every layout that is offered. One process in fp32 and without offload is at stage 0 whatever is

@@ -36,7 +36,7 @@ from distilfast_kernels import distillation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distilfast.reference import Options
+from distilfast.losses.reference import Options
 
 VOCABULARIES = (30_522, 50_257, 128_256)
 TARGETS = (80, 90, 100)

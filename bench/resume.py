@@ -35,10 +35,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distilfast import checks, engine, train
 from distilfast import config as configs
-from distilfast.checkpoint import Checkpoints, Saved
-from distilfast.step import Distillation, TeacherSide
+from distilfast import train
+from distilfast.driver import checks, engine
+from distilfast.driver.checkpoint import Checkpoints, Saved
+from distilfast.driver.step import Distillation, TeacherSide
 
 CSV = Path(__file__).parent / "results" / "resume.csv"
 STEPS, SEQUENCES, MIDDLE = 8, 16, 4

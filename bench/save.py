@@ -27,8 +27,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from distilfast import checkpoint, config, engine
-from distilfast.checkpoint import Checkpoints, Saved
+from distilfast import config
+from distilfast.driver import checkpoint, engine
+from distilfast.driver.checkpoint import Checkpoints, Saved
 
 CSV = Path(__file__).parent / "results" / "save.csv"
 LIMIT_MS = 500.0

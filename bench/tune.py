@@ -34,7 +34,7 @@ import torch
 from distilfast_kernels import distillation
 from torch import Tensor
 
-from distilfast.reference import Options
+from distilfast.losses.reference import Options
 
 CSV = Path(__file__).parent / "results" / "tune.csv"
 WARPS = (4, 8, 16, 32)

@@ -4,7 +4,6 @@ The losses need torch alone; the driver's modules (train, models, data, ...) are
 """
 
 from distilfast._version import __version__
-from distilfast.linear import linear_distillation_loss
 from distilfast.losses import (
     DetailedOutput,
     DistillationLoss,
@@ -13,6 +12,7 @@ from distilfast.losses import (
     distillation_loss,
     hidden_cosine_loss,
 )
+from distilfast.losses.linear import linear_distillation_loss
 
 __all__ = [
     "DetailedOutput",

@@ -31,11 +31,11 @@ usage: distilfast COMMAND [--config FILE] [--key.sub value ...]
 
 # Commands with flags of their own: each module's main(arguments) gives the exit status.
 APPLICATIONS = {
-    "glue": "distilfast.glue",
-    "finetune": "distilfast.finetune",
-    "ablate": "distilfast.ablate",
-    "compare": "distilfast.compare",
-    "report": "distilfast.reports",
+    "glue": "distilfast.studies.glue",
+    "finetune": "distilfast.studies.finetune",
+    "ablate": "distilfast.studies.ablate",
+    "compare": "distilfast.studies.compare",
+    "report": "distilfast.studies.pages",
 }
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(("train", *commands, *APPLICATIONS))
         print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
         return 2
-    from distilfast.records import log_to_stderr
+    from distilfast.driver.metrics import log_to_stderr
 
     log_to_stderr()
     try:
@@ -76,15 +76,16 @@ def script() -> None:
     # An exception, so that a command ends the processes that it has started. `train` has its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = main()
-    if "distilfast.engine" in sys.modules:
-        sys.modules["distilfast.engine"].finish()
+    if "distilfast.driver.engine" in sys.modules:
+        sys.modules["distilfast.driver.engine"].finish()
     sys.exit(status)
 
 
 def prepare(arguments: Sequence[str]) -> int:
     """Tokenise and count."""
     config = parse(arguments, prog="distilfast prepare")
-    from distilfast import checks, data
+    from distilfast import data
+    from distilfast.driver import checks
 
     _, tokenizer, _ = checks.load_models(config)
     store = data.prepare(config, tokenizer, config.token_folder)
@@ -95,7 +96,8 @@ def prepare(arguments: Sequence[str]) -> int:
 def check(arguments: Sequence[str]) -> int:
     """Everything that `train` checks, and what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
-    from distilfast import checks, data, models
+    from distilfast import data, models
+    from distilfast.driver import checks
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.batch.check(ranks, config.data.max_length)
@@ -161,7 +163,7 @@ def replay(arguments: Sequence[str]) -> int:
         raise ConfigError("--step: expected the number of a step, got none")
     config = parse(others, prog="distilfast replay --step N [--ranks R]")
     from distilfast import train
-    from distilfast.replay import replay
+    from distilfast.driver.replay import replay
 
     try:
         return 0 if replay(config, step, ranks) else 1

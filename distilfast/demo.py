@@ -21,9 +21,9 @@ import torch
 from distilfast import __version__, models, train
 from distilfast import config as configs
 from distilfast.config import RECIPES, Config, parse
-from distilfast.evaluate import fill
+from distilfast.driver.heldout import fill
 from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
-from distilfast.reports import train_command
+from distilfast.studies.pages import train_command
 
 # Optimiser steps of the teacher's stage and of each student, where not those of the recipes.
 FULL = (900, 500)

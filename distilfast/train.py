@@ -27,16 +27,17 @@ import torch
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import data, engine, models, optimizers, results
-from distilfast.checkpoint import CheckpointError, Checkpoints, Saved
-from distilfast.checks import Setup, check_shared, claim, prepare
+from distilfast import data, models
 from distilfast.config import Config, ConfigError
-from distilfast.engine import Engine, World
-from distilfast.evaluate import Evaluator
-from distilfast.masking import philox
-from distilfast.records import Metrics, Progress, log_to_stderr
-from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
-from distilfast.watch import guard
+from distilfast.data.masking import philox
+from distilfast.driver import engine, optimizers, results
+from distilfast.driver.checkpoint import CheckpointError, Checkpoints, Saved
+from distilfast.driver.checks import Setup, check_shared, claim, prepare
+from distilfast.driver.engine import Engine, World
+from distilfast.driver.heldout import Evaluator
+from distilfast.driver.metrics import Metrics, Progress, log_to_stderr
+from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.driver.watch import guard
 
 
 class TrainingError(RuntimeError):

@@ -20,7 +20,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
-from distilfast import backends
+from distilfast.losses import backends
 
 
 def interpret_triton() -> None:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import make_task
 
-from distilfast import ablate, cli
+from distilfast import cli
 from distilfast.config import ConfigError
-from distilfast.paired import difference
+from distilfast.studies import ablate
+from distilfast.studies.paired import difference
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from distilfast import assets
+from distilfast.sources import assets
 
 MODEL = {name: f"the bytes of {name}".encode() for name in assets.MINILM_FILES}
 EMU = "The emu is a large bird of the plains."

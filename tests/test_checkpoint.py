@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilfast import checkpoint, engine
-from distilfast.checkpoint import CheckpointError, Checkpoints, Piece, Saved, newest
 from distilfast.config import Config, ConfigError, ZeroConfig
+from distilfast.driver import checkpoint, engine
+from distilfast.driver.checkpoint import CheckpointError, Checkpoints, Piece, Saved, newest
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 State = dict[str, dict[str, Tensor]]  # by parameter, by kind: 1-D

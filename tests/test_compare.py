@@ -15,10 +15,11 @@ import torch
 import transformers
 from conftest import make_teacher
 
-from distilfast import cli, compare, sizes, speed
+from distilfast import cli
 from distilfast.config import ConfigError
-from distilfast.sizes import Candidate, count, skeleton
-from distilfast.speed import Mode, Plan
+from distilfast.studies import compare, sizes, speed
+from distilfast.studies.sizes import Candidate, count, skeleton
+from distilfast.studies.speed import Mode, Plan
 
 PLAN = Plan(device="cpu", threads=1, batches=[1, 2], sequence_length=8, rounds=2)
 
@@ -240,7 +241,7 @@ def test_models_that_fail_are_named_and_the_others_kept(tmp_path: Path, capfd: A
     others = [candidate("killed", Killed), candidate("broken", Broken)]
     plan = Plan("cpu", 1, batches=[1], sequence_length=8, rounds=1)
     cli_log = "distilfast: killed in fp32: its process was killed"
-    from distilfast.records import log_to_stderr
+    from distilfast.driver.metrics import log_to_stderr
 
     log_to_stderr()
     found = speed.measure([large, *others], [Mode("fp32", False)], plan)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distilfast import checks, config, train
+from distilfast import config, train
 from distilfast.config import (
     BatchConfig,
     CheckpointConfig,
@@ -32,6 +32,7 @@ from distilfast.config import (
     parse,
     to_yaml,
 )
+from distilfast.driver import checks
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 

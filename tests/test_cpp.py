@@ -58,7 +58,8 @@ from test_triton import (
 )
 from torch import Tensor
 
-from distilfast import distillation_loss, reference
+from distilfast import distillation_loss
+from distilfast.losses import reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)

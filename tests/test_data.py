@@ -24,7 +24,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilfast import checks, data
+from distilfast import data
 from distilfast.config import (
     BatchConfig,
     Config,
@@ -34,7 +34,8 @@ from distilfast.config import (
     SourceSpec,
 )
 from distilfast.data import Batches, MicroBatch, Store, fingerprint
-from distilfast.masking import IGNORE_INDEX, Masker, permutation
+from distilfast.data.masking import IGNORE_INDEX, Masker, permutation
+from distilfast.driver import checks
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_WORDS = 3000

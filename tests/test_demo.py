@@ -10,7 +10,8 @@ import pytest
 from conftest import make_teacher
 
 from distilfast import config as configs
-from distilfast import demo, names, train
+from distilfast import demo, train
+from distilfast.sources import lookup as names
 
 
 @pytest.fixture

@@ -26,11 +26,12 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, make_teacher, no_wait_for_the_gpu
 
-from distilfast import checkpoint, checks, cli, data, engine, linear, optimizers, train
+from distilfast import cli, data, train
 from distilfast import config as configs
-from distilfast.losses import distillation_loss, hidden_cosine_loss
-from distilfast.masking import permutation
-from distilfast.step import Distillation, Normalizers, TeacherSide
+from distilfast.data.masking import permutation
+from distilfast.driver import checkpoint, checks, engine, optimizers
+from distilfast.driver.step import Distillation, Normalizers, TeacherSide
+from distilfast.losses import distillation_loss, hidden_cosine_loss, linear
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 TIMES = ("tokens_per_second",)

@@ -16,13 +16,15 @@ from conftest import WORDS, make_task, make_teacher
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distilfast import cli, finetune, finetuning, jobs, tasks
+from distilfast import cli, tasks
 from distilfast.config import ConfigError
-from distilfast.finetune import Teaching, agreements
-from distilfast.finetuning import FineTuning
 from distilfast.losses import combine_teachers
-from distilfast.paired import difference
+from distilfast.studies import finetune, jobs
+from distilfast.studies.finetune import Teaching, agreements
+from distilfast.studies.paired import difference
 from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
 
 pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",

@@ -14,10 +14,11 @@ from conftest import make_task, make_teacher
 from torch import Tensor
 from torch.nn import functional
 
-from distilfast import finetuning, tasks
+from distilfast import tasks
 from distilfast.config import ConfigError
-from distilfast.finetuning import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
 from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
 
 pytestmark = pytest.mark.usefixtures("one_core")
 SETTINGS = FineTuning(learning_rate=2e-3, batch_size=8, epochs=1)

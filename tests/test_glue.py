@@ -16,11 +16,13 @@ import pytest
 import torch
 from conftest import WORDS, make_task, make_teacher
 
-from distilfast import cli, finetuning, glue, jobs, tasks
+from distilfast import cli, tasks
 from distilfast.config import ConfigError
-from distilfast.finetuning import FineTuning
 from distilfast.report import markdown
+from distilfast.studies import glue, jobs
 from distilfast.tasks import GLUE, TASKS, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
 
 pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",

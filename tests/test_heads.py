@@ -17,8 +17,8 @@ from oracle import (
     make_mask,
 )
 
-from distilfast import backends
-from distilfast.reference import Options
+from distilfast.losses import backends
+from distilfast.losses.reference import Options
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EPSILON = {FP32: 1e-5, FP16: 2**-10, BF16: 2**-7}

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from distilfast import jobs
 from distilfast.config import ConfigError
-from distilfast.jobs import Job, Workers
+from distilfast.studies import jobs
+from distilfast.studies.jobs import Job, Workers
 
 INLINE = Workers(("cpu",), 1)
 TWO = Workers(("cpu", "meta"), 1)  # two names of devices, which the jobs here only tell

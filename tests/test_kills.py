@@ -31,8 +31,9 @@ import torch
 from conftest import ROOT, make_corpus, make_teacher
 from safetensors.torch import load_file
 
-from distilfast import checkpoint, checks, engine, train
+from distilfast import train
 from distilfast.config import Config
+from distilfast.driver import checkpoint, checks, engine
 
 POINTS = ("begin", "writing", "written", "said")  # of every rank's save
 POINTS_OF_FIRST = (*POINTS, "manifest", "renamed", "pruning")

@@ -24,13 +24,8 @@ from oracle import (
     make_mask,
 )
 
-from distilfast import (
-    combine_teachers,
-    distillation_loss,
-    linear,
-    linear_distillation_loss,
-    products,
-)
+from distilfast import combine_teachers, distillation_loss, linear_distillation_loss
+from distilfast.losses import linear, products
 
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distilfast import backends, distillation_loss, linear_distillation_loss
+from distilfast import distillation_loss, linear_distillation_loss
+from distilfast.losses import backends
 
 VOCAB, ROWS = 96, (3, 7)
 COMMON = {

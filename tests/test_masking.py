@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilfast import masking
 from distilfast.config import ConfigError, MaskingConfig
-from distilfast.masking import EVALUATION_EPOCH, IGNORE_INDEX, Masker, permutation, philox
+from distilfast.data import masking
+from distilfast.data.masking import EVALUATION_EPOCH, IGNORE_INDEX, Masker, permutation, philox
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = {

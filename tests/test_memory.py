@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from distilfast.memory import LARGE_BYTES, Scratch
+from distilfast.losses.scratch import LARGE_BYTES, Scratch
 
 CPU = torch.device("cpu")
 LARGE = (LARGE_BYTES // 4 // 1000 + 1, 1000)
@@ -70,7 +70,7 @@ def test_call_that_fails_keeps_nothing():
 
 
 def test_no_more_is_kept_than_the_limit(monkeypatch):
-    monkeypatch.setattr("distilfast.memory.KEPT_BYTES", 3 * LARGE_BYTES)
+    monkeypatch.setattr("distilfast.losses.scratch.KEPT_BYTES", 3 * LARGE_BYTES)
     rows, width = LARGE
     large, *_ = take((4 * rows, width), LARGE)
     assert [x.data_ptr() for x in Scratch._kept] != [large]

@@ -22,7 +22,7 @@ from conftest import WORDS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distilfast import checks, data, evaluate, export, models, step
+from distilfast import data, models
 from distilfast.config import (
     BatchConfig,
     Config,
@@ -33,10 +33,12 @@ from distilfast.config import (
     StudentConfig,
     TeacherSpec,
 )
-from distilfast.engine import World
-from distilfast.evaluate import Evaluator, Scores
+from distilfast.data.masking import Masker
+from distilfast.driver import checks, export, step
+from distilfast.driver import heldout as evaluate
+from distilfast.driver.engine import World
+from distilfast.driver.heldout import Evaluator, Scores
 from distilfast.losses import combine_teachers, distillation_loss
-from distilfast.masking import Masker
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 # DistilBERT's names for what BERT calls otherwise, written out here once more.

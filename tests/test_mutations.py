@@ -35,7 +35,7 @@ import test_near as near
 import test_triton as launches
 import torch
 
-from distilfast import backends, reference
+from distilfast.losses import backends, reference
 
 
 class Call(NamedTuple):

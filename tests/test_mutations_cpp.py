@@ -52,7 +52,7 @@ from test_triton import (
 )
 from torch import Tensor
 
-from distilfast import backends
+from distilfast.losses import backends
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SOURCES = ROOT / "kernels" / "csrc"

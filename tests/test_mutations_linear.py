@@ -20,7 +20,7 @@ import torch
 from oracle import NAN
 from test_mutations import Call, call, load
 
-from distilfast import backends, linear, products
+from distilfast.losses import backends, linear, products
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PADDED = call(

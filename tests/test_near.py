@@ -13,7 +13,8 @@ import torch
 from oracle import DIVERGENCES, IGNORE, INF
 from torch import Tensor
 
-from distilfast import backends, distillation_loss, linear_distillation_loss, products
+from distilfast import distillation_loss, linear_distillation_loss
+from distilfast.losses import backends, products
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NOISES = (1e-3, 3e-3, 0.02, 0.15, 0.6)  # of logits; a KL of 4e-7 to 0.2 nats, a JSD of a fifth

@@ -14,7 +14,8 @@ from torch import Tensor, is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distilfast import backends, hidden_cosine_loss, linear, losses, products
+from distilfast import hidden_cosine_loss, losses
+from distilfast.losses import backends, linear, products
 
 ALL = {"kd_weight": 1.0, "ce_weight": 0.5, "cos_weight": 0.2, "mse_weight": 0.1}
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from distilfast import config as configs
-from distilfast import engine, optimizers
 from distilfast.config import OptimizerConfig
+from distilfast.driver import engine, optimizers
 
 STEPS = 4
 LAYOUTS = [

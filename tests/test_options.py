@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distilfast.config import ConfigError
-from distilfast.options import Parser, positive
+from distilfast.studies.flags import Parser, positive
 
 
 def parser() -> Parser:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distilfast import config as configs
-from distilfast import engine
+from distilfast.driver import engine
 
 LAYOUTS = [
     *((stage, "none") for stage in range(4)),

@@ -21,7 +21,7 @@ from distilfast.report import (
     read_report,
     write_report,
 )
-from distilfast.reports import merge, read_run
+from distilfast.studies.pages import merge, read_run
 
 SCORES = {"eval_loss": 4.0, "eval_accuracy": 0.25, "eval_agreement": 0.5}
 SUMMARY = {

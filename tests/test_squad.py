@@ -16,10 +16,12 @@ import transformers
 from conftest import WORDS
 from torch import Tensor, nn
 
-from distilfast import cli, finetune, finetuning, glue, squad, tasks
+from distilfast import cli, tasks
 from distilfast.config import ConfigError
-from distilfast.finetuning import FineTuning, SoftTargets
-from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows
+from distilfast.studies import finetune, glue
+from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows, squad
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning, SoftTargets
 
 LENGTH = 24  # tokens of a window: contexts of 40 words need several
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ from scipy import stats
 from sklearn import metrics
 from torch import Tensor
 
-from distilfast import names, tasks
+from distilfast import tasks
 from distilfast.config import ConfigError
+from distilfast.sources import lookup as names
 from distilfast.tasks import GLUE, IMDB, TASKS, Encoded, Examples, encode, find, order, read
 
 # --- Metrics --------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ from oracle import (
 )
 from test_combine_teachers import by_hand
 
-from distilfast import backends, distillation_loss, hidden_cosine_loss, losses, reference
-from distilfast.reference import Options
+from distilfast import distillation_loss, hidden_cosine_loss, losses
+from distilfast.losses import backends, reference
+from distilfast.losses.reference import Options
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}

@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT
 
 from distilfast import config as configs
-from distilfast import engine, watch
+from distilfast.driver import engine, watch
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 ADVICE = "the same command goes on from runs/x"
@@ -85,7 +85,7 @@ Ended = dict[int, tuple[int | None, str]]
 def together(ranks: int, folder: Path, **deeds: str) -> Ended:
     """Exit status (None: has not ended) and stderr of each of ``ranks`` processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distilfast.watch"])
+    context.set_forkserver_preload(["distilfast.driver.watch"])
     arguments = (ranks, engine._free_port(), folder, {int(k[1:]): v for k, v in deeds.items()})
     processes = [context.Process(target=rank_of, args=(r, *arguments)) for r in range(ranks)]
     for process in processes:

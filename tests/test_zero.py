@@ -21,11 +21,12 @@ import torch
 from conftest import make_teacher
 from torch import Tensor
 
-from distilfast import checks, engine, results, train
 from distilfast import config as configs
-from distilfast.checkpoint import Checkpoints, Saved
-from distilfast.evaluate import Evaluator
-from distilfast.step import Distillation
+from distilfast import train
+from distilfast.driver import checks, engine, results
+from distilfast.driver.checkpoint import Checkpoints, Saved
+from distilfast.driver.heldout import Evaluator
+from distilfast.driver.step import Distillation
 
 LAYOUTS = [
     *((stage, "none") for stage in range(4)),

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distilfast.backends import Backend
+from distilfast.losses.backends import Backend
 
 # Of a weight, widened at a time: what a core's cache holds (docs/kernels.md).
 BLOCK_BYTES = 3 << 20

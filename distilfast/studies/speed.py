@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from distilfast import models
-from distilfast.records import Bar
-from distilfast.sizes import MIB, Candidate
+from distilfast.driver.metrics import Bar
+from distilfast.studies.sizes import MIB, Candidate
 
 log = logging.getLogger("distilfast.speed")
 

@@ -612,7 +612,7 @@ def _render(report: Report) -> str:
     training = _training_panels(report, styles)
     drawn = {run for panel in heldout + training for run in panel["runs"]}
     several = isinstance(report.config, dict)
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         report=report,
         configs=report.config if several else {"": report.config} if report.config else {},
         tables=[(table, _figures(table)) for table in report.tables],

@@ -28,15 +28,19 @@ import torch
 import yaml
 from torch import nn
 
-from distilfast import finetuning, jobs, names, options, tasks
+from distilfast import tasks
 from distilfast.config import ConfigError
 from distilfast.data import fingerprint
-from distilfast.finetuning import FineTuning
-from distilfast.jobs import Job, Result, Tell, Workers
+from distilfast.driver.metrics import Bar
 from distilfast.models import loading_errors, quiet
-from distilfast.records import Bar
 from distilfast.report import Chart, Report, Table, markdown, write_report
+from distilfast.sources import lookup as names
+from distilfast.studies import flags as options
+from distilfast.studies import jobs
+from distilfast.studies.jobs import Job, Result, Tell, Workers
 from distilfast.tasks import GLUE, Encoded, Examples, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
 
 # Sanh et al. 2019: table 1 (medians of 5 seeds on the development sets), its score and that without
 # WNLI first, table 2 by column.

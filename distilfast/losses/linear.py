@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distilfast import backends, reference
-from distilfast.backends import Backend
 from distilfast.losses import (
     TOTALS,
     DetailedOutput,
@@ -31,6 +29,7 @@ from distilfast.losses import (
     as_options,
     as_output,
     as_totals,
+    backends,
     check_ensemble_mode,
     check_labels,
     check_like,
@@ -45,11 +44,13 @@ from distilfast.losses import (
     flatten_rows,
     late_scales,
     normalize_weights,
+    reference,
     scale_gradients,
 )
-from distilfast.memory import Scratch
-from distilfast.products import HALVES, Products
-from distilfast.reference import PARTS, Head, Options
+from distilfast.losses.backends import Backend
+from distilfast.losses.products import HALVES, Products
+from distilfast.losses.reference import PARTS, Head, Options
+from distilfast.losses.scratch import Scratch
 
 # What the logits of a chunk may take up, all sides together. A product is as fast as it gets from
 # some hundred rows on (a CPU) or some thousand (a GPU), and each further chunk reads and writes the

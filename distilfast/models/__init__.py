@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distilfast import names
 from distilfast.config import ConfigError, StudentConfig, TeacherSpec
+from distilfast.sources import lookup as names
 
 
 @dataclass(frozen=True)

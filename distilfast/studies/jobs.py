@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from distilfast.config import ConfigError
-from distilfast.records import Bar
+from distilfast.driver.metrics import Bar
 
 Result = dict[str, Any]
 Tell = Callable[[float], None]  # is told the share done, 0 to 1

@@ -27,14 +27,18 @@ from typing import Any
 
 import yaml
 
-from distilfast import checks, data, glue, jobs, names, options
 from distilfast import config as configs
+from distilfast import data
 from distilfast.config import Config, ConfigError, expect, parse
-from distilfast.finetuning import FineTuning
-from distilfast.jobs import Job, Result, Tell, Workers
-from distilfast.paired import Difference, difference
+from distilfast.driver import checks
 from distilfast.report import Chart, Report, Table, markdown, write_report
+from distilfast.sources import lookup as names
+from distilfast.studies import flags as options
+from distilfast.studies import glue, jobs
+from distilfast.studies.jobs import Job, Result, Tell, Workers
+from distilfast.studies.paired import Difference, difference
 from distilfast.tasks import Task
+from distilfast.tasks.training import FineTuning
 
 # Sanh et al. 2019, table 4: the change of the macro score.
 PUBLISHED = {

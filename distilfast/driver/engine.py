@@ -28,9 +28,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from distilfast import backends, optimizers
-from distilfast.checkpoint import Piece, Saved
 from distilfast.config import Config, ConfigError
+from distilfast.driver import optimizers
+from distilfast.driver.checkpoint import Piece, Saved
+from distilfast.losses import backends
 
 Result = TypeVar("Result")
 # At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.

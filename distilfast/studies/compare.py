@@ -21,11 +21,11 @@ import yaml
 
 from distilfast import __version__
 from distilfast.config import ConfigError, expect
-from distilfast.engine import cpu_name
-from distilfast.options import Parser, positive
+from distilfast.driver.engine import cpu_name
 from distilfast.report import Report, Table, markdown, write_report
-from distilfast.sizes import MIB, Candidate, load
-from distilfast.speed import DTYPES, Mode, Plan, measure
+from distilfast.studies.flags import Parser, positive
+from distilfast.studies.sizes import MIB, Candidate, load
+from distilfast.studies.speed import DTYPES, Mode, Plan, measure
 
 # DistilBERT's Table 3 (Sanh et al. 2019): parameters in millions, and the seconds of one pass over
 # the development set of STS-B on a CPU at batch 1.

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distilfast import checkpoint, data, models
 from distilfast import config as configs
+from distilfast import data, models
 from distilfast.config import Config, ConfigError
-from distilfast.engine import World
-from distilfast.fp32_sums import use_fp32_sums
-from distilfast.masking import Masker
+from distilfast.data.masking import Masker
+from distilfast.driver import checkpoint
+from distilfast.driver.engine import World
+from distilfast.driver.fp32_sums import use_fp32_sums
 
 # A run may be gone on with under other values of these; every other key decides what it computes.
 FREE_KEYS = (

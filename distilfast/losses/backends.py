@@ -20,8 +20,8 @@ import distilfast_kernels
 import torch
 from torch import Tensor
 
-from distilfast import reference
-from distilfast.reference import Options
+from distilfast.losses import reference
+from distilfast.losses.reference import Options
 
 logger = logging.getLogger("distilfast")
 

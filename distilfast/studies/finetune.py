@@ -25,16 +25,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from distilfast import finetuning, glue, jobs, options, tasks
+from distilfast import tasks
 from distilfast.config import ConfigError, expect, not_negative, positive
 from distilfast.data import fingerprint
-from distilfast.finetuning import FineTuning, SoftTargets
-from distilfast.glue import Model
-from distilfast.jobs import Job, Result, Tell, Workers
 from distilfast.losses import combine_teachers
-from distilfast.paired import difference
 from distilfast.report import Chart, Report, Table, markdown, write_report
+from distilfast.studies import flags as options
+from distilfast.studies import glue, jobs
+from distilfast.studies.glue import Model
+from distilfast.studies.jobs import Job, Result, Tell, Workers
+from distilfast.studies.paired import difference
 from distilfast.tasks import Encoded, Examples, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning, SoftTargets
 
 LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
 COMBINED = 1024  # examples whose logits are combined at a time

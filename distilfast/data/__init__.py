@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilfast import names
+from distilfast.sources import lookup as names
 from distilfast.config import BatchConfig, Config, ConfigError, DataConfig, SourceSpec
-from distilfast.masking import (
+from distilfast.data.masking import (
     EVALUATION_EPOCH,
     EVALUATION_SEED,
     IGNORE_INDEX,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distilfast import assets
 from distilfast.config import ConfigError
+from distilfast.sources import assets
 
 ASSETS = {
     "asset:all-MiniLM-L6-v2": assets.minilm,

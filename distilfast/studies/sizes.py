@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from distilfast import models, names
+from distilfast import models
 from distilfast.config import ConfigError, expect
+from distilfast.sources import lookup as names
 
 MIB = 1 << 20
 

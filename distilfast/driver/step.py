@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from distilfast import models
 from distilfast.config import LossConfig
 from distilfast.data import MicroBatch
-from distilfast.linear import linear_distillation_loss
 from distilfast.losses import (
     DetailedOutput,
     DistillationOutput,
     hidden_cosine_loss,
     normalize_weights,
 )
+from distilfast.losses.linear import linear_distillation_loss
 from distilfast.models import Teacher
 
 # What is summed over a step: the losses, and the share of the rows of kd in which student and

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distilfast import checkpoint, checks, data, engine, train
-from distilfast.checkpoint import Saved
+from distilfast import data, train
 from distilfast.config import Config, ConfigError, ZeroConfig
 from distilfast.data import MicroBatch
-from distilfast.engine import Engine
+from distilfast.driver import checkpoint, checks, engine
+from distilfast.driver.checkpoint import Saved
+from distilfast.driver.engine import Engine
+from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.report import read_metrics
-from distilfast.step import PARTS, Distillation, Normalizers, TeacherSide
 
 
 @dataclass(frozen=True)

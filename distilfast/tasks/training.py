@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distilfast.config import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
 from distilfast.models import choose_attention, loading_errors, quiet
-from distilfast.names import model_source
+from distilfast.sources.lookup import model_source
 from distilfast.tasks import IGNORE_INDEX, PAD_TO, Encoded, Task, order
 
 EVALUATION_BATCH = 64

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import yaml
 
 from distilfast.config import ConfigError, expect
-from distilfast.options import Parser
 from distilfast.report import (
     Chart,
     ModelRow,
@@ -31,6 +30,7 @@ from distilfast.report import (
     read_report,
     write_report,
 )
+from distilfast.studies.flags import Parser
 
 COMMAND = "distilfast report"
 

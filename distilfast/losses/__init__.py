@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from distilfast import backends, reference
-from distilfast.reference import DIVERGENCES, PARTS, Options
+from distilfast.losses import backends, reference
+from distilfast.losses.reference import DIVERGENCES, PARTS, Options
 
 FP32 = torch.finfo(torch.float32)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

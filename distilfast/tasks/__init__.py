@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilfast import names, squad
 from distilfast.config import ConfigError
+from distilfast.sources import lookup as names
+from distilfast.tasks import squad
 
 log = logging.getLogger("distilfast.tasks")
 

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import engine, export, models
-from distilfast.checks import Setup
+from distilfast import models
 from distilfast.config import Config
-from distilfast.engine import World
+from distilfast.driver import engine, export
+from distilfast.driver.checks import Setup
+from distilfast.driver.engine import World
 from distilfast.report import write_report
-from distilfast.reports import training_report
+from distilfast.studies.pages import training_report
 
 
 def write(
