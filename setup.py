@@ -13,7 +13,7 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -99,14 +99,19 @@ KERNELS = Extension(
 )
 
 setup(
-    packages=["distilfast", "distilfast.recipes", "distilfast_kernels"],
+    packages=[
+        *find_packages(include=["distilfast", "distilfast.*"]),
+        "distilfast.recipes",
+        "distilfast_kernels",
+    ],
     package_dir={
         "distilfast": "distilfast",
         "distilfast.recipes": "configs",
         "distilfast_kernels": "kernels/distilfast_kernels",
     },
     package_data={
-        "distilfast": ["py.typed", "*.j2"],
+        "distilfast": ["py.typed"],
+        "distilfast.report": ["*.j2"],
         "distilfast.recipes": ["*.yaml"],
         "distilfast_kernels": ["py.typed"],
     },

@@ -29,7 +29,7 @@ import ranks as kit
 import torch
 from torch import Tensor
 
-from distilfast.driver import engine
+from distilfast.driver import engine, processes
 
 CSV = Path(__file__).parent / "results" / "accumulation.csv"
 RANKS = (1, 2)
@@ -96,7 +96,7 @@ def measure_step(run: kit.Run, micro_batches: int, aligned: bool) -> dict[str, f
     return {"error": kit.distance(caught.by_name(), exact), "bf16_error": kit.distance(bf16, exact)}
 
 
-def work(world: engine.World, folder: Path, quick: bool) -> list[dict[str, Any]]:
+def work(world: processes.World, folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Every layout and number of micro-batches on these ranks."""
     rows = []
     for stage, offload in kit.layouts("bf16", world.ranks):

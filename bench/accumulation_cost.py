@@ -33,7 +33,7 @@ import ranks as kit
 import torch
 import transformers
 
-from distilfast.driver import checks, engine
+from distilfast.driver import checks, engine, processes
 from distilfast.driver.step import Distillation
 from distilfast.sources import assets
 
@@ -71,7 +71,7 @@ def cost(
     recipe: Path, precision: str, stage: int, steps: int, micro_batches: int
 ) -> dict[str, float | None]:
     """Medians in ms, and the overheads with their 20 and 80 percentiles."""
-    world = engine.start()
+    world = processes.start()
     run = kit.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
     student = checks.prepare(run.config, world).student.to(engine.DTYPES[precision])
     plain = Distillation(student, run.config.loss, run.teacher)
@@ -123,7 +123,7 @@ def cpu_ms(call: Callable[[], None]) -> float:
 # --- Collectives ----------------------------------------------------------------------------------
 
 
-def collectives(world: engine.World, folder: Path) -> list[dict[str, Any]]:
+def collectives(world: processes.World, folder: Path) -> list[dict[str, Any]]:
     """Those of a micro-batch and of a step's end, by layout."""
     rows = []
     for precision in ("fp32", "bf16"):

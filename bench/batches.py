@@ -25,8 +25,9 @@ from measure import Spread, figure
 
 from distilfast import linear_distillation_loss, models
 from distilfast.config import BatchConfig, MaskingConfig
-from distilfast.data import FORMAT, Batches, Store, prefetch
+from distilfast.data import Batches, Store, prefetch
 from distilfast.data.masking import Masker
+from distilfast.data.store import FORMAT
 
 CSV = Path(__file__).parent / "results" / "batches.csv"
 VOCABULARY, SPECIAL = 30522, [0, 100, 101, 102, 103]

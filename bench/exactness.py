@@ -32,8 +32,8 @@ import measure
 import ranks as kit
 import torch
 
-from distilfast import data
-from distilfast.driver import engine
+from distilfast.data import batches
+from distilfast.driver import engine, processes
 from distilfast.driver.step import Normalizers, vocabulary_rows
 
 CSV = Path(__file__).parent / "results" / "exactness.csv"
@@ -90,16 +90,16 @@ def cases(ranks: int, quick: bool, precisions: Sequence[str]) -> Iterator[Case]:
 class MeanOfMeans(engine.Engine):
     """What is usual: the mean over micro-batches and ranks of each one's own mean."""
 
-    def __call__(self, batch: data.MicroBatch, targets: Any, _: Normalizers) -> Any:
+    def __call__(self, batch: batches.MicroBatch, targets: Any, _: Normalizers) -> Any:
         counts = len(vocabulary_rows(batch, self.config.loss)), len(batch.masked), len(batch.tokens)
         share = SEQUENCES / len(batch.input_ids)
         own = Normalizers(*(torch.tensor(float(n * share)) for n in counts))
         return super().__call__(batch, targets, own)
 
 
-def measure_case(world: engine.World, recipe: Path, case: Case) -> list[dict[str, torch.Tensor]]:
+def measure_case(world: processes.World, recipe: Path, case: Case) -> list[dict[str, torch.Tensor]]:
     """The first step's gradient and the parameters after the last."""
-    data.PAD_TO = MAX_LENGTH if case.padding == "longest" else 8
+    batches.PAD_TO = MAX_LENGTH if case.padding == "longest" else 8
     kind = MeanOfMeans if case.mean == "micro-batch" else engine.Engine
     run = kit.Run(world, recipe, *case.changes, kind=kind)
     with kit.Caught(run.engine) as caught:
@@ -110,7 +110,7 @@ def measure_case(world: engine.World, recipe: Path, case: Case) -> list[dict[str
     return [gradient, run.engine.weights()]
 
 
-def work(world: engine.World, options: argparse.Namespace) -> list[dict[str, Any]]:
+def work(world: processes.World, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case on these ranks."""
     rows, folder = [], options.folder
     for case in cases(world.ranks, options.quick, options.precision):

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 import transformers
 
-from distilfast import train
 from distilfast.config import Config, parse
-from distilfast.driver import checks, engine, optimizers
+from distilfast.driver import checks, engine, loop, optimizers, processes
 from distilfast.driver.metrics import Metrics
 from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
 from distilfast.sources import assets
@@ -92,14 +91,14 @@ class DriverLoop:
 
     def __init__(self, config: Config, setup: checks.Setup, teacher: TeacherSide, folder: Path):
         self.config, self.setup, self.teacher = config, setup, teacher
-        self.world, self.stop = engine.start(), train.Stop()
+        self.world, self.stop = processes.start(), loop.Stop()
         module = Distillation(setup.student, config.loss, teacher)
         self.runner = engine.Engine(module, config, self.world)
         self.metrics = Metrics(folder, 0, tensorboard=True)
 
     def step(self, number: int) -> float:
         """One optimiser step; its loss."""
-        line, _ = train.optimiser_step(
+        line, _ = loop.optimiser_step(
             self.config, self.world, self.setup, self.runner, self.teacher, number, self.stop
         )
         self.metrics.write(line)
@@ -108,7 +107,7 @@ class DriverLoop:
 
 def measure(config: Config, steps: int, folder: Path) -> dict[str, float]:
     """Medians in ms, and the largest relative difference of the two losses."""
-    world, dtype = engine.start(), engine.DTYPES[config.precision]
+    world, dtype = processes.start(), engine.DTYPES[config.precision]
 
     def made() -> tuple[Config, checks.Setup, TeacherSide]:
         setup = checks.prepare(config, world)
@@ -188,7 +187,7 @@ def append(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     context = {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "device": engine.describe(engine.start())[0],
+        "device": processes.describe(processes.start())[0],
         "torch": torch.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
         "steps": options.steps,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import data, train
-from distilfast.driver import checks, engine
+from distilfast import data
+from distilfast.driver import checks, engine, loop, processes
 from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
 
 WORDS, LINES = 1000, 400
@@ -46,7 +46,7 @@ def layouts(precision: str, ranks: int) -> list[tuple[int, str]]:
 
 def launch(program: str, ranks: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows that a bench's ``worker`` made on so many ranks."""
-    port = str(engine._free_port())
+    port = str(processes.free_port())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port", port]
     command = [*launcher, "--nproc_per_node", str(ranks), program, "--folder", str(folder)]
     done = subprocess.run(
@@ -61,15 +61,15 @@ def launch(program: str, ranks: int, folder: Path, *arguments: str) -> list[dict
     return json.loads((folder / f"ranks-{ranks}.json").read_text())
 
 
-def worker(folder: Path, work: Callable[[engine.World], list[dict[str, Any]]]) -> None:
+def worker(folder: Path, work: Callable[[processes.World], list[dict[str, Any]]]) -> None:
     """One rank of a bench; ``work`` makes the rows."""
     warnings.simplefilter("error")
     engine.PERSISTENT = 0  # or models as small as these would stay whole at stage 3
-    world = engine.start()
+    world = processes.start()
     rows = work(world)
     if world.rank == 0:
         (folder / f"ranks-{world.ranks}.json").write_text(json.dumps(rows))
-    engine.finish()
+    processes.finish()
 
 
 # --- What runs ------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Run:
     """A run in the hands of a bench."""
 
     def __init__(
-        self, world: engine.World, recipe: Path, *changes: str, kind: type = engine.Engine
+        self, world: processes.World, recipe: Path, *changes: str, kind: type = engine.Engine
     ):
         self.config = configs.parse(["--config", str(recipe), *changes])
         self.world, self.setup = world, checks.prepare(self.config, world)
@@ -129,7 +129,7 @@ class Run:
 
     def step(self, number: int) -> None:
         things = self.config, self.world, self.setup, self.engine, self.teacher
-        train.optimiser_step(*things, number, train.Stop())
+        loop.optimiser_step(*things, number, loop.Stop())
 
     def micro_batches(self, count: int) -> list[data.MicroBatch]:
         """This rank's of so many steps."""

@@ -36,8 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import train
-from distilfast.driver import checks, engine
+from distilfast.driver import checks, engine, loop, processes
 from distilfast.driver.checkpoint import Checkpoints, Saved
 from distilfast.driver.step import Distillation, TeacherSide
 
@@ -56,7 +55,7 @@ Trained = list[tuple[int, int]]  # epoch and example
 class Runs:
     """Runs of one precision and dropout, which share their data and teacher."""
 
-    def __init__(self, world: engine.World, folder: Path, precision: str, dropout: float):
+    def __init__(self, world: processes.World, folder: Path, precision: str, dropout: float):
         changes = f"--precision={precision}", f"--student.dropout={dropout}", "--zero.stage=1"
         self.config = configs.parse(["--config", str(folder / "recipe.yaml"), *changes])
         self.world, self.setup = world, checks.prepare(self.config, world)
@@ -84,7 +83,7 @@ class Runs:
     def step(self, runner: engine.Engine, number: int) -> list[float]:
         """Loss and gradient norm."""
         things = self.config, self.world, self.setup, runner, self.teacher
-        line, _ = train.optimiser_step(*things, number, train.Stop())
+        line, _ = loop.optimiser_step(*things, number, loop.Stop())
         return [line["loss"], line["grad_norm"]]
 
     def everyone(self, value: Any) -> list[Any]:
@@ -189,7 +188,7 @@ def other_half(runs: Runs, folder: Path, before: Layout, layout: Layout) -> dict
 def rank(folder: Path, part: str) -> None:
     """One of the ranks, in one of the parts; the first one appends the rows."""
     engine.PERSISTENT = 0  # at ZeRO 3 models as small as this one would stay whole
-    world = engine.start()
+    world = processes.start()
     ranks, rows = world.ranks, []
     if part == "straight":
         for precision in ("fp32", "bf16"):
@@ -219,7 +218,7 @@ def rank(folder: Path, part: str) -> None:
         measure.append_csv(
             CSV, [{**environment, **{c: row.get(c, "") for c in columns + figures}} for row in rows]
         )
-    engine.finish()
+    processes.finish()
     sys.exit(not all(map(holds, rows)))
 
 
@@ -236,7 +235,7 @@ def holds(row: dict[str, Any]) -> bool:
     return {row[f"same_{name}"] for name in ("losses", "weights", "moments")} == {row["resumed"]}
 
 
-def say(world: engine.World, row: dict[str, Any]) -> None:
+def say(world: processes.World, row: dict[str, Any]) -> None:
     if world.rank == 0:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 

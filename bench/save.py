@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from distilfast import config
-from distilfast.driver import checkpoint, engine
+from distilfast.driver import checkpoint, engine, processes
 from distilfast.driver.checkpoint import Checkpoints, Saved
 
 CSV = Path(__file__).parent / "results" / "save.csv"
@@ -48,7 +48,7 @@ class Student(nn.Module):
         return torch.stack([p.float().sum() for p in self.student.parameters()]).sum() * 1e-3
 
 
-def make(world: engine.World) -> engine.Engine:
+def make(world: processes.World) -> engine.Engine:
     precision, stage = CASES[world.ranks]
     return engine.Engine(
         Student(),
@@ -76,7 +76,7 @@ def for_seconds(seconds: float) -> Any:
     return lambda: time.perf_counter() > end
 
 
-def measured(world: engine.World, folder: Path, saves: int) -> dict[str, Any]:
+def measured(world: processes.World, folder: Path, saves: int) -> dict[str, Any]:
     """This rank's figures."""
     runner = make(world)
     checkpoints = Checkpoints(folder, world.rank, world.ranks, 1)
@@ -125,7 +125,7 @@ def measured(world: engine.World, folder: Path, saves: int) -> dict[str, Any]:
 def rank(folder: Path, saves: int) -> None:
     """One of the ranks; the first one appends the worst rank's figures."""
     load = os.getloadavg()[0]
-    world = engine.start()
+    world = processes.start()
     figures = measured(world, folder, saves)
     everyone: list[dict[str, Any]] = [figures]
     if world.ranks > 1:
@@ -146,7 +146,7 @@ def rank(folder: Path, saves: int) -> None:
         }
         measure.append_csv(CSV, [row])
         print(", ".join(f"{key} {row[key]}" for key in ("ranks", "load_before", *worst)))
-    engine.finish()
+    processes.finish()
     sys.exit(max(worst["first_pause_ms"], worst["worst_pause_ms"]) > LIMIT_MS)
 
 

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
-from distilfast import __version__, models, train
+from distilfast import __version__, models
 from distilfast import config as configs
 from distilfast.config import RECIPES, Config, parse
+from distilfast.driver import loop
 from distilfast.driver.heldout import fill
-from distilfast.report import Guess, ModelRow, Report, Sample, read_metrics, write_report
-from distilfast.studies.pages import train_command
+from distilfast.driver.metrics import read_metrics
+from distilfast.errors import ConfigError
+from distilfast.report import Guess, ModelRow, Report, Sample, write_report
+from distilfast.report.training import train_command
 
 # Optimiser steps of the teacher's stage and of each student, where not those of the recipes.
 FULL = (900, 500)
@@ -46,9 +49,17 @@ def distil(arguments: Sequence[str] = ()) -> Config | None:
     config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
     first = parse(["--config", str(RECIPES / "demo-teacher.yaml")])
     model = Path(first.output) / "model"
-    if config.teacher == str(model) and not model.exists() and not train.run(first):
+    if config.teacher == str(model) and not model.exists() and not loop.run(first):
         return None
-    return config if train.run(config) else None
+    return config if loop.run(config) else None
+
+
+def command(arguments: Sequence[str]) -> int:
+    """`distilfast demo [--full]`; returns the exit status."""
+    unknown = [a for a in arguments if a != "--full"]
+    if unknown:
+        raise ConfigError(f"demo: expected nothing or --full, got {unknown[0]!r}")
+    return 0 if main(full="--full" in arguments) else 1
 
 
 def main(full: bool = False) -> Path | None:
@@ -65,7 +76,7 @@ def main(full: bool = False) -> Path | None:
             *teacher_steps,
         ]
     )
-    if not train.run(teacher):
+    if not loop.run(teacher):
         return None
     runs = {}
     for run, changes in (("distilled", ()), ("undistilled", UNDISTILLED)):
@@ -79,7 +90,7 @@ def main(full: bool = False) -> Path | None:
                 *student_steps,
             ]
         )
-        if not train.run(runs[run]):
+        if not loop.run(runs[run]):
             return None
     path = write_report(compare(teacher, runs), root / "report.html")
     print(f"\nmodel:  {root / 'distilled' / 'model'}\nreport: {path}")

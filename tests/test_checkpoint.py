@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distilfast.config import Config, ConfigError, ZeroConfig
-from distilfast.driver import checkpoint, engine
+from distilfast.driver import checkpoint, engine, processes
 from distilfast.driver.checkpoint import CheckpointError, Checkpoints, Piece, Saved, newest
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -155,7 +155,7 @@ def test_pieces_that_do_not_join_are_refused(tmp_path: Path, start: int, end: in
 def test_state_of_another_student_is_refused(tmp_path: Path, size: int) -> None:
     """Of a teacher that was exchanged in its folder, say. More of a parameter is not cut either."""
     options = Config(steps=1, precision="fp32", zero=ZeroConfig(stage=0))
-    runner = engine.Engine(torch.nn.Linear(4, 3), options, engine.start())
+    runner = engine.Engine(torch.nn.Linear(4, 3), options, processes.start())
     state = made_up({"weight": 12, "bias": 3})
     write(tmp_path, state, 2)
     runner.restore(Saved(tmp_path, 2))

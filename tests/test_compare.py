@@ -241,7 +241,7 @@ def test_models_that_fail_are_named_and_the_others_kept(tmp_path: Path, capfd: A
     others = [candidate("killed", Killed), candidate("broken", Broken)]
     plan = Plan("cpu", 1, batches=[1], sequence_length=8, rounds=1)
     cli_log = "distilfast: killed in fp32: its process was killed"
-    from distilfast.driver.metrics import log_to_stderr
+    from distilfast.progress import log_to_stderr
 
     log_to_stderr()
     found = speed.measure([large, *others], [Mode("fp32", False)], plan)

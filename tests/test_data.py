@@ -8,6 +8,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +34,10 @@ from distilfast.config import (
     MaskingConfig,
     SourceSpec,
 )
-from distilfast.data import Batches, MicroBatch, Store, fingerprint
+from distilfast.data import Batches, MicroBatch, Store, corpus
 from distilfast.data.masking import IGNORE_INDEX, Masker, permutation
 from distilfast.driver import checks
+from distilfast.models import fingerprint
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_WORDS = 3000
@@ -486,7 +488,7 @@ def test_preparing_again_changes_nothing(
     folder = tmp_path / "tokens"
     made = data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder)
     before = snapshot(tmp_path)
-    monkeypatch.setattr(data, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(corpus, "_tokenize", lambda *_: pytest.fail("tokenised again"))
     assert same_store(made, data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder))
     assert same_store(made, data.prepare(config(None, heldout=0.2), tokenizer, folder))
     assert snapshot(tmp_path) == before
@@ -602,7 +604,7 @@ def kill(settings: Config, tokenizer: Any, folder: Path, stage: str, outright: b
         elif stage == "publishing":
             patch.setattr(os, "replace", die)
         if outright:
-            patch.setattr(data.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             data.prepare(settings, tokenizer, folder)
 
@@ -876,7 +878,7 @@ def test_counts_do_not_depend_on_the_pieces_counted(
     share = make_batches(store, 100).step(3, 0, 1, 8)
     found = set()
     for tokens in (1, 100, 10**6):
-        monkeypatch.setattr(data, "COUNTED", tokens)
+        monkeypatch.setattr("distilfast.data.batches.COUNTED", tokens)
         found.add(share.counts())
     assert len(found) == 1
 

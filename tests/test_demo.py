@@ -11,6 +11,7 @@ from conftest import make_teacher
 
 from distilfast import config as configs
 from distilfast import demo, train
+from distilfast.driver import loop
 from distilfast.sources import lookup as names
 
 
@@ -67,7 +68,7 @@ def test_demo_has_nothing_to_do_the_second_time(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo.main()
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(loop, "train", None)
     demo.main()
 
 

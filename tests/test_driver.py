@@ -29,9 +29,9 @@ from conftest import ROOT, WORDS, make_teacher, no_wait_for_the_gpu
 from distilfast import cli, data, train
 from distilfast import config as configs
 from distilfast.data.masking import permutation
-from distilfast.driver import checkpoint, checks, engine, optimizers
+from distilfast.driver import checkpoint, checks, engine, loop, optimizers, processes
 from distilfast.driver.step import Distillation, Normalizers, TeacherSide
-from distilfast.losses import distillation_loss, hidden_cosine_loss, linear
+from distilfast.losses import chunks, distillation_loss, hidden_cosine_loss
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 TIMES = ("tokens_per_second",)
@@ -55,7 +55,7 @@ def run_processes(command: list[str], recipe: list[str], *changes: str, **enviro
 
 
 def launcher(name: str, ranks: int) -> list[str]:
-    port = str(engine._free_port())
+    port = str(processes.free_port())
     binaries = Path(sys.executable).parent
     if name == "deepspeed":
         options = ["--num_accelerators", str(ranks), "--master_port", port]
@@ -187,7 +187,7 @@ def test_driver_equals_a_plain_loop(whole: tuple[list[str], Path]) -> None:
     same loss, parts and gradient norm at every step."""
     recipe, folder = whole
     config = configs.parse(recipe)
-    world = engine.World(0, 1, torch.device("cpu"))
+    world = processes.World(0, 1, torch.device("cpu"))
     setup = checks.prepare(configs.parse([*recipe, f"--output={folder.parent / 'nothing'}"]), world)
     student, teacher = setup.student, setup.teachers[0].model
     optimizer = torch.optim.AdamW(
@@ -242,7 +242,7 @@ class Aligned(torch.nn.Module):
 
 def sum_of_a_thousand(*layout: Any) -> float:
     """The gradient's norm over sqrt(64 * 64): the sum in each weight."""
-    world = engine.start()
+    world = processes.start()
     config = configs.Config(
         batch=configs.BatchConfig(sequences=1024, micro_sequences=1),
         zero=configs.ZeroConfig(*layout),
@@ -300,14 +300,14 @@ def test_stopped_run_goes_on_to_the_same_bits(
     changes = ("--student.dropout=0.1", f"--precision={precision}", "--batch.micro_sequences=8")
     straight = run(recipe, *changes, f"--output={tmp_path / 'straight'}")
 
-    step = train.optimiser_step
+    step = loop.optimiser_step
 
     def stop_after_four(*arguments: Any) -> Any:
         if arguments[5] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(train, "optimiser_step", stop_after_four)
+    monkeypatch.setattr(loop, "optimiser_step", stop_after_four)
     folder = run(recipe, *changes, f"--output={tmp_path / 'stopped'}")
     # The step that was under way is given up: it would have been taken the same way again.
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-3"]
@@ -329,7 +329,7 @@ def test_run_stopped_in_its_first_step_begins_anew(
 ) -> None:
     """And one that is stopped again where it went on from saves nothing twice."""
     recipe, straight = whole
-    step = train.optimiser_step
+    step = loop.optimiser_step
 
     def stopped(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -337,7 +337,7 @@ def test_run_stopped_in_its_first_step_begins_anew(
 
     changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "optimiser_step", stopped)
+        patch.setattr(loop, "optimiser_step", stopped)
         folder = run(recipe, *changes)
         assert not list(folder.glob("checkpoints/*"))
 
@@ -346,7 +346,7 @@ def test_run_stopped_in_its_first_step_begins_anew(
 
     for found in (["step-4", "step-5"], ["step-4", "step-5"]):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "optimiser_step", stop_in_the_sixth)
+            patch.setattr(loop, "optimiser_step", stop_in_the_sixth)
             run(recipe, *changes)
         assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == found
     run(recipe, *changes)
@@ -495,7 +495,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     assert "no weight was changed" in error
 
     # What the teacher read, by rank and micro-batch.
-    setup = checks.prepare(configs.parse([*recipe, *changes]), engine.start())
+    setup = checks.prepare(configs.parse([*recipe, *changes]), processes.start())
     for rank in range(ranks):
         share = setup.batches.step(step - 1, rank, ranks, 2)
         reading = [
@@ -705,7 +705,7 @@ def test_labels_alone_run_without_a_teacher(
 ) -> None:
     """Weights of 0 cost nothing: the teacher's forward is never called in training."""
     recipe, _ = whole
-    monkeypatch.setattr(train.TeacherSide, "__call__", None)
+    monkeypatch.setattr(loop.TeacherSide, "__call__", None)
     folder = run(
         recipe,
         f"--output={tmp_path / 'run'}",
@@ -747,13 +747,13 @@ def test_masked_rows_alone_are_projected(
 ) -> None:
     # in student and teacher: the counts of every micro-batch, in the order of their products
     projected: list[int] = []
-    logits = linear.Side.logits
+    logits = chunks.Side.logits
 
-    def count(side: linear.Side, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def count(side: chunks.Side, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         projected.append(len(hidden))
         return logits(side, hidden, out)
 
-    monkeypatch.setattr(linear.Side, "logits", count)
+    monkeypatch.setattr(chunks.Side, "logits", count)
     rows = {}
     for kd_rows in ("all", "masked"):
         projected.clear()
@@ -779,16 +779,16 @@ class OnAGpu:
 
     def __init__(self, recipe: list[str], *changes: str):
         self.config = configs.parse([*recipe, *changes])
-        self.world = engine.start()
+        self.world = processes.start()
         assert self.world.device.type == "cuda"
         self.setup = checks.prepare(self.config, self.world)
-        self.teacher = train.teacher_side(self.config, self.world, self.setup.teachers)
+        self.teacher = loop.teacher_side(self.config, self.world, self.setup.teachers)
         module = Distillation(self.setup.student, self.config.loss, self.teacher)
         self.engine = engine.Engine(module, self.config, self.world)
 
     def step(self, number: int) -> dict[str, Any]:
         things = self.config, self.world, self.setup, self.engine, self.teacher
-        line, _ = train.optimiser_step(*things, number, train.Stop())
+        line, _ = loop.optimiser_step(*things, number, loop.Stop())
         assert line is not None
         return line
 
@@ -797,14 +797,14 @@ def steps_of_a_cpu(recipe: list[str], steps: int) -> tuple[list[list[float]], di
     """Loss and gradient norm of each step, and the last weights: the module's own gradients, and
     PyTorch's AdamW."""
     config, cpu = configs.parse(recipe), torch.device("cpu")
-    setup = checks.prepare(config, engine.World(0, 1, cpu))
+    setup = checks.prepare(config, processes.World(0, 1, cpu))
     teacher = TeacherSide(setup.teachers, config.loss, cpu, torch.float32)
     module = Distillation(setup.student, config.loss, teacher)
     optimizer = optimizers.make(module, config.optimizer)
     values = []
     for step in range(steps):
         share = setup.batches.step(step, 0, 1, config.batch.micro_sequences)
-        counts = train.count(config, engine.World(0, 1, cpu), share)
+        counts = loop.count(config, processes.World(0, 1, cpu), share)
         total = 0.0
         for batch in share:
             loss, _ = module(batch, teacher(batch), Normalizers(*counts.float()))
@@ -852,7 +852,7 @@ def test_micro_batch_waits_for_nothing_on_a_gpu(
     for number in range(2):
         torch.cuda.synchronize()
         with no_wait_for_the_gpu() if number else contextlib.nullcontext():
-            counts = train.count(on.config, on.world, share)
+            counts = loop.count(on.config, on.world, share)
             normalizers = Normalizers(*counts.float())
             for batch in data.prefetch(data.on_device(share, on.world.device)):
                 loss, _ = on.engine(batch, on.teacher(batch), normalizers)

@@ -33,7 +33,8 @@ from safetensors.torch import load_file
 
 from distilfast import train
 from distilfast.config import Config
-from distilfast.driver import checkpoint, checks, engine
+from distilfast.driver import checkpoint, checks, loop
+from distilfast.driver.processes import free_port
 
 POINTS = ("begin", "writing", "written", "said")  # of every rank's save
 POINTS_OF_FIRST = (*POINTS, "manifest", "renamed", "pruning")
@@ -65,7 +66,7 @@ def program(kill: dict[str, Any], arguments: Sequence[str]) -> int:
         if calls == kill["nth"]:
             die()
 
-    step = train.optimiser_step
+    step = loop.optimiser_step
 
     def timed(*things: Any) -> Any:
         nonlocal calls
@@ -76,7 +77,7 @@ def program(kill: dict[str, Any], arguments: Sequence[str]) -> int:
 
     if int(os.environ.get("RANK", "0")) in kill["victims"]:
         if kill["point"] == "moment":
-            train.optimiser_step = timed
+            loop.optimiser_step = timed
         else:
             checkpoint.mark = mark
     return train.main(arguments)
@@ -90,7 +91,7 @@ def launch(ranks: int, recipe: Sequence[str], kill: Kill | None = None) -> list[
     kill = kill or Kill("never", 0, ())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        port = str(engine._free_port())
+        port = str(free_port())
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     command = [sys.executable, __file__, "--killed", json.dumps(vars(kill)), *recipe]
     processes = []

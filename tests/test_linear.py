@@ -25,7 +25,7 @@ from oracle import (
 )
 
 from distilfast import combine_teachers, distillation_loss, linear_distillation_loss
-from distilfast.losses import linear, products
+from distilfast.losses import chunks, linear_operator, products, scratch
 
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -517,7 +517,7 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
     options, totals, heads = [2.0, 1.0, 0.0, 0.0, 0.0, 0.5], [1.0, 1.0], [1.0, 0.0, 1.0, 0.0]
     flags = False, True, True, True, False
     torch.library.opcheck(
-        linear.linear_distillation_op,
+        linear_operator.linear_distillation_op,
         (
             *student.leaves(),
             *([x] for x in teacher.leaves()),
@@ -525,7 +525,7 @@ def test_transposed_memory_does_not_matter_when_scaled(backend, device, dtype, c
             [*options, *totals, *heads, 1.0],
             [IGNORE, VOCAB, chunk_rows],
             str(
-                linear.HeadCall(
+                linear_operator.HeadCall(
                     "forward_kl", "sum", backend, "probability", *2 * ["float32"], *flags
                 )
             ),
@@ -653,7 +653,7 @@ def test_large_heads_share_goes_by_parts(backend, device, monkeypatch):
     keywords = {"chunk_rows": 4, "backend": backend}
     whole = gradients(call(student, teacher, **keywords).loss, student)
     for rows in (1, 7, VOCAB):  # of the weight, each of 8 numbers of 2 bytes
-        monkeypatch.setattr(linear, "SHARE_BYTES", rows * 16)
+        monkeypatch.setattr(chunks, "SHARE_BYTES", rows * 16)
         parts = gradients(call(student, teacher, **keywords).loss, student)
         torch.testing.assert_close(parts, whole)
 
@@ -1131,20 +1131,20 @@ def test_bad_ensembles_are_refused(spoil, device):
 @pytest.mark.parametrize("vocab", [2, 65, 30_522, 151_936])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_chunks_cover_the_rows_once_and_fit_the_budget(monkeypatch, device_type, vocab, n_rows):
-    for limit in (linear.CHUNK_BYTES, linear.FEWEST_ROWS, linear.MOST_ROWS):
+    for limit in (chunks.CHUNK_BYTES, chunks.FEWEST_ROWS, chunks.MOST_ROWS):
         monkeypatch.setitem(limit, "cpu", limit[device_type])
     hidden = torch.empty(n_rows, 1)
-    chunks = linear._chunks(hidden, None, 0, vocab, [BF16, BF16])
-    assert [row for c in chunks for row in range(c.start, c.stop)] == list(range(n_rows))
-    sizes = [c.stop - c.start for c in chunks]
+    parts = chunks.chunks_of(hidden, None, 0, vocab, [BF16, BF16])
+    assert [row for c in parts for row in range(c.start, c.stop)] == list(range(n_rows))
+    sizes = [c.stop - c.start for c in parts]
     width = -(-vocab // 64) * 64  # of the memory that a row takes
-    fewest, most = linear.FEWEST_ROWS[device_type], linear.MOST_ROWS[device_type]
+    fewest, most = chunks.FEWEST_ROWS[device_type], chunks.MOST_ROWS[device_type]
     assert max(sizes) <= most
-    assert max(sizes) <= fewest or max(sizes) * 4 * width <= linear.CHUNK_BYTES[device_type]
+    assert max(sizes) <= fewest or max(sizes) * 4 * width <= chunks.CHUNK_BYTES[device_type]
     # of one size, in multiples of 64 rows, and never more of them than the budget asks for
     assert len(set(sizes[:-1])) <= 1
     assert len(sizes) == 1 or (sizes[0] % 64 == 0 and sizes[-1] > sizes[0] - 64 * len(sizes))
-    room = linear.CHUNK_BYTES[device_type] // (4 * width) // 64 * 64
+    room = chunks.CHUNK_BYTES[device_type] // (4 * width) // 64 * 64
     room = min(max(room, fewest), most)
     assert len(sizes) == -(-n_rows // room)
     # the same for many rows: what a chunk takes does not grow with N
@@ -1161,13 +1161,13 @@ def test_rows_that_are_not_needed_are_not_projected(backend, device, monkeypatch
     mask = torch.zeros(LEAD)
     mask[1, 2] = 1.0
     projected = []
-    logits = linear.Side.logits
+    logits = chunks.Side.logits
 
     def count(side, hidden, out):
         projected.append(len(hidden))
         return logits(side, hidden, out)
 
-    monkeypatch.setattr(linear.Side, "logits", count)
+    monkeypatch.setattr(chunks.Side, "logits", count)
     call(student, teacher, labels, mask=mask, ce_weight=1.0, backend=backend)
     assert projected == [2, 2]  # of student and teacher
     # nor a teacher whom nobody hears, nor any for the labels alone
@@ -1181,7 +1181,7 @@ def test_rows_that_are_not_needed_are_not_projected(backend, device, monkeypatch
 def test_rows_left_in_a_chunk_contribute_nothing_if_not_needed(backend, device, monkeypatch, bad):
     # as on a GPU, where the rows are not selected
     every = slice(0, N_ROWS)
-    monkeypatch.setattr(linear, "_chunks", lambda *_: [every])
+    monkeypatch.setattr(linear_operator, "chunks_of", lambda *_: [every])
     student, teacher = sides(device=device)
     mask = torch.ones(LEAD, device=device)
     mask[0, 0] = mask[1, 3] = 0.0
@@ -1216,20 +1216,20 @@ def test_total_of_zero_reaches_no_gradient_whatever_the_rows_hold(backend, devic
 def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n_teachers):
     # the student's, a teacher's and the mixture, however many teachers there are
     made = []
-    empty = linear.Scratch.empty
+    empty = scratch.Scratch.empty
 
-    def record(scratch, shape, dtype, where):
+    def record(kept, shape, dtype, where):
         made.append((*shape, dtype))
-        return empty(scratch, shape, dtype, where)
+        return empty(kept, shape, dtype, where)
 
-    monkeypatch.setattr(linear.Scratch, "empty", record)
+    monkeypatch.setattr(scratch.Scratch, "empty", record)
     student, _ = sides(device=device, dtype=BF16)
     teachers = [Side(5 + k, seed=k, device=device, dtype=BF16) for k in range(n_teachers)]
     with torch.no_grad():
         call(student, teachers, backend=backend)
     assert [dtype for *_, dtype in made] == [FP32] * 3
     assert {rows for rows, *_ in made} == {N_ROWS}
-    assert {width % linear.ALIGNMENT for _, width, _ in made} == {0}
+    assert {width % chunks.ALIGNMENT for _, width, _ in made} == {0}
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -1275,7 +1275,7 @@ def test_ensemble_of_three_equals_combined_logits(backend, device, mode):
 PEAK = """
 import pathlib, sys, torch
 from distilfast import linear_distillation_loss
-from distilfast.memory import Scratch
+from distilfast.losses.scratch import Scratch
 n_rows, vocab, width = map(int, sys.argv[1:])
 def inputs(n):
     return torch.randn(n, width).bfloat16(), torch.randn(vocab, width).bfloat16()

@@ -36,8 +36,8 @@ from distilfast.config import (
 from distilfast.data.masking import Masker
 from distilfast.driver import checks, export, step
 from distilfast.driver import heldout as evaluate
-from distilfast.driver.engine import World
 from distilfast.driver.heldout import Evaluator, Scores
+from distilfast.driver.processes import World
 from distilfast.losses import combine_teachers, distillation_loss
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -713,7 +713,7 @@ def test_driver_checks_every_head(bert_folder: str, monkeypatch: pytest.MonkeyPa
     """Of teachers and student."""
     config = Config(teacher=[bert_folder, bert_folder], data=DataConfig(max_length=16), steps=1)
     checked: list[str] = []
-    monkeypatch.setattr(models, "check_head", lambda what, *_: checked.append(what))
+    monkeypatch.setattr(checks.models, "check_head", lambda what, *_: checked.append(what))
     checks.load_models(config)
     assert checked == [f"teacher {bert_folder!r}"] * 2 + ["student"]
 

@@ -14,18 +14,26 @@ from torch import Tensor, is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distilfast import hidden_cosine_loss, losses
-from distilfast.losses import backends, linear, products
+from distilfast import hidden_cosine_loss
+from distilfast.losses import (
+    arguments,
+    backends,
+    dense,
+    linear,
+    linear_operator,
+    operators,
+    products,
+)
 
 ALL = {"kd_weight": 1.0, "ce_weight": 0.5, "cos_weight": 0.2, "mse_weight": 0.1}
 
 
-def dense(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None:
+def logits(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None:
     student = torch.randn(5, 9, device=device).to(dtype).requires_grad_()
     teacher = torch.randn(5, 9, device=device)
     labels = torch.tensor([1, -100, 3, -100, 6], device=device)
     mask = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0], device=device)
-    losses.distillation_loss(
+    dense.distillation_loss(
         student, teacher, labels, mask=mask, reduction=reduction, backend=backend, **ALL
     )
 
@@ -33,7 +41,7 @@ def dense(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None
 def hidden(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None:
     student = [torch.randn(5, 4, device=device).to(dtype).requires_grad_() for _ in range(2)]
     teacher = [torch.randn(5, 4, device=device) for _ in range(2)]
-    losses.hidden_cosine_loss(student, teacher, reduction=reduction, backend=backend)
+    dense.hidden_cosine_loss(student, teacher, reduction=reduction, backend=backend)
 
 
 def head(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None:
@@ -46,8 +54,8 @@ def head(reduction: str, backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 CALLS: dict[str, tuple[Any, str, Callable[..., None]]] = {
-    "distillation": (losses, "distillation_op", dense),
-    "hidden_cosine": (losses, "hidden_cosine_op", hidden),
+    "distillation": (dense, "distillation_op", logits),
+    "hidden_cosine": (dense, "hidden_cosine_op", hidden),
     "linear": (linear, "linear_distillation_op", head),
 }
 
@@ -104,7 +112,7 @@ class Launches(TorchDispatchMode):
         self.seen: list[str] = []
         self.bodies = {
             op._qualname: op._init_fn
-            for module in (losses, linear)
+            for module in (operators, linear_operator)
             for op in vars(module).values()
             if isinstance(op, torch.library.CustomOpDef)
         }
@@ -115,9 +123,9 @@ class Launches(TorchDispatchMode):
         # CPU tensors take a GPU's way. The values of labels and masks are looked at on CPUs alone.
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
         monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-        for module in (losses, linear):
+        for module in (operators, linear_operator):
             monkeypatch.setattr(module, "check_values", lambda *_: None)
-        monkeypatch.setattr(losses, "check_mask_values", lambda _: None)
+        monkeypatch.setattr(operators, "check_mask_values", lambda _: None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -155,7 +163,7 @@ def logits(**keywords: Any) -> Callable[[], tuple[Tensor, list[Tensor]]]:
     labels = torch.zeros(N, dtype=torch.int64) if keywords.get("ce_weight", 1.0) else None
     keywords = {"ce_weight": 1.0, "backend": "triton", **keywords}
     return lambda: (
-        losses.distillation_loss(student, teacher, labels, **keywords).loss,
+        dense.distillation_loss(student, teacher, labels, **keywords).loss,
         [student],
     )
 
@@ -229,9 +237,10 @@ CALLED: dict[str, tuple[Callable[[], Any], list[str], list[str]]] = {
 def test_call_launches_so_many_kernels_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, forward, backward = CALLED[name]
     call = make()
-    monkeypatch.setattr(losses, "check_reduction", lambda *_: None)  # it reads a CPU's totals
+    for module in (arguments, dense):  # it reads a CPU's totals
+        monkeypatch.setattr(module, "check_reduction", lambda *_: None)
     launches = Launches(monkeypatch)
-    monkeypatch.setattr(losses, "_is_traced", lambda _: False)  # by whoever counts here
+    monkeypatch.setattr(operators, "_is_traced", lambda _: False)  # by whoever counts here
     on_a_gpu = products.Products(backends.BACKENDS["triton"])
     monkeypatch.setattr(products.Products, "of", lambda *_: on_a_gpu)
     monkeypatch.setattr(importlib.import_module("distilfast_kernels.rows"), "is_aligned", _true)

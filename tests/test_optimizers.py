@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distilfast import config as configs
 from distilfast.config import OptimizerConfig
-from distilfast.driver import engine, optimizers
+from distilfast.driver import engine, optimizers, processes
 
 STEPS = 4
 LAYOUTS = [
@@ -104,7 +104,7 @@ def textbook(config: OptimizerConfig) -> dict[str, Tensor]:
     return weights
 
 
-def train(world: engine.World, layout: tuple[int, str, str]) -> dict[str, Any]:
+def train(world: processes.World, layout: tuple[int, str, str]) -> dict[str, Any]:
     """The weights after STEPS steps, and whether one more on an infinite gradient of the last rank
     keeps them."""
     stage, offload, precision = layout
@@ -132,7 +132,7 @@ def train(world: engine.World, layout: tuple[int, str, str]) -> dict[str, Any]:
     return {"weights": weights, "stopped": kept and not math.isfinite(norm)}
 
 
-def spoil_padding(partitioned: Any, world: engine.World) -> None:
+def spoil_padding(partitioned: Any, world: processes.World) -> None:
     """At stage 3 DeepSpeed leaves it as memory comes: NaN, at worst."""
     slices = partitioned.fp32_partitioned_groups_flat
     for piece, group in zip(slices, partitioned.fp16_groups, strict=True):
@@ -140,18 +140,18 @@ def spoil_padding(partitioned: Any, world: engine.World) -> None:
             piece.data[max(0, group[0].ds_numel - world.rank * len(piece)) :] = math.nan
 
 
-def everything(world: engine.World) -> dict[Any, Any]:
+def everything(world: processes.World) -> dict[Any, Any]:
     return {layout: train(world, layout) for layout in LAYOUTS}
 
 
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     engine.PERSISTENT = 0
-    world = engine.start()
+    world = processes.start()
     found = everything(world)
     if world.rank == 0:
         torch.save(found, folder / "ranks.pt")
-    engine.finish()
+    processes.finish()
 
 
 # --- Under ZeRO -----------------------------------------------------------------------------------
@@ -162,14 +162,14 @@ def one() -> dict[Any, Any]:
     """One process. Without offload it is at stage 0 (bf16: 1) whatever is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PERSISTENT", 0)
-        return everything(engine.start())
+        return everything(processes.start())
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = Path(sys.executable).parent / "torchrun"
-    port = str(engine._free_port())
+    port = str(processes.free_port())
     done = subprocess.run(
         [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distilfast import config as configs
-from distilfast.driver import engine
+from distilfast.driver import engine, processes
 
 LAYOUTS = [
     *((stage, "none") for stage in range(4)),
@@ -132,7 +132,7 @@ def pretend() -> None:
     deepspeed.runtime.engine.is_deepcompile_supported = lambda: True
 
 
-def train(world: engine.World, stage: int, offload: str, precision: str) -> dict[str, Any]:
+def train(world: processes.World, stage: int, offload: str, precision: str) -> dict[str, Any]:
     """Three steps of two micro-batches, each rank its own: norms, weights, what the accelerator was
     asked for, and that of the last step."""
     torch.manual_seed(0)
@@ -161,11 +161,11 @@ def main(folder: Path, accelerator: str) -> None:
     if accelerator == "cuda":
         pretend()
     engine.PERSISTENT = 0
-    world = engine.start()
+    world = processes.start()
     found: dict[Any, Any] = {case: train(world, *case) for case in CASES}
     if world.rank == 0:
         torch.save(found, folder / f"{accelerator}.pt")
-    engine.finish()
+    processes.finish()
 
 
 # --- The tests ------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Any]]
     folder, results = tmp_path_factory.mktemp("rehearsal"), {}
     torchrun = Path(sys.executable).parent / "torchrun"
     for accelerator in ("cpu", "cuda"):
-        port = str(engine._free_port())
+        port = str(processes.free_port())
         launch = [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__]
         process = subprocess.run(
             [*launch, str(folder), accelerator],

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from distilfast import report as report_module
+from distilfast.driver.metrics import read_metrics
 from distilfast.report import (
     Chart,
     Guess,
@@ -23,7 +24,8 @@ from distilfast.report import (
     Report,
     Sample,
     Table,
-    read_metrics,
+    numbers,
+    plots,
     read_report,
     write_report,
 )
@@ -242,7 +244,7 @@ def test_best_student_is_the_lowest_finite_loss_of_several(
      (1_336_000_000, "1.3 B")],
 )  # fmt: skip
 def test_count_has_one_decimal_of_its_unit(number: int, text: str) -> None:
-    assert report_module._count(number) == text
+    assert numbers.count(number) == text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_count_has_one_decimal_of_its_unit(number: int, text: str) -> None:
      (86_399.0, "1 d 00 h"), (273_600.0, "3 d 04 h")],
 )  # fmt: skip
 def test_duration_has_two_units_at_most(seconds: float | None, text: str) -> None:
-    assert report_module._duration(seconds) == text
+    assert numbers.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_duration_has_two_units_at_most(seconds: float | None, text: str) -> Non
      (1234.5678, "1,234.568")],
 )  # fmt: skip
 def test_fixed_shows_what_is_not_a_number(value: float | None, text: str) -> None:
-    assert report_module._fixed(value, 3) == text
+    assert numbers.fixed(value, 3) == text
 
 
 # ---- Plots ------------------------------------------------------------------------------------
@@ -383,14 +385,14 @@ def test_plots_take_more_runs_than_colours(tmp_path: Path) -> None:
 
 def test_curve_takes_the_later_line_of_a_step_that_was_repeated() -> None:
     lines = [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]
-    curve = report_module._curve("a", lines, "loss")
+    curve = plots.curve_of("a", lines, "loss")
     assert curve is not None
     assert (curve.steps, curve.values) == ([1.0, 2.0], [5.0, 4.0])
 
 
 def test_smoothing_is_the_mean_of_a_centred_window() -> None:
-    curve = report_module._Curve("a", [1, 2, 3, 4, 5, 6], [8.0, 2.0, 5.0, NAN, 1.0, 3.0])
-    smooth = report_module._thin(curve, window=3).values
+    curve = plots.Curve("a", [1, 2, 3, 4, 5, 6], [8.0, 2.0, 5.0, NAN, 1.0, 3.0])
+    smooth = plots.thin(curve, window=3).values
     assert smooth[:3] == [8.0, 5.0, 3.5]  # the first is kept; the NaN is left out of the third
     assert math.isnan(smooth[3])
     assert smooth[4:] == [2.0, 2.0]
@@ -437,7 +439,7 @@ def test_tables_refuse_rows_that_do_not_fit(
 
 
 def test_charts_place_dots_and_medians_on_one_axis() -> None:
-    drawn = report_module._forest(Chart("", "", {"a": [0.0, 1.0, 10.0], "b": [5.0, NAN]}))
+    drawn = plots.forest(Chart("", "", {"a": [0.0, 1.0, 10.0], "b": [5.0, NAN]}))
     a, b = drawn["rows"]
     # 0 to 10 and a margin of a twentieth on either side: 0 is at 0.5 / 11
     assert a["dots"] == ["4.55%", "13.64%", "95.45%"]
@@ -450,17 +452,17 @@ def test_charts_place_dots_and_medians_on_one_axis() -> None:
 
 
 def test_charts_of_differences_show_signs_and_zero() -> None:
-    drawn = report_module._forest(Chart("", "", {"a": [2.0, 4.0], "b": [1.0]}, zero=True))
+    drawn = plots.forest(Chart("", "", {"a": [2.0, 4.0], "b": [1.0]}, zero=True))
     assert drawn["zero"] == "4.55%"  # though no value is there
     assert [row["label"] for row in drawn["rows"]] == ["+3.0", "+1.0"]
-    below = report_module._forest(Chart("", "", {"a": [-2.0, -4.0]}, zero=True))
+    below = plots.forest(Chart("", "", {"a": [-2.0, -4.0]}, zero=True))
     assert below["rows"][0]["label"] == "−3.0"
     assert [label for _, label, _ in below["ticks"]] == ["−4", "−2", "0"]
 
 
 @pytest.mark.parametrize("values", [[], [NAN, math.inf], [10**400]])
 def test_charts_without_a_finite_value_have_no_dot(values: list[float]) -> None:
-    (row,) = report_module._forest(Chart("", "", {"a": values}))["rows"]
+    (row,) = plots.forest(Chart("", "", {"a": values}))["rows"]
     assert (row["dots"], row["median"], row["label"]) == ([], None, "–")
 
 
@@ -468,7 +470,7 @@ def test_charts_without_a_finite_value_have_no_dot(values: list[float]) -> None:
 @pytest.mark.parametrize("offset", [0.0, 1.0, -1000.0])
 def test_charts_label_medians_finer_than_their_ticks(scale: float, offset: float) -> None:
     values = {"a": [scale * (offset + 0.12)], "b": [scale * (offset + 0.47)]}
-    drawn = report_module._forest(Chart("", "", values))
+    drawn = plots.forest(Chart("", "", values))
     a, b = (float(row["label"].replace("−", "-").replace(",", "")) for row in drawn["rows"])
     assert b - a == pytest.approx(0.35 * scale, rel=0.06)
     assert 2 <= len({label for _, label, _ in drawn["ticks"]}) <= 6
@@ -596,7 +598,7 @@ def test_import_is_cheap() -> None:
     code = (
         "import sys, types\n"
         "package = types.ModuleType('distilfast')\n"  # without what distilfast itself imports
-        f"package.__path__ = [{str(Path(report_module.__file__).parent)!r}]\n"
+        f"package.__path__ = [{str(Path(report_module.__file__).parent.parent)!r}]\n"
         "sys.modules['distilfast'] = package\n"
         "import distilfast.report\n"
         "print([m for m in ('matplotlib', 'jinja2', 'numpy', 'torch') if m in sys.modules])"

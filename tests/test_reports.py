@@ -21,7 +21,8 @@ from distilfast.report import (
     read_report,
     write_report,
 )
-from distilfast.studies.pages import merge, read_run
+from distilfast.report.merging import merge
+from distilfast.studies.pages import read_run
 
 SCORES = {"eval_loss": 4.0, "eval_accuracy": 0.25, "eval_agreement": 0.5}
 SUMMARY = {

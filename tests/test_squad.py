@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
+from distilfast.sources import lookup
 from distilfast.studies import finetune, glue
 from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows, squad
 from distilfast.tasks import training as finetuning
@@ -627,7 +628,7 @@ def test_the_hubs_copy_gives_the_same_examples(
         validation=datasets.Dataset.from_list(rows("dev")),
     )
     asked_for = []
-    monkeypatch.setattr(tasks.names, "require_hub", lambda *_, **__: None)
+    monkeypatch.setattr(lookup, "require_hub", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked_for.append(a) or hub)
     assert tasks.read(SQUAD, "hub") == tasks.read(SQUAD, str(data))
     assert asked_for == [("rajpurkar/squad", None)]

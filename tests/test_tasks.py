@@ -20,7 +20,7 @@ from torch import Tensor
 from distilfast import tasks
 from distilfast.config import ConfigError
 from distilfast.sources import lookup as names
-from distilfast.tasks import GLUE, IMDB, TASKS, Encoded, Examples, encode, find, order, read
+from distilfast.tasks import GLUE, IMDB, TASKS, Encoded, Examples, encode, find, order, read, tokens
 
 # --- Metrics --------------------------------------------------------------------------------------
 
@@ -541,7 +541,7 @@ def test_tokens_are_the_same_in_one_piece_or_several(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = encoded(tokenizer)
-    monkeypatch.setattr(tasks, "CHUNK", 2)
+    monkeypatch.setattr(tokens, "CHUNK", 2)
     _, pieces = encoded(tokenizer)
     for name, tensor in whole.tensors().items():
         assert torch.equal(pieces.tensors()[name], tensor), name

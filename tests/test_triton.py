@@ -34,9 +34,10 @@ from oracle import (
 )
 from test_combine_teachers import by_hand
 
-from distilfast import distillation_loss, hidden_cosine_loss, losses
-from distilfast.losses import backends, reference
+from distilfast import combine_teachers, distillation_loss, hidden_cosine_loss
+from distilfast.losses import backends, operators, reference
 from distilfast.losses.reference import Options
+from distilfast.losses.rows import rows_like
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
@@ -289,14 +290,14 @@ def test_gradient_has_the_rows_of_padded_logits(backend, device):
         placed(x, stride=520) for x in logits_pair((4, 517), dtypes=(BF16, BF16), device=device)
     )
     numbers, sizes = [*options(517)[:6], 1.0, 1.0], [IGNORE, 517]
-    how = str(losses.Call("forward_kl", "none", backend, wanted=True, late=False, inplace=False))
-    _, _, gradient, *_ = losses.distillation_op(
+    how = str(operators.Call("forward_kl", "none", backend, wanted=True, late=False, inplace=False))
+    _, _, gradient, *_ = operators.distillation_op(
         student, teacher, None, None, None, None, numbers, sizes, how
     )
     assert gradient.stride() == student.stride() == (520, 1)
     assert kernels("rows").is_aligned([student, teacher, gradient], 8)
     # a window into something much wider is not padding
-    assert losses.rows_like(placed(student, stride=2000), 517, BF16).stride() == (517, 1)
+    assert rows_like(placed(student, stride=2000), 517, BF16).stride() == (517, 1)
 
 
 @every_divergence
@@ -904,7 +905,7 @@ def test_no_launcher_waits_for_the_gpu(backend, device):
 
     def step():
         leaf = student.detach().requires_grad_()
-        z = losses.combine_teachers([teacher, student.detach()], temperature=2.0)
+        z = combine_teachers([teacher, student.detach()], temperature=2.0)
         for loss in (
             hidden_cosine_loss([leaf, leaf], [teacher, teacher], mask, backend=backend),
             distillation_loss(leaf, z, mask=mask, backend=backend).loss,

@@ -24,7 +24,8 @@ import torch
 from conftest import ROOT
 
 from distilfast import config as configs
-from distilfast.driver import engine, watch
+from distilfast.driver import processes, watch
+from distilfast.driver.processes import free_port
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 ADVICE = "the same command goes on from runs/x"
@@ -86,7 +87,7 @@ def together(ranks: int, folder: Path, **deeds: str) -> Ended:
     """Exit status (None: has not ended) and stderr of each of ``ranks`` processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distilfast.driver.watch"])
-    arguments = (ranks, engine._free_port(), folder, {int(k[1:]): v for k, v in deeds.items()})
+    arguments = (ranks, free_port(), folder, {int(k[1:]): v for k, v in deeds.items()})
     processes = [context.Process(target=rank_of, args=(r, *arguments)) for r in range(ranks)]
     for process in processes:
         process.start()
@@ -181,7 +182,7 @@ def test_ranks_that_all_fail_leave_with_their_own_errors(tmp_path: Path) -> None
 
 
 def test_one_process_has_no_watch() -> None:
-    world = engine.start()
+    world = processes.start()
     with watch.guard(world.patient, TIMEOUT_S, ADVICE):
         assert not [t for t in threading.enumerate() if t.name.startswith("watch")]
 
@@ -200,7 +201,7 @@ def launched(
     ranks: int, recipe: list[str], folder: Path, *changes: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The driver's processes without a launcher."""
-    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": engine._free_port()}
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
             [sys.executable, TRAIN, *recipe, f"--output={folder}", *changes],

@@ -22,8 +22,7 @@ from conftest import make_teacher
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast import train
-from distilfast.driver import checks, engine, results
+from distilfast.driver import checks, engine, loop, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
 from distilfast.driver.heldout import Evaluator
 from distilfast.driver.step import Distillation
@@ -56,23 +55,23 @@ class Aligned(torch.nn.Module):
 class Run:
     """A run in the hands of the test."""
 
-    def __init__(self, world: engine.World, recipe: Path, *changes: str):
+    def __init__(self, world: processes.World, recipe: Path, *changes: str):
         self.config = configs.parse(["--config", str(recipe), *changes])
         self.world, self.setup = world, checks.prepare(self.config, world)
-        self.teacher = train.teacher_side(self.config, world, self.setup.teachers)
+        self.teacher = loop.teacher_side(self.config, world, self.setup.teachers)
         module = Distillation(self.setup.student, self.config.loss, self.teacher)
         self.engine = engine.Engine(module, self.config, world)
         self.evaluator = Evaluator(
             self.setup.batches, world, 5, 15
         )  # three batches: the ranks have different shares
-        self.stop = train.Stop()
+        self.stop = loop.Stop()
 
     def steps(self, first: int, last: int) -> list[float]:
         """Loss and gradient norm of each."""
         values = []
         for step in range(first, last):
             things = self.config, self.world, self.setup, self.engine, self.teacher
-            line, _ = train.optimiser_step(*things, step, self.stop)
+            line, _ = loop.optimiser_step(*things, step, self.stop)
             values += [line["loss"], line["grad_norm"]]
         return values
 
@@ -98,7 +97,7 @@ def train_and_score(run: Run) -> dict[str, Any]:
     return {"scores": scores, "values": values, "weights": weights}
 
 
-def stop_and_resume(world: engine.World, recipe: Path, folder: Path, *changes: str) -> bool:
+def stop_and_resume(world: processes.World, recipe: Path, folder: Path, *changes: str) -> bool:
     """Whether two steps after a checkpoint end with the same bits when it is gone on from. With
     dropout, and an evaluation in between."""
     changes = (*changes, "--student.dropout=0.1")
@@ -114,7 +113,7 @@ def stop_and_resume(world: engine.World, recipe: Path, folder: Path, *changes: s
     return same and values == straight[0]
 
 
-def go_on(world: engine.World, recipe: Path, folder: Path, *changes: str) -> dict[str, Tensor]:
+def go_on(world: processes.World, recipe: Path, folder: Path, *changes: str) -> dict[str, Tensor]:
     """Weights after steps 3 and 4, from a checkpoint after step 2."""
     run = Run(world, recipe, *changes)
     run.engine.restore(Saved(folder, 2))
@@ -122,14 +121,14 @@ def go_on(world: engine.World, recipe: Path, folder: Path, *changes: str) -> dic
     return run.weights()
 
 
-def save(world: engine.World, run: Run, folder: Path, step: int) -> None:
+def save(world: processes.World, run: Run, folder: Path, step: int) -> None:
     checkpoints = Checkpoints(folder, world.rank, world.ranks, 1)
     checkpoints.save(step, run.engine.pieces())
     checkpoints.wait()
     world.first(lambda: None)
 
 
-def sums(world: engine.World, layout: tuple[int, str]) -> tuple[float, float]:
+def sums(world: processes.World, layout: tuple[int, str]) -> tuple[float, float]:
     """The gradient's norm over sqrt(n): of many small micro-batches, and of ranks whose shares are
     far apart, in bf16."""
     norms = []
@@ -147,7 +146,7 @@ def sums(world: engine.World, layout: tuple[int, str]) -> tuple[float, float]:
     return norms[0], norms[1]
 
 
-def overflow(world: engine.World, recipe: Path, *changes: str) -> bool:
+def overflow(world: processes.World, recipe: Path, *changes: str) -> bool:
     """Whether a gradient that overflows on the last rank stops every rank with its weights kept."""
     run = Run(world, recipe, *changes)
     run.steps(0, 1)
@@ -156,13 +155,13 @@ def overflow(world: engine.World, recipe: Path, *changes: str) -> bool:
     run.engine.backward = lambda loss: backward(loss * huge * huge)
     try:
         run.steps(1, 2)
-    except train.TrainingError:
+    except loop.TrainingError:
         after = run.weights()
         return all(torch.equal(before[name], after[name]) for name in before)
     return False
 
 
-def sharded(world: engine.World, recipe: Path, folder: Path, *changes: str) -> dict[str, Any]:
+def sharded(world: processes.World, recipe: Path, folder: Path, *changes: str) -> dict[str, Any]:
     """As `train_and_score`, with the teachers partitioned and with them whole: the share of their
     weights that this rank holds before and after; their sizes; the bytes of a checkpoint."""
     found: dict[str, Any] = {}
@@ -187,7 +186,7 @@ def held(teachers: list[Any]) -> float:
     return here / sum(results._count(teacher) for teacher in teachers)
 
 
-def everything(world: engine.World, folder: Path) -> dict[Any, Any]:
+def everything(world: processes.World, folder: Path) -> dict[Any, Any]:
     """All that is compared, by what it is."""
     found: dict[Any, Any] = {"ranks": world.ranks}
     for layout in LAYOUTS:
@@ -228,11 +227,11 @@ def everything(world: engine.World, folder: Path) -> dict[Any, Any]:
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     engine.PERSISTENT = 0
-    world = engine.start()
+    world = processes.start()
     found = everything(world, folder)
     if world.rank == 0:
         torch.save(found, folder / "ranks.pt")
-    engine.finish()
+    processes.finish()
 
 
 # --- The tests ------------------------------------------------------------------------------------
@@ -274,14 +273,14 @@ def one(folder: Path) -> dict[Any, Any]:
     """One process. Without offload it is at stage 0 (bf16: 1) whatever is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PERSISTENT", 0)
-        return everything(engine.start(), folder)
+        return everything(processes.start(), folder)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[Any, Any]) -> dict[Any, Any]:
     """Two ranks (after ``one``, which has tokenised)."""
     torchrun = Path(sys.executable).parent / "torchrun"
-    port = str(engine._free_port())
+    port = str(processes.free_port())
     done = subprocess.run(
         [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -356,7 +355,7 @@ def test_checkpoint_is_gone_on_with_on_other_ranks(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PERSISTENT", 0)
         place = folder / f"elastic-2-{layout[0]}-{layout[1]}"
-        run = Run(engine.start(), folder / "tied.yaml", *layout_changes(layout))
+        run = Run(processes.start(), folder / "tied.yaml", *layout_changes(layout))
         run.engine.restore(Saved(place, 2))
         assert distance(run.weights(), wanted[1]) <= 1e-6
         run.steps(2, 4)
@@ -403,7 +402,7 @@ def test_ranks_have_different_shares_of_the_heldout_texts(
     folder: Path, one: dict[Any, Any]
 ) -> None:
     """Or the scores above would not show that the ranks take as many forwards."""
-    run = Run(engine.World(0, 1, torch.device("cpu")), folder / "tied.yaml")
+    run = Run(processes.World(0, 1, torch.device("cpu")), folder / "tied.yaml")
     assert len(run.evaluator.batches) % 2 == 1
 
 

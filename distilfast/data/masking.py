@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distilfast.config import ConfigError, MaskingConfig
+from distilfast.errors import ConfigError
+from distilfast.config import MaskingConfig
 
 IGNORE_INDEX = -100
 # Held-out text is masked the same way every time, whatever the seed of the run.

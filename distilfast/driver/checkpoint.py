@@ -31,7 +31,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from distilfast.config import ConfigError
+from distilfast.errors import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -13,11 +13,12 @@ from typing import Any
 
 from distilfast import config as configs
 from distilfast import data, models
-from distilfast.config import Config, ConfigError
+from distilfast.config import Config
 from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
-from distilfast.driver.engine import World
 from distilfast.driver.fp32_sums import use_fp32_sums
+from distilfast.driver.processes import World
+from distilfast.errors import ConfigError
 
 # A run may be gone on with under other values of these; every other key decides what it computes.
 FREE_KEYS = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distilfast.data import Batches, MicroBatch
-from distilfast.driver.engine import World
+from distilfast.driver.processes import World
 
 Predict = Callable[[MicroBatch], Tensor]  # the logits at the masked positions, (masked, V)
 

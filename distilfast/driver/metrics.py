@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from distilfast.report import read_metrics
+from distilfast.errors import shortened
+from distilfast.progress import Bar
 
 
-def log_to_stderr() -> None:
-    """The library's warnings, and what the assets' downloads say, as lines of the program."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
-    logging.getLogger("distilfast").handlers[:] = [handler]
-    logging.getLogger("distilfast.assets").setLevel(logging.INFO)
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl, without a last line that was cut off while written.
+
+    Raises ValueError, naming the file and the line number, for any other line that is not a JSON
+    object. NaN and Infinity are accepted: they are what a run that diverged has to say.
+    """
+    complete, newline, tail = path.read_bytes().rpartition(b"\n")
+    lines = []
+    for number, raw in enumerate(complete.split(b"\n") if newline else [], start=1):
+        if raw.strip():
+            line = _json_object(raw)
+            if line is None:
+                shown = shortened(raw.decode("utf-8", "replace"))
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown!r}")
+            lines.append(line)
+    # Only a line without its newline can be half-written; it still counts where it is whole.
+    last = _json_object(tail)
+    return lines if last is None else [*lines, last]
+
+
+def _json_object(raw: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(raw)
+    except ValueError:  # also a UnicodeDecodeError: a cut inside a character
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class Metrics:
@@ -65,73 +82,6 @@ def _tensorboard(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-
-
-class Bar:
-    """How far something is and how long it will take: a bar on a terminal, a line every ten seconds
-    elsewhere."""
-
-    INTERVAL_S = 10.0
-
-    def __init__(
-        self, name: str, total: float, start: float = 0, shown: bool = True, unit: str = "%"
-    ):
-        self.name, self.total, self.start, self.shown, self.unit = name, total, start, shown, unit
-        self.bar: Any = None
-        self.task: Any = None
-        self.began = self.told = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self.shown and sys.stderr.isatty():
-            from rich import console, progress
-
-            self.bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.TaskProgressColumn()
-                if self.unit == "%"
-                else progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[figures]}"),
-                progress.TimeRemainingColumn(),
-                console=console.Console(stderr=True),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                self.name, total=self.total, completed=self.start, figures=""
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def update(self, done: float, figures: str = "") -> None:
-        """So much of the total is done."""
-        if not self.shown:
-            return
-        if self.bar:
-            self.bar.update(self.task, completed=done, figures=figures)
-            return
-        now = time.monotonic()
-        if now - self.told >= self.INTERVAL_S and done > self.start:
-            self.told = now
-            left = (now - self.began) / (done - self.start) * (self.total - done)
-            share = f"{done / self.total:.0%}" if self.unit == "%" else f"{done}/{self.total}"
-            self.say(f"{self.unit.removeprefix('%')} {share}  {figures}  {left:.0f} s left".strip())
-
-    def say(self, message: str) -> None:
-        """A line of its own."""
-        if not self.shown:
-            return
-        if self.bar:
-            self.bar.console.print(f"{self.name}  {message}", highlight=False)
-        else:
-            print(f"{self.name}  {message}", file=sys.stderr, flush=True)
 
 
 class Progress(Bar):

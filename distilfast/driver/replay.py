@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distilfast import data, train
-from distilfast.config import Config, ConfigError, ZeroConfig
+from distilfast import data
+from distilfast.config import Config, ZeroConfig
 from distilfast.data import MicroBatch
-from distilfast.driver import checkpoint, checks, engine
+from distilfast.driver import checkpoint, checks, engine, loop, processes
 from distilfast.driver.checkpoint import Saved
 from distilfast.driver.engine import Engine
+from distilfast.driver.metrics import read_metrics
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
-from distilfast.report import read_metrics
+from distilfast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
     # In one process there is nothing to split, and the run's folder is to be looked at.
     config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
-    setup = checks.prepare(config, world := engine.start())
+    setup = checks.prepare(config, world := processes.start())
     if not 1 <= step <= setup.steps:
         raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")
     dtype = engine.DTYPES[config.precision]
@@ -81,17 +82,17 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     if start < step - 1 and ranks > 1 and config.student.dropout != 0:
         print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
     for before in range(start, step - 1):
-        line, _ = train.optimiser_step(config, world, setup, runner, teacher, before, train.Stop())
+        line, _ = loop.optimiser_step(config, world, setup, runner, teacher, before, loop.Stop())
         assert line is not None  # nobody stops it
         print(f"step {before + 1}: loss {line['loss']:.6g}")
 
     micro = config.batch.micro_sequences
     shares = [setup.batches.step(step - 1, rank, ranks, micro) for rank in range(ranks)]
-    counts = torch.stack([train.count(config, world, share) for share in shares]).sum(0)
+    counts = torch.stack([loop.count(config, world, share) for share in shares]).sum(0)
     pieces = Pieces(runner.deepspeed.module, teacher, Normalizers(*counts.float()))
     for rank, share in enumerate(shares):
         for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts(), strict=True)):
-            torch.manual_seed(train.dropout_seed(config.seed, step - 1, i, rank))
+            torch.manual_seed(loop.dropout_seed(config.seed, step - 1, i, rank))
             found = pieces.add(batch.to(world.device))
             print(f"rank {rank}, micro-batch {i + 1}, {len(examples)} examples: {found}")
             if found.finite:

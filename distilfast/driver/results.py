@@ -12,11 +12,11 @@ from torch import Tensor
 from distilfast import config as configs
 from distilfast import models
 from distilfast.config import Config
-from distilfast.driver import engine, export
+from distilfast.driver import export, processes
 from distilfast.driver.checks import Setup
-from distilfast.driver.engine import World
+from distilfast.driver.processes import World
 from distilfast.report import write_report
-from distilfast.studies.pages import training_report
+from distilfast.report.training import training_report
 
 
 def write(
@@ -43,7 +43,7 @@ def write(
         "steps": setup.steps,
         "tokens": steps[-1]["tokens"],
         "seconds": seconds,
-        "device": ", ".join(engine.describe(world)),
+        "device": ", ".join(processes.describe(world)),
         "scores": {
             **scores,
             "untrained student": _scores(evaluations[0]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distilfast.config import ConfigError
+from distilfast.errors import ConfigError
 from distilfast.sources import assets
 
 ASSETS = {

@@ -29,8 +29,9 @@ import yaml
 
 from distilfast import config as configs
 from distilfast import data
-from distilfast.config import Config, ConfigError, expect, parse
+from distilfast.config import Config, parse
 from distilfast.driver import checks
+from distilfast.errors import ConfigError, expect
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup as names
 from distilfast.studies import flags as options

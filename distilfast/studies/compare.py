@@ -20,8 +20,8 @@ import torch
 import yaml
 
 from distilfast import __version__
-from distilfast.config import ConfigError, expect
-from distilfast.driver.engine import cpu_name
+from distilfast.errors import ConfigError, expect
+from distilfast.machine import cpu_name
 from distilfast.report import Report, Table, markdown, write_report
 from distilfast.studies.flags import Parser, positive
 from distilfast.studies.sizes import MIB, Candidate, load

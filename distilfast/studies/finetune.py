@@ -26,9 +26,9 @@ import yaml
 from torch import Tensor
 
 from distilfast import tasks
-from distilfast.config import ConfigError, expect, not_negative, positive
-from distilfast.data import fingerprint
+from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import combine_teachers
+from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.studies import flags as options
 from distilfast.studies import glue, jobs

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from distilfast.config import ConfigError
+from distilfast.errors import ConfigError
 
 KINDS = {"int": "a whole number", "float": "a number"}
 

@@ -29,10 +29,9 @@ import yaml
 from torch import nn
 
 from distilfast import tasks
-from distilfast.config import ConfigError
-from distilfast.data import fingerprint
-from distilfast.driver.metrics import Bar
-from distilfast.models import loading_errors, quiet
+from distilfast.errors import ConfigError
+from distilfast.models import fingerprint, loading_errors, quiet
+from distilfast.progress import Bar
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup as names
 from distilfast.studies import flags as options

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from distilfast.config import ConfigError
-from distilfast.driver.metrics import Bar
+from distilfast.errors import ConfigError
+from distilfast.progress import Bar
 
 Result = dict[str, Any]
 Tell = Callable[[float], None]  # is told the share done, 0 to 1

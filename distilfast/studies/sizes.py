@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from distilfast import models
-from distilfast.config import ConfigError, expect
+from distilfast.errors import ConfigError, expect
 from distilfast.sources import lookup as names
 
 MIB = 1 << 20

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from distilfast import models
-from distilfast.driver.metrics import Bar
+from distilfast.progress import Bar
 from distilfast.studies.sizes import MIB, Candidate
 
 log = logging.getLogger("distilfast.speed")

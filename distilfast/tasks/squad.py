@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distilfast.config import ConfigError
+from distilfast.errors import ConfigError
 
 Answer = tuple[str, int]  # its text, and the character of the context where it begins
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distilfast.config import ConfigError, expect, not_negative, positive
+from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
 from distilfast.models import choose_attention, loading_errors, quiet
 from distilfast.sources.lookup import model_source
-from distilfast.tasks import IGNORE_INDEX, PAD_TO, Encoded, Task, order
+from distilfast.tasks.files import IGNORE_INDEX
+from distilfast.tasks.table import Task
+from distilfast.tasks.tokens import PAD_TO, Encoded, order
 
 EVALUATION_BATCH = 64
 

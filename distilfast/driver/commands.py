@@ -1,0 +1,115 @@
+"""The driver's commands beside `train`: prepare, check, recipes and replay."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from distilfast import data, models
+from distilfast.config import RECIPES, BatchConfig, parse
+from distilfast.data import Store
+from distilfast.driver import checks, loop
+from distilfast.driver import replay as replaying
+from distilfast.errors import ConfigError
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """Tokenise and count."""
+    config = parse(arguments, prog="distilfast prepare")
+
+    _, tokenizer, _ = checks.load_models(config)
+    store = data.prepare(config, tokenizer, config.token_folder)
+    print(f"{config.token_folder}: {describe_store(store)}")
+    return 0
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Everything that `train` checks, and what it would do. Writes nothing."""
+    config = parse(arguments, prog="distilfast check")
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    config.batch.check(ranks, config.data.max_length)
+    checks.check_output(config, Path(config.output))
+    teachers, tokenizer, student = checks.load_models(config)
+    for teacher in teachers:
+        print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
+    kind = type(student).__name__
+    layers = models.layers_of(
+        config.student, getattr(teachers[0].model.config, models.family(teachers[0].model).n_layers)
+    )
+    print(f"student:  {kind}, {_millions(student)}, teacher's layers {layers}")
+    folder = config.token_folder
+    if (folder / "store.json").is_file():
+        store = data.prepare(config, tokenizer, folder)
+        print(f"data:     {folder}: {describe_store(store)}")
+        epoch_size = int(store.sizes(config.batch).sum())
+        steps = checks.count_steps(config, epoch_size)
+        print(f"steps:    {steps:,} = {config.batch.before(steps) / epoch_size:.2f} epochs")
+    else:
+        data.check(config, folder)
+        print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
+        print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
+    print(f"batch:    {describe_batch(config.batch, ranks)}, {config.precision}")
+    print(f"output:   {config.output}")
+    return 0
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """List the configs with their first comment."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{path}\n    {comment}")
+    return 0
+
+
+def replay(arguments: Sequence[str]) -> int:
+    """A step of a run again. Exit status 1 where something in it is not finite."""
+    numbers: dict[str, int | None] = {"--step": None, "--ranks": None}
+    others = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in numbers:
+            value = value if equals else next(rest, "")
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"{name}: expected a number from 1, got {value!r}")
+            numbers[name] = int(value)
+        else:
+            others.append(argument)
+    step, ranks = numbers.values()
+    if step is None:
+        raise ConfigError("--step: expected the number of a step, got none")
+    config = parse(others, prog="distilfast replay --step N [--ranks R]")
+    try:
+        return 0 if replaying.replay(config, step, ranks) else 1
+    except loop.TrainingError as error:
+        print(f"distilfast: {error}", file=sys.stderr)
+        return 1
+
+
+def describe_batch(batch: BatchConfig, ranks: int) -> str:
+    rising = accumulation = ""
+    if batch.warmup_from is not None:
+        rising = f" (from {batch.warmup_from} in {batch.warmup_steps} steps)"
+    if batch.tokens is None:
+        accumulation = f" {-(-batch.size // (batch.micro_sequences * ranks))}"
+    return (
+        f"{batch.size} {batch.unit}{rising} = {ranks} ranks x{accumulation} micro-batches of at "
+        f"most {batch.micro_sequences} sequences"
+    )
+
+
+def describe_store(store: Store) -> str:
+    tokens = {split: int(store.lengths(split).sum()) for split in ("train", "heldout")}
+    return (
+        f"{len(store.train):,} examples of {tokens['train']:,} tokens, "
+        f"{len(store.heldout):,} of {tokens['heldout']:,} held out"
+    )
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

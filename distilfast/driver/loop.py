@@ -1,0 +1,285 @@
+"""The training loop: read this first.
+
+One optimiser step is `optimiser_step`; `train` takes one after the other, with checkpoints and
+evaluations between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilfast import data, models
+from distilfast.config import Config
+from distilfast.data.masking import philox
+from distilfast.driver import engine, optimizers, processes, results
+from distilfast.driver.checkpoint import Checkpoints, Saved
+from distilfast.driver.checks import Setup, check_shared, claim, prepare
+from distilfast.driver.engine import Engine
+from distilfast.driver.heldout import Evaluator
+from distilfast.driver.metrics import Metrics, Progress
+from distilfast.driver.processes import World
+from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.driver.watch import guard
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. The weights are those of the last whole step."""
+
+
+def run(config: Config) -> bool:
+    """Train as configured, or go on where a run was stopped. False: stopped by a signal again."""
+    world = processes.start()
+    with guard(world.patient, config.rank_timeout_s, advice(config)):
+        return distil(config, world)
+
+
+def distil(config: Config, world: World) -> bool:
+    """`run`, in processes that have found each other."""
+    setup = prepare(config, world)
+    output = Path(config.output)
+    if world.first(lambda: (output / "summary.json").is_file()):
+        world.first(lambda: print(f"{output} is complete"))
+        return True
+    start = world.first(lambda: claim(config, output))
+    world.together(lambda: check_shared(config, output))
+    if start:
+        world.first(lambda: print(f"{output} goes on from step {start}"))
+    with Stop() as stop:
+        complete = train(config, world, setup, output, start, stop)
+    if not complete:
+        world.first(lambda: print(f"stopped; {advice(config)}"))
+    return complete
+
+
+def advice(config: Config) -> str:
+    """How to go on."""
+    how = "" if config.resume == "auto" else " with resume auto"
+    return f"the same command{how} goes on from {config.output}"
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> bool:
+    """Train from step ``start`` to the last and write the results. False: stopped by a signal, and
+    saved."""
+    teacher = teacher_side(config, world, setup.teachers)
+    runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
+    folder, keep = output / "checkpoints", config.checkpoint.keep
+    if start:
+        runner.restore(Saved(folder, start))
+    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep, start)
+    if config.checkpoint.every:
+        checkpoints.reserve(runner.piece_bytes(), world.device.type == "cuda")
+
+    evaluator = Evaluator(
+        setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples
+    )
+    scores = {}
+    if setup.teachers[0].has_head:
+        # Of an ensemble, agreement and figures are those of its first teacher, by name.
+        shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
+        scores[shown] = asdict(evaluator.teacher(teacher.predict))
+    metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
+    name, complete = f"{Path(config.output).name:>12}", False
+    with (
+        contextlib.closing(metrics) if metrics else contextlib.nullcontext(),
+        Progress(name, setup.steps, start, shown=world.rank == 0) as progress,
+    ):
+
+        def evaluate(step: int) -> None:
+            line = {"step": step, **asdict(evaluator.student(runner.predict))}
+            progress.evaluated(step, line)
+            if metrics:
+                metrics.write(line)
+
+        if start == 0:
+            evaluate(0)
+
+        def save(step: int) -> None:
+            if step == checkpoints.saved:  # what it started from, which may be nothing
+                return
+            if metrics:
+                metrics.sync()
+            checkpoints.save(step, runner.pieces())
+
+        for step in range(start, setup.steps):
+            try:
+                line, stopping = optimiser_step(config, world, setup, runner, teacher, step, stop)
+            except TrainingError:
+                try:
+                    save(step)  # for `distilfast replay`
+                    world.together(checkpoints.wait)
+                except RuntimeError as failure:  # not what went wrong first
+                    logging.getLogger("distilfast").warning(failure)
+                raise
+            if line is None:
+                save(step)
+                break
+            if metrics:
+                metrics.tokens += line["tokens"]
+                metrics.write({**line, "tokens": metrics.tokens})
+                progress.step(line)
+            done, last = step + 1, step + 1 == setup.steps
+            if last or (config.evaluate.every and done % config.evaluate.every == 0):
+                evaluate(done)
+            due = config.checkpoint.every and done % config.checkpoint.every == 0
+            if not last and (due or stopping):
+                save(done)
+            if not last and stopping:
+                break
+            checkpoints.check()
+        else:
+            complete = True
+        world.together(checkpoints.wait)
+    if not complete:
+        return False
+
+    weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
+    if metrics:
+        results.write(config, world, setup, output, scores, metrics.lines(), weights)
+    world.first(lambda: None)  # nobody leaves before the results are written
+    return True
+
+
+def teacher_side(config: Config, world: World, teachers: Sequence[models.Teacher]) -> TeacherSide:
+    """The teachers, whole on every rank or partitioned over them."""
+    things = teachers, config.loss, world.device, engine.DTYPES[config.precision]
+    if not config.zero.shard_teacher:
+        return TeacherSide(*things)
+    return TeacherSide(*things, lambda module: engine.shard(module, config, world))
+
+
+def optimiser_step(
+    config: Config,
+    world: World,
+    setup: Setup,
+    runner: Engine,
+    teacher: TeacherSide,
+    step: int,
+    stop: Stop,
+) -> tuple[dict[str, Any] | None, bool]:
+    """One step: its line of metrics, and whether some rank was told to stop. Without a line, the
+    step was given up on the way, and nothing has changed.
+
+    The step is counted before its first forward: each loss is divided by the count of the whole
+    step, so the gradient does not depend on how the step is split.
+
+    Raises:
+        TrainingError: a loss or the gradient is not finite; no weight has been touched.
+    """
+    began = time.perf_counter()
+    share = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
+    counts = count(config, world, share)
+    normalizers = Normalizers(*counts.float())
+    parts = [torch.zeros(len(PARTS), device=world.device)]
+    on_device = data.on_device(share, world.device)
+    with contextlib.closing(data.prefetch(on_device)) as micro_batches:
+        for i, batch in enumerate(micro_batches):
+            # At stages 2 and 3 the other ranks wait for this one in every backward.
+            if stop.requested and runner.stage < 2:
+                break
+            torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
+            targets = teacher(batch) if config.loss.needs_teacher else None
+            loss, shares = runner(batch, targets, normalizers)
+            runner.backward(loss)
+            parts.append(shares)
+
+    stopping, given_up = world.count([stop.requested, len(parts) <= len(share)])
+    if given_up:
+        return None, True
+    sums = world.sum(torch.stack(parts).double().sum(0))
+    # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
+    *values, tokens = torch.cat([sums, counts[2:]]).tolist()
+    totals = dict(zip(PARTS, values, strict=True))
+    if not math.isfinite(totals["loss"]):
+        wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
+        raise _not_finite(config, step, f"{wrong} ({_where(world, share, parts[1:])})")
+    rate = optimizers.learning_rate(config.optimizer, step, setup.steps)
+    norm = runner.step(rate)
+    if not math.isfinite(norm):
+        raise _not_finite(config, step, f"grad_norm is {norm} (the losses are finite)")
+    line = {
+        "step": step + 1,
+        "tokens": int(tokens),
+        **{part: totals[part] for part in PARTS if _is_computed(config, part)},
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
+    return line, stopping > 0
+
+
+def count(config: Config, world: World, share: data.Share) -> Tensor:
+    """The whole step's rows of the vocabulary losses, masked tokens and tokens: (3,) int64."""
+    tokens, masked = share.counts()
+    rows = tokens if config.loss.all_rows else masked
+    (counts,) = data.copy_to(world.device, [torch.tensor([rows, masked, tokens])])
+    return world.sum(counts)
+
+
+SHOWN = 16  # examples, of a rank, in an error
+
+
+def _where(world: World, share: data.Share, parts: list[Tensor]) -> str:
+    """The ranks and examples of the micro-batches whose loss is not finite."""
+    mine: list[int] = []
+    for (examples, _), shares in zip(share.parts(), parts, strict=True):
+        if not shares.isfinite().all():
+            mine += examples.tolist()
+    found = []
+    for rank, examples in enumerate(world.gather(mine)):
+        if examples:
+            more = f" and {len(examples) - SHOWN} more" if len(examples) > SHOWN else ""
+            found.append(f"rank {rank}: examples {', '.join(map(str, examples[:SHOWN]))}{more}")
+    return "; ".join(found)
+
+
+def _not_finite(config: Config, step: int, what: str) -> TrainingError:
+    recipe = Path(config.output) / "config.yaml"
+    return TrainingError(
+        f"step {step + 1}: {what}; no weight was changed; "
+        f"`distilfast replay --step {step + 1} --config {recipe}` takes the step apart"
+    )
+
+
+def _is_computed(config: Config, part: str) -> bool:
+    weighted = {"agreement": "kd"}.get(part, part)
+    return part == "loss" or bool(getattr(config.loss, f"{weighted}_weight"))
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Dropout's draws belong to a split of the batch; nothing else in a run does."""
+    high, low, *_ = philox(seed, step, torch.tensor(rank), torch.tensor(micro_batch))
+    return int(high) << 31 | int(low)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a stop as soon as all ranks can; a second SIGINT does not wait."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Stop:
+        self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,169 @@
+"""The processes of a run, and what they do together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from distilfast.driver import optimizers
+from distilfast.errors import ConfigError
+from distilfast.machine import cpu_name
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and what they do together."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    patient: Any = None  # a process group in which to wait for hours: for text to be tokenised, say
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def count(self, flags: Sequence[bool]) -> list[int]:
+        """How many ranks say so, for each flag, however long the last of them takes."""
+        counts = torch.tensor(flags, dtype=torch.int64)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(counts, group=self.patient)
+        return [int(count) for count in counts]
+
+    def gather(self, said: Any) -> list[Any]:
+        """What every rank says, plain objects, in their order."""
+        everyone: list[Any] = [said] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(everyone, said, group=self.patient)
+        return everyone
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """``work`` on the first rank while the others wait. Its result, or its error, is
+        everybody's: no rank decides by itself and leaves the others waiting."""
+        return self._agree(work if self.rank == 0 else None)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """``work``, which talks to no other rank, on each. An error on one is everybody's."""
+        return self._agree(work)
+
+    def _agree(self, work: Callable[[], Result] | None) -> Result:
+        result, failure = None, None
+        try:
+            result = work() if work else None
+        except Exception as error:
+            if self.ranks == 1:
+                raise
+            failure = error
+        if self.ranks == 1:
+            return cast(Result, result)
+        is_first = work is not None and self.rank == 0
+        said = (result if is_first and failure is None else None, failure)
+        everyone = self.gather(_portable(said))
+        for _, other in everyone:
+            if other is not None:
+                raise failure or other
+        return cast(Result, everyone[0][0] if work is None else result)
+
+
+def _portable(said: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
+    """What can be sent: plain results, and an error of a kind that any rank can make."""
+    result, failure = said
+    plain = result if isinstance(result, (bool, int, float, str, type(None))) else None
+    if failure is None or isinstance(failure, ConfigError):
+        return plain, failure
+    return plain, RuntimeError(f"{type(failure).__name__}: {failure}")
+
+
+def start() -> World:
+    """Join the processes of `deepspeed` or torchrun, or be one alone. May be called again."""
+    deepspeed = import_deepspeed()
+    # DeepSpeed calls these once a step and more, and torch says each time that they have new names.
+    renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).* deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    if not torch.distributed.is_initialized():
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks))
+        # No operator of its own is worth compiling: its shared-memory collectives alone would take
+        # most of a minute at the first run. Said before it looks, which calls the linker.
+        deepspeed.ops.__compatible_ops__ = {}
+        with alone():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return World(rank, ranks, device, _patient_group() if ranks > 1 else None)
+
+
+@functools.cache
+def _patient_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+
+
+def finish() -> None:
+    """Leave together: a rank that is still talking to one that left can be brought down by it."""
+    if torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """The variables of a launcher, for one process without one; gone again afterwards, or the next
+    program started from here would take itself for a part of this one."""
+    ours = {}
+    if "WORLD_SIZE" not in os.environ:
+        ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        ours["MASTER_PORT"] = str(free_port())
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+def import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports, none about what we do
+        import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    if optimizers.Lamb not in ZERO_SUPPORTED_OPTIMIZERS:  # of exact types
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizers.Lamb)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def describe(world: World) -> Sequence[str]:
+    """Device and versions, for reports."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name()
+    unit = "GPU" if world.device.type == "cuda" else "process"
+    plural = "es" if unit == "process" and world.ranks > 1 else "s" if world.ranks > 1 else ""
+    threads = "" if world.device.type == "cuda" else f", {torch.get_num_threads()} threads each"
+    return [f"{name}, {world.ranks} {unit}{plural}{threads}", f"torch {torch.__version__}"]

@@ -1,0 +1,34 @@
+"""What is wrong with a user's input: one line that says the name, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """Something the user can put right: one line, exit status 2, nothing written."""
+
+
+def expect(ok: bool, key: str, expected: str, got: Any) -> None:
+    """A ConfigError naming key, expectation and value unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def positive(key: str, value: float) -> None:
+    """A ConfigError unless ``value`` is a finite number > 0."""
+    expect(math.isfinite(value) and value > 0, key, "a number > 0", value)
+
+
+def not_negative(key: str, value: float) -> None:
+    """A ConfigError unless ``value`` is a finite number >= 0."""
+    expect(math.isfinite(value) and value >= 0, key, "a number >= 0", value)
+
+
+def fraction(key: str, value: float) -> None:
+    expect(0 <= value < 1, key, "a number from 0 up to, not including, 1", value)
+
+
+def shortened(text: str) -> str:
+    return text[:60] + "..." if len(text) > 60 else text

@@ -1,0 +1,149 @@
+"""What a report holds, in Python and as JSON."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from distilfast.errors import shortened
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of the table: a model, what it costs and how good it is on held-out text."""
+
+    name: str
+    parameters: int
+    size_mib: float  # of the weights
+    eval_loss: float  # cross entropy in nats at masked positions
+    eval_accuracy: float  # share of masked tokens guessed first, 0 to 1
+    eval_agreement: float | None  # share of first guesses that are the teacher's; None: a teacher
+    train_time_s: float | None
+    steps: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that a model puts in place of the mask, and its probability (0 to 1)."""
+
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that holds [MASK], and what each model guesses there."""
+
+    text: str
+    guesses: dict[str, list[Guess]]  # model name -> guesses, best first
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under named columns."""
+
+    title: str
+    columns: list[str]  # the first heads the names of the rows
+    rows: list[list[str]]  # text as it is shown; "" where nothing was measured
+    caption: str = ""
+    published: list[int] = field(default_factory=list)  # rows that are figures of others
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a row of another width and for a published row that is not there:
+        figures under the wrong heading are worse than none."""
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                expected = f"expected {len(self.columns)} cells, got {len(row)}"
+                raise ValueError(f"table {self.title!r}, row {number}: {expected}")
+        if not set(self.published) <= set(range(len(self.rows))):
+            expected = f"expected indices below {len(self.rows)}, got {self.published}"
+            raise ValueError(f"table {self.title!r}, published: {expected}")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Values of several seeds side by side, a row a name: a dot a value, a bar at the median."""
+
+    title: str
+    unit: str
+    values: dict[str, list[float]]  # row name -> a value a seed; one that is not finite is counted
+    zero: bool = False  # they are differences: shown with their sign, and a line at 0
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows; every string is text, never HTML."""
+
+    title: str
+    lead: str  # one sentence: what the figures say
+    models: list[ModelRow] = field(default_factory=list)
+    # run name -> the parsed lines of its metrics.jsonl
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)  # device, versions, date, commit, ...
+    config: str | dict[str, str] = ""  # the YAML of the run, or of several by name
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)  # what makes the figures again
+
+
+def read_report(path: Path) -> Report:
+    """Read the JSON that `write_report` left beside a page.
+
+    Raises ValueError, naming the file, the field, what was expected and what came.
+    """
+    try:
+        report: Report = _typed(Report, json.loads(path.read_bytes()), "report")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return report
+
+
+def markdown(table: Table) -> str:
+    """A table for a terminal or a README."""
+    rows = [
+        [row[0] + " (published)" * (i in table.published), *row[1:]]
+        for i, row in enumerate(table.rows)
+    ]
+    lines = [
+        f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+        for row in (table.columns, ["---"] * len(table.columns), *rows)
+    ]
+    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines])
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of JSON as the annotation of a field has it."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or (kind is None and _fits(hint, value)):
+        return value
+    if is_dataclass(hint) and isinstance(value, dict):
+        make: Any = hint
+        hints, known = get_type_hints(hint), fields(hint)
+        required = {f.name for f in known if (f.default, f.default_factory) == (MISSING, MISSING)}
+        for key in required - value.keys():
+            raise ValueError(f"{where}: expected {key}, which is missing")
+        for key in value.keys() - hints.keys():
+            raise ValueError(f"{where}: expected {', '.join(hints)}, got {shortened(key)}")
+        return make(**{k: _typed(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    if kind is list and isinstance(value, list):
+        return [_typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if kind is dict and isinstance(value, dict):
+        return {k: _typed(arguments[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if kind is types.UnionType:
+        for option in arguments:
+            if _fits(get_origin(option) or option, value):
+                return _typed(option, value, where)
+    name = str(hint) if kind is types.UnionType else (kind or hint).__name__
+    expected = "an object" if is_dataclass(hint) else name
+    raise ValueError(f"{where}: expected {expected}, got {shortened(repr(value))}")
+
+
+def _fits(kind: type, value: Any) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -1,0 +1,171 @@
+"""One report of several runs: models in one table, curves in one plot, like tables merged."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import yaml
+
+from distilfast.report.content import Chart, ModelRow, Report, Sample, Table
+
+
+def merge(reports: dict[str, Report]) -> Report:
+    """One report of several, by the names of the runs; of one, that report."""
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    configs = {
+        _of(run, name): text
+        for run, report in reports.items()
+        for name, text in _configs(run, report).items()
+    }
+    results = [[run, report.lead or report.title] for run, report in reports.items()]
+    return Report(
+        title=f"{', '.join(reports)}: {len(reports)} runs compared",
+        lead="",
+        models=_models(reports),
+        curves={
+            _of(run, name): lines
+            for run, report in reports.items()
+            for name, lines in report.curves.items()
+        },
+        samples=_samples(reports),
+        facts=_facts(reports),
+        config=configs,
+        tables=[
+            Table("Runs", ["run", "result"], results),
+            *_what_differs(configs),
+            *_merged(
+                [(run, table) for run, report in reports.items() for table in report.tables],
+                lambda table: (table.title, *table.columns),
+                _table,
+            ),
+        ],
+        charts=_merged(
+            [(run, chart) for run, report in reports.items() for chart in report.charts],
+            lambda chart: (chart.title, chart.unit, chart.zero),
+            _chart,
+        ),
+        commands=list(dict.fromkeys(c for report in reports.values() for c in report.commands)),
+    )
+
+
+def _of(run: str, name: str) -> str:
+    """What something of a run is called among the others'."""
+    return name if name == run else f"{run}: {name}"
+
+
+def _models(reports: dict[str, Report]) -> list[ModelRow]:
+    """Every row under its run's name; once, and without, where several runs have the very same."""
+    rows = [(run, row) for run, report in reports.items() for row in report.models]
+    count = Counter(row for _, row in rows)
+    named = [row if count[row] > 1 else replace(row, name=_of(run, row.name)) for run, row in rows]
+    return list(dict.fromkeys(named))
+
+
+def _samples(reports: dict[str, Report]) -> list[Sample]:
+    """The guesses of all runs at the same text side by side."""
+    samples: dict[tuple[str, str | None], Sample] = {}
+    for run, report in reports.items():
+        for sample in report.samples:
+            key = sample.text, sample.answer
+            merged = samples.setdefault(key, Sample(sample.text, {}, sample.answer))
+            merged.guesses.update({_of(run, name): g for name, g in sample.guesses.items()})
+    return list(samples.values())
+
+
+def _facts(reports: dict[str, Report]) -> dict[str, str]:
+    """Once what holds for all runs, and the rest with the run's name."""
+    facts: dict[str, str] = {}
+    for key in dict.fromkeys(key for report in reports.values() for key in report.facts):
+        values = {run: report.facts.get(key) for run, report in reports.items()}
+        if len(set(values.values())) == 1:
+            facts[key] = str(values.popitem()[1])
+        else:
+            facts |= {f"{key}, {run}": v for run, v in values.items() if v is not None}
+    return facts
+
+
+Item = TypeVar("Item", Table, Chart)
+
+
+def _merged(
+    items: list[tuple[str, Item]],
+    key: Callable[[Item], Hashable],
+    join: Callable[[list[tuple[str, Item]]], Item],
+) -> list[Item]:
+    """Items of one key and several runs joined; those of a single run under its name."""
+    groups: dict[Hashable, list[tuple[str, Item]]] = {}
+    for run, item in items:
+        groups.setdefault(key(item), []).append((run, item))
+    merged = []
+    for group in groups.values():
+        if len({run for run, _ in group}) > 1:
+            merged.append(replace(join(group), caption=_captions(group)))
+        else:
+            merged += [replace(item, title=_of(run, item.title)) for run, item in group]
+    return merged
+
+
+def _captions(group: Sequence[tuple[str, Table | Chart]]) -> str:
+    return " ".join(dict.fromkeys(item.caption for _, item in group if item.caption))
+
+
+def _table(group: list[tuple[str, Table]]) -> Table:
+    """The rows of all, then those of others, which the runs repeat, once each."""
+    own, published = [], {}
+    for run, table in group:
+        for i, (name, *cells) in enumerate(table.rows):
+            if i in table.published:
+                published[name, *cells] = [name, *cells]
+            else:
+                own.append([_of(run, name), *cells])
+    rows = [*own, *published.values()]
+    return replace(group[0][1], rows=rows, published=list(range(len(own), len(rows))))
+
+
+def _chart(group: list[tuple[str, Chart]]) -> Chart:
+    values = {_of(run, name): v for run, chart in group for name, v in chart.values.items()}
+    return replace(group[0][1], values=values)
+
+
+def _configs(run: str, report: Report) -> dict[str, str]:
+    config = report.config
+    return config if isinstance(config, dict) else {run: config} if config else {}
+
+
+def flat_keys(text: str) -> dict[str, Any]:
+    """The keys of a configuration, those of a section with its name; empty: it is not one."""
+
+    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return dict(flat(content, "")) if isinstance(content, dict) else {}
+
+
+def _what_differs(configs: dict[str, str]) -> Iterator[Table]:
+    """The keys that several configurations have, with different values; but for where the output
+    goes, which always differs."""
+    runs = {run: flat_keys(text) for run, text in configs.items()}
+    rows = []
+    for key in dict.fromkeys(key for keys in runs.values() for key in keys if key != "output"):
+        shown = {run: _shown(keys[key]) for run, keys in runs.items() if key in keys}
+        if len(set(shown.values())) > 1:
+            rows.append([key, *(shown.get(run, "") for run in runs)])
+    if rows:
+        yield Table("What differs", ["key", *runs], rows)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,305 @@
+"""Curves and charts as SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distilfast.report.content import Chart, ModelRow, Report
+from distilfast.report.numbers import fixed
+
+_MAX_POINTS = 400  # about as many as a plot of this size can show
+SMOOTHING = 50  # the window of the running mean is 1/50 of a run
+HELDOUT_TITLES = {
+    "eval_loss": ("Held-out loss", "nats"),
+    "eval_accuracy": ("Held-out accuracy", "share of masked tokens"),
+}
+_PART_TITLES = {
+    "loss": ("Training loss", "weighted sum of its parts"),
+    "kd": ("kd", "soft-target loss"),
+    "ce": ("ce", "hard-label cross entropy, nats"),
+    "hidden_cos": ("hidden_cos", "cosine loss of hidden states"),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot; NaN is a gap."""
+
+    run: str
+    steps: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run is drawn, in every plot and legend: a colour of the style sheet and a dash."""
+
+    colour: int
+    dash: str  # of the SVG, in user units; "" is a full line
+
+
+def number(value: object) -> float:
+    """A float that can be drawn, else NaN; beyond 1e30 matplotlib's own arithmetic overflows."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+        return math.nan
+    return float(value)
+
+
+def curve_of(run: str, lines: Iterable[dict[str, Any]], key: str) -> Curve | None:
+    """The curve of one key, by step; None where nothing of it can be drawn."""
+    # A run that was resumed may have logged a step twice; the later line is the one that counts.
+    points = {number(line.get("step")): number(line[key]) for line in lines if key in line}
+    steps = sorted(step for step in points if not math.isnan(step))
+    values = [points[step] for step in steps]
+    return None if all(math.isnan(value) for value in values) else Curve(run, steps, values)
+
+
+def _evenly(indices: Sequence[int]) -> list[int]:
+    """At most _MAX_POINTS of the indices, the first and the last among them."""
+    count = min(len(indices), _MAX_POINTS)
+    return [indices[round(i * (len(indices) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def thin(curve: Curve, window: int = 1) -> Curve:
+    """About _MAX_POINTS of the curve's points, each the mean over a centred window.
+
+    The window narrows towards the first point, so that the steep start of a run is not flattened,
+    and is cut off at the last. A NaN stays a gap; in the window of another point it is left out.
+    """
+    finite = [i for i, value in enumerate(curve.values) if not math.isnan(value)]
+    # Evenly over all, which shows where the gaps are, and over the finite, which may be but few.
+    picked = sorted({*_evenly(range(len(curve.values))), *_evenly(finite)})
+
+    def mean(i: int) -> float:
+        half = min(window // 2, i)
+        near = [v for v in curve.values[i - half : i + half + 1] if not math.isnan(v)]
+        return curve.values[i] if math.isnan(curve.values[i]) else math.fsum(near) / len(near)
+
+    return Curve(curve.run, [curve.steps[i] for i in picked], [mean(i) for i in picked])
+
+
+# Colours that stand for variables of the style sheet: drawn as these, then replaced by name.
+_INK = {"#010000": "var(--muted)", "#020000": "var(--rule)"}
+_SERIES = {f"#0000{i:02x}": f"var(--series-{i})" for i in range(1, 9)}
+
+
+def styles_of(runs: Iterable[str]) -> dict[str, Style]:
+    count = len(_SERIES)
+    dashes = ("", "6 3", "2 2")
+    return {
+        run: Style(i % count + 1, dashes[i // count % len(dashes)]) for i, run in enumerate(runs)
+    }
+
+
+def _plot(
+    name: str,
+    curves: Sequence[Curve],
+    styles: dict[str, Style],
+    *,
+    references: Sequence[float] = (),
+    percent: bool = False,
+    log: bool = False,
+) -> str:
+    """An SVG element of the curves against step, with a dashed level for each reference.
+
+    It holds no text but numbers and the word "step": names stand in the page's own legend, where
+    they wrap, are escaped once and need no font that matplotlib knows.
+    """
+    import matplotlib
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
+
+    muted, rule = _INK
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not show in the page
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": f"distilfast {name}",  # one a plot: ids are shared by the page
+                "font.size": 12.5,
+                "axes.edgecolor": rule,
+                "axes.linewidth": 1.0,
+                "axes.spines.left": False,
+                "axes.spines.right": False,
+                "axes.spines.top": False,
+                "axes.grid": True,
+                "axes.grid.axis": "y",
+                "axes.axisbelow": True,
+                "axes.labelcolor": muted,
+                "axes.labelsize": 12.5,
+                "grid.color": rule,
+                "grid.linewidth": 1.0,
+                "xtick.color": rule,
+                "xtick.labelcolor": muted,
+                "ytick.labelcolor": muted,
+                "ytick.major.size": 0,
+                "ytick.minor.size": 0,
+                "lines.solid_capstyle": "round",
+            }
+        )
+        figure = Figure(figsize=(440 / 72, 264 / 72), layout="constrained")
+        axes = figure.add_subplot()
+        for level in references:
+            axes.axhline(level, color=muted, linewidth=1.4, dashes=(4, 3))
+        for curve in curves:
+            style = styles[curve.run]
+            dash = tuple(float(length) / 2 for length in style.dash.split())
+            axes.plot(
+                curve.steps,
+                curve.values,
+                color=list(_SERIES)[style.colour - 1],
+                linewidth=2.0,
+                linestyle=(0, dash) if dash else "-",
+                marker="o" if len(curve.steps) <= 30 else "",  # alone, a point has no line
+                markersize=4.5,
+                markeredgewidth=0,
+            )
+        end = max(max(curve.steps) for curve in curves) or 1.0
+        axes.set_xlim(-0.015 * end, 1.015 * end)
+        if log:
+            axes.set_yscale("log")
+            bottom, top = axes.get_ylim()
+            subs = (1.0, 2.0, 5.0) if top < 1e3 * bottom else (1.0,)
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        else:
+            axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(
+            ticker.PercentFormatter(1.0, symbol=" %")
+            if percent
+            else ticker.FuncFormatter(lambda value, _: f"{value:,.6g}")
+        )
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel("step")
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _inline(buffer.getvalue())
+
+
+def _inline(document: str) -> str:
+    """An SVG document of matplotlib's as an element of an HTML page that styles it."""
+    view_box = re.search(r'viewBox="[^"]*"', document)
+    assert view_box is not None
+    body = document[document.index(">", view_box.end()) + 1 :]
+    body = re.sub(r"<style\b.*?</style>", "", body, flags=re.DOTALL)  # it would style the page
+    referenced = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
+    body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", body)
+    body = re.sub(r"font(?:-family)?: [^;\"]*;? ?", "", body)
+    for drawn, variable in {**_INK, **_SERIES}.items():
+        body = body.replace(drawn, variable)
+    return f"<svg {view_box[0]}>{body.strip()}"
+
+
+def forest(chart: Chart) -> dict[str, Any]:
+    """What the template draws of a chart: places on the axis in percent of its width, and labels.
+
+    Names stand in HTML beside the strips, and the strips are drawn in percent, so that neither is
+    scaled: on a telephone dots and text are as large as elsewhere.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    finite = {
+        name: [v for v in map(number, values) if not math.isnan(v)]
+        for name, values in chart.values.items()
+    }
+    drawn = [v for values in finite.values() for v in values] + [0.0] * chart.zero or [0.0]
+    margin = 0.05 * (max(drawn) - min(drawn) or abs(drawn[0]) or 1.0)
+    low, high = min(drawn) - margin, max(drawn) + margin
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    digits = max(0, 1 - math.floor(math.log10(ticks[1] - ticks[0])))  # of a tenth of a tick
+
+    def share(value: float) -> float:
+        return (value - low) / (high - low)
+
+    def place(value: float) -> str:
+        return f"{100 * share(value):.2f}%"
+
+    def signed(text: str, value: float) -> str:
+        return f"+{text}" if chart.zero and value > 0 else text.replace("-", "−")
+
+    def anchor(value: float) -> str:
+        return "start" if share(value) < 0.08 else "end" if share(value) > 0.92 else "middle"
+
+    rows = []
+    for name, values in finite.items():
+        median = statistics.median(values) if values else math.nan
+        lost = len(chart.values[name]) - len(values)
+        note = f"{lost} of {len(chart.values[name])} not finite" if lost else ""
+        label = signed(fixed(median, digits), median) if values else "–"
+        middle = place(median) if values else None
+        dots = [place(value) for value in values]
+        rows.append(dict(name=name, note=note, dots=dots, median=middle, label=label))
+    return dict(
+        title=chart.title,
+        unit=chart.unit,
+        caption=chart.caption,
+        rows=rows,
+        ticks=[(place(t), signed(f"{t:,.6g}", t), anchor(t)) for t in ticks if low <= t <= high],
+        zero=place(0.0) if chart.zero else None,
+    )
+
+
+def _panel(
+    key: str, title: str, unit: str, curves: Sequence[Curve], svg: str, has_gaps: bool
+) -> dict[str, Any]:
+    runs = [curve.run for curve in curves]
+    label = f"{title} ({unit}) against step: {', '.join(runs)}"
+    return dict(key=key, title=title, unit=unit, runs=runs, svg=svg, gaps=has_gaps, label=label)
+
+
+def levels_of(report: Report) -> list[ModelRow]:
+    """The teachers that have a figure to be drawn as a level in the held-out plots."""
+    return [
+        row
+        for row in report.models
+        if row.eval_agreement is None
+        and not all(math.isnan(number(getattr(row, key))) for key in HELDOUT_TITLES)
+    ]
+
+
+def heldout_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, Any]]:
+    panels = []
+    for key, (title, unit) in HELDOUT_TITLES.items():
+        whole = [curve_of(run, lines, key) for run, lines in report.curves.items()]
+        curves = [thin(curve) for curve in whole if curve is not None]
+        if curves:
+            levels = [number(getattr(row, key)) for row in levels_of(report)]
+            svg = _plot(
+                key,
+                curves,
+                styles,
+                references=[level for level in levels if not math.isnan(level)],
+                percent=key == "eval_accuracy",
+            )
+            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole)))
+    return panels
+
+
+def training_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, Any]]:
+    panels = []
+    for key, (title, unit) in _PART_TITLES.items():
+        whole = [curve_of(run, lines, key) for run, lines in report.curves.items()]
+        curves = [
+            thin(curve, window=len(curve.steps) // SMOOTHING)
+            for curve in whole
+            if curve is not None and any(curve.values)  # a part of weight 0 is logged as 0
+        ]
+        if curves:
+            drawn = [v for curve in curves for v in curve.values if not math.isnan(v)]
+            log = min(drawn) > 0 and max(drawn) > 8 * min(drawn)
+            svg = _plot(key, curves, styles, log=log)
+            unit = f"{unit}, log scale" if log else unit
+            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole)))
+    return panels
+
+
+def _has_gap(curves: Iterable[Curve | None]) -> bool:
+    return any(math.isnan(v) for curve in curves if curve is not None for v in curve.values)

@@ -1,0 +1,63 @@
+"""The report of a training run, from what its files say."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distilfast.report.content import ModelRow, Report
+
+
+def training_report(
+    output: Path,
+    config: str,
+    lines: list[dict[str, Any]],
+    summary: dict[str, Any] | None,
+    name: str | None = None,
+) -> Report:
+    """The report of `distilfast train`.
+
+    Args:
+        output: the run's folder.
+        config: the YAML of its configuration.
+        lines: of its metrics.
+        summary: what summary.json holds; None: the run is not finished.
+        name: of the run and its student; None: the folder's.
+    """
+    name = name or output.name
+    report = Report(name, "", [], {name: lines}, [], {}, config, commands=[train_command(output)])
+    if summary is None:
+        steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
+        return replace(report, lead=f"Not finished: {max(steps, default=0):,} steps so far.")
+    last = summary["scores"]["student"]
+    return replace(
+        report,
+        title=f"{name}: {summary['parameters'] / 1e6:.1f} M parameters",
+        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
+        f"{summary['steps']:,} steps.",
+        models=list(_rows(name, summary)),
+        facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
+    )
+
+
+def train_command(output: Path) -> str:
+    """What makes a run again, or goes on with it."""
+    return shlex.join(["distilfast", "train", "--config", str(output / "config.yaml")])
+
+
+def _rows(name: str, summary: dict[str, Any]) -> Iterator[ModelRow]:
+    for model, scores in summary["scores"].items():
+        teacher, trained = model.startswith("teacher"), model == "student"
+        parameters = summary.get("teacher_parameters") if teacher else summary["parameters"]
+        if parameters is not None:  # else a summary from before teachers were counted
+            yield ModelRow(
+                name=name if trained else model,
+                parameters=parameters,
+                size_mib=parameters * 4 / 2**20,
+                train_time_s=summary["seconds"] if trained else None,
+                steps=summary["steps"] if trained else None,
+                **scores,
+            )

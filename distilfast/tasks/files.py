@@ -1,0 +1,246 @@
+"""A task's examples, from its files or the hub."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distilfast.errors import ConfigError
+from distilfast.sources import lookup as names
+from distilfast.tasks import squad
+from distilfast.tasks.table import IMDB, SENTENCES, TASKS, Task
+
+log = logging.getLogger("distilfast.tasks")
+IGNORE_INDEX = -100  # the label of an example that has none
+HUBS = ("glue", "hub")  # what --data says for the hub
+
+
+def find(name: str, data: str, key: str = "--tasks") -> Task:
+    """The task of a name, in any case and with or without its hyphen, or the user's own of that
+    folder.
+
+    Raises:
+        ConfigError: neither.
+    """
+    plain = {_plain(known): task for known, task in TASKS.items()}
+    if task := plain.get(_plain(name)):
+        return task
+    known = ", ".join(TASKS)
+    folder = None if data in HUBS else names.local_path("--data", data)
+    if folder is None and data not in HUBS:
+        raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
+    one_folder = Path(name).name == name not in ("", "..")  # nor "a/b": it names outputs too
+    if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
+        raise ConfigError(
+            f"{key}: expected one of {known}, or the folder of one's own task with train.tsv and "
+            f"dev.tsv in --data, got {name!r} and {data!r}"
+        )
+    return _own_task(name, folder / name / "train.tsv")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "")
+
+
+def _own_task(name: str, file: Path) -> Task:
+    """A task whose columns and classes are those of its training file."""
+    header = next(iter(_lines(file)), [])
+    texts = SENTENCES if "sentence1" in header else ("sentence",)
+    task = Task(name, texts, classes=("",))
+    found = {label for *_, label in _rows(file, task)}
+    classes = tuple(
+        sorted(found, key=lambda label: (len(label), label) if label.isdecimal() else (0, label))
+    )
+    if len(classes) < 2:
+        raise ConfigError(f"{file}: expected at least two labels, got {', '.join(classes)!r} alone")
+    return Task(name, texts, classes=classes)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and labels, of one split."""
+
+    texts: list[tuple[str, ...]]
+    # Classes as numbers; IGNORE_INDEX: none. For spans the gold answers of each: squad.Answer.
+    labels: list[Any]
+
+
+def read(task: Task, data: str) -> dict[str, Examples]:
+    """The splits of a task: train first, then the development sets.
+
+    Args:
+        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub". That of
+            IMDb may hold train/pos, that of SQuAD train-v1.1.json itself.
+
+    Raises:
+        ConfigError: a folder, column or field that is missing, a label outside the task (with the
+            number of its line, or the question's id), an empty split.
+    """
+    folder = None if data in HUBS else names.local_path("--data", data)
+    if data not in HUBS and (folder is None or not folder.is_dir()):
+        raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
+    splits = ("train", *task.dev)
+    if folder is None:
+        loaded = _from_hub(task)
+    elif task is IMDB and (folder / "train" / "pos").is_dir():
+        loaded = {split: _imdb_folder(folder / split) for split in splits}
+    elif task.spans and (folder / "train-v1.1.json").is_file():
+        loaded = {split: _squad_file(folder, split) for split in splits}
+    else:
+        place = folder / task.name
+        if not place.is_dir():
+            there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "nothing"
+            raise ConfigError(
+                f"--data: expected the folder {task.name} in {str(folder)!r}, which has {there}"
+            )
+        if task.spans:
+            loaded = {split: _squad_file(place, split) for split in splits}
+        else:
+            loaded = {split: _read_file(place / f"{split}.tsv", task) for split in splits}
+    for split, examples in loaded.items():
+        if not examples.texts:
+            raise ConfigError(f"--data: expected examples in {task.name}'s {split}, got none")
+    return loaded
+
+
+def read_texts(file: Path, task: Task) -> Examples:
+    """Unlabelled texts for a task, of a .tsv with its columns, or `sentence` or `sentence1`,
+    `sentence2`, under a header line."""
+    if not file.is_file():
+        raise ConfigError(f"--transfer: expected a file, got {str(file)!r}")
+    texts = task.texts
+    if not set(texts) <= set(next(iter(_lines(file)), [])):
+        texts = SENTENCES[: len(texts)] if len(texts) == 2 else ("sentence",)
+    rows = _rows(file, Task(task.name, texts, label=texts[0]))
+    if not rows:
+        raise ConfigError(f"--transfer: expected texts in {str(file)!r}, got none")
+    return Examples([row[:-1] for row in rows], [[] if task.spans else IGNORE_INDEX] * len(rows))
+
+
+def _read_file(file: Path, task: Task) -> Examples:
+    rows = _rows(file, task)
+    return Examples([row[:-1] for row in rows], [float(row[-1]) for row in rows])
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """The fields of every line; quotes are literal."""
+    lines = _text(file).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r").split("\t") for line in lines]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")  # read_text would end a line at a lone \r
+    except FileNotFoundError:
+        raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--data: expected the file {str(file)!r}, got {error.strerror}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}: expected UTF-8, got {error.reason} at byte {error.start}"
+        ) from None
+
+
+def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
+    """(text, label) or (text, text, label) of each line, the label as its number."""
+    lines = _lines(file)
+    header = task.columns or next(iter(lines), [])
+    first = 0 if task.columns else 1
+    wanted = (*task.texts, task.label)
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ConfigError(
+            f"{file}: expected the columns {', '.join(dict.fromkeys(wanted))}, got "
+            f"{', '.join(header) or 'none'}"
+        )
+    places = [header.index(name) for name in wanted]
+    rows, short = [], 0
+    for number, fields in enumerate(lines[first:], start=first + 1):
+        if len(fields) != len(header):
+            if task.lenient and len(fields) < len(header):
+                short += 1
+                continue
+            raise ConfigError(
+                f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}"
+            )
+        *texts, label = (fields[place] for place in places)
+        rows.append((*texts, _label(task, label, f"{file}, line {number}")))
+    if short:
+        log.warning("%s: %d lines have too few fields and are left out", file, short)
+    return rows
+
+
+def _label(task: Task, label: str, where: str) -> Any:
+    if task.label in task.texts:  # none at all
+        return label
+    if task.classes == ("",):  # to be collected
+        if not label:
+            raise ConfigError(f"{where}: expected a label, got none")
+        return label
+    if task.classes:
+        if label not in task.classes:
+            raise ConfigError(
+                f"{where}: expected a label of {', '.join(task.classes)}, got {label!r}"
+            )
+        return task.classes.index(label)
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a number, got {label!r}")
+    return value
+
+
+def _imdb_folder(folder: Path) -> Examples:
+    """aclImdb's layout: neg/*.txt and pos/*.txt."""
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
+    for label, name in enumerate(IMDB.classes):
+        files = sorted((folder / name).glob("*.txt"))
+        if not files:
+            raise ConfigError(f"--data: expected files *.txt in {str(folder / name)!r}, got none")
+        for file in files:
+            texts.append((_text(file).replace("<br />", "\n"),))
+            labels.append(label)
+    return Examples(texts, labels)
+
+
+def _squad_file(folder: Path, split: str) -> Examples:
+    return Examples(*squad.read(folder / f"{split}-v1.1.json"))
+
+
+def _from_hub(task: Task) -> dict[str, Examples]:
+    import datasets
+    import huggingface_hub
+
+    if task.hub is None:
+        raise ConfigError(f"--data: expected a folder for the task {task.name}, got the hub")
+    name, part = task.hub
+    names.require_hub("--data", name, repo_type="dataset")
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        loaded = datasets.load_dataset(name, part)
+        found = {}
+        for split, hub_split in zip(("train", *task.dev), task.hub_splits, strict=True):
+            rows = loaded[hub_split]
+            if not task.spans:
+                rows = rows.filter(lambda row: row["label"] != -1)
+            columns = [rows[column] for column in task.hub_texts or task.texts]
+            labels = (
+                [squad.of_hub(row, f"{name}, {hub_split}") for row in rows]
+                if task.spans
+                else [float(label) for label in rows["label"]]
+            )
+            found[split] = Examples(list(zip(*columns, strict=True)), labels)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"--data: {name!r} cannot be loaded: {message}") from error
+    return found

@@ -1,0 +1,257 @@
+"""A task's examples as tokens, and what a model's logits say about them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distilfast.tasks import squad
+from distilfast.tasks.files import IGNORE_INDEX, Examples
+from distilfast.tasks.table import Task
+
+CHUNK = 10_000  # examples that are tokenised at a time: the tokenizer's own lists are large
+PAD_TO = 8  # the width of a batch is a multiple of it
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split as tokens, one example after the other.
+
+    input_ids, token_type_ids: (tokens,) int32. offsets: (n + 1,) int64, where each begins.
+    labels: (n,) float32; the class' number, or IGNORE_INDEX.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    offsets: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(n,) tokens of each example."""
+        return self.offsets.diff()
+
+    def batch(self, rows: Tensor, pad_token: int) -> dict[str, Tensor]:
+        """The inputs of a model for some examples, (B, L) each, L a multiple of PAD_TO."""
+        real, places = self._places(rows)
+        return {
+            "input_ids": _padded(self.input_ids[places].long(), real, pad_token),
+            "attention_mask": real.long(),
+            "token_type_ids": _padded(self.token_type_ids[places].long(), real, 0),
+        }
+
+    def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) bool: where a batch holds a token; and which, the number of each."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        column = torch.arange(-(-int(lengths.max()) // PAD_TO) * PAD_TO)
+        real = column < lengths[:, None]
+        return real, (self.offsets[rows][:, None] + column)[real]
+
+    def empty_logits(self, outputs: int) -> Tensor:
+        """For those of all examples, as `take` and `put` know them: (n, outputs) fp32."""
+        return torch.zeros(len(self), outputs)
+
+    def take(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The logits of a batch, (B, outputs)."""
+        return logits[rows]
+
+    def put(self, logits: Tensor, rows: Tensor, batch: Tensor) -> None:
+        """Store the logits of a batch."""
+        logits[rows] = batch
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """The examples of both."""
+        return Encoded(
+            torch.cat([self.input_ids, other.input_ids]),
+            torch.cat([self.token_type_ids, other.token_type_ids]),
+            torch.cat([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            torch.cat([self.labels, other.labels]),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are saved."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Windows(Encoded):
+    """Windows of questions and contexts; each is an example, and its tokens are the classes.
+
+    labels: (n, 2), the positions of the answer's first and last token.
+    questions: (n,) int32, the number of each window's question.
+    chars: (tokens, 2) int32: where in the context each begins and ends; -1: not in it.
+    source: uint8, JSON: the context and the texts of the gold answers of each question.
+
+    Logits of all are one (tokens, 2) tensor, of a batch (B, 2, L) with -inf at the padding: two
+    rows a window.
+    """
+
+    questions: Tensor
+    chars: Tensor
+    source: Tensor
+
+    def empty_logits(self, outputs: int) -> Tensor:
+        return torch.zeros(len(self.input_ids), outputs)
+
+    def take(self, logits: Tensor, rows: Tensor) -> Tensor:
+        real, places = self._places(rows)
+        return _padded(logits[places], real, -math.inf).transpose(1, 2)
+
+    def put(self, logits: Tensor, rows: Tensor, batch: Tensor) -> None:
+        real, places = self._places(rows)
+        logits[places] = batch.transpose(1, 2)[real]
+
+    def answers(self, logits: Tensor) -> list[str]:
+        """The text that answers each question.
+
+        Args:
+            logits: (tokens, 2).
+        """
+        bounds, chars = self.offsets.tolist(), self.chars.numpy()
+        start, end = logits.float().numpy().T
+        spans = (
+            squad.best_span(start[a:b], end[a:b], chars[a:b]) for a, b in itertools.pairwise(bounds)
+        )
+        contexts = [context for context, _ in self._source()]
+        return squad.answers(contexts, zip(self.questions.tolist(), spans, strict=True))
+
+    def gold(self) -> list[list[str]]:
+        """The texts of the gold answers of each question."""
+        return [answers for _, answers in self._source()]
+
+    def _source(self) -> list[tuple[str, list[str]]]:
+        return json.loads(self.source.numpy().tobytes())
+
+    def __add__(self, other: Encoded) -> Windows:
+        """The windows of both."""
+        assert isinstance(other, Windows)
+        source = self._source()
+        return Windows(
+            **vars(super().__add__(other)),
+            questions=torch.cat([self.questions, other.questions + len(source)]),
+            chars=torch.cat([self.chars, other.chars]),
+            source=_packed([*source, *other._source()]),
+        )
+
+
+def _padded(values: Tensor, real: Tensor, fill: float) -> Tensor:
+    """(B, L, ...) with the values where there is a token."""
+    made = values.new_full((*real.shape, *values.shape[1:]), fill)
+    made[real] = values
+    return made
+
+
+def _packed(content: Any) -> Tensor:
+    """JSON as bytes: a file of tensors holds nothing else."""
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def encoded(tensors: dict[str, Tensor]) -> Encoded:
+    """A split of its tensors by name."""
+    return (Windows if "chars" in tensors else Encoded)(**tensors)
+
+
+def predictions(task: Task, examples: Encoded, logits: Tensor) -> np.ndarray:
+    """What a model says: (n,) classes or numbers, or the answer's text of each question.
+
+    Args:
+        logits: of all examples.
+    """
+    if isinstance(examples, Windows):
+        return np.array(examples.answers(logits), dtype=object)
+    return (logits.argmax(-1) if task.classes else logits[:, 0]).numpy()
+
+
+def score(task: Task, examples: Encoded, logits: Tensor) -> dict[str, float]:
+    """The metrics of a model and its "score", each x 100.
+
+    Args:
+        logits: of all examples.
+    """
+    if isinstance(examples, Windows):
+        found = squad.score(examples.answers(logits), examples.gold())
+        return {**found, "score": found["F1"]}
+    return task.score(examples.labels, logits)
+
+
+def encode_windows(
+    examples: Examples,
+    tokenizer: Any,
+    max_length: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Windows:
+    """Questions and contexts as windows of at most ``max_length`` tokens."""
+    made = []
+    for window in squad.windows(examples.texts, tokenizer, max_length):
+        made.append(window)
+        tell(window.question)
+    labels = [
+        squad.positions(window.chars, answers[0]) if answers else (IGNORE_INDEX, IGNORE_INDEX)
+        for window in made
+        for answers in [examples.labels[window.question]]
+    ]
+    gold = [[text for text, _ in answers] for answers in examples.labels]
+    contexts = [context for _, context in examples.texts]
+    return Windows(
+        torch.from_numpy(np.concatenate([window.input_ids for window in made])),
+        torch.from_numpy(np.concatenate([window.token_type_ids for window in made])),
+        torch.tensor([0, *(len(window.input_ids) for window in made)]).cumsum(0),
+        torch.tensor(labels, dtype=torch.float32),
+        torch.tensor([window.question for window in made], dtype=torch.int32),
+        torch.from_numpy(np.concatenate([window.chars for window in made])),
+        _packed(list(zip(contexts, gold, strict=True))),
+    )
+
+
+def encode(
+    examples: Examples,
+    tokenizer: Any,
+    max_length: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Encoded:
+    """Tokens of texts; of a pair that is too long, the longer text is cut.
+
+    Args:
+        tell: is called with the number of examples that are done.
+    """
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    for begin in range(0, len(examples.texts), CHUNK):
+        columns = map(list, zip(*examples.texts[begin : begin + CHUNK], strict=True))
+        # Types are asked for, as a store is shared by models whose tokenizers differ in that alone.
+        made = tokenizer(
+            *columns, truncation=True, max_length=max_length, return_token_type_ids=True
+        )
+        ids += (np.asarray(row, np.int32) for row in made["input_ids"])
+        types += (np.asarray(row, np.int32) for row in made["token_type_ids"])
+        tell(len(ids))
+    return Encoded(
+        torch.from_numpy(np.concatenate(ids)),
+        torch.from_numpy(np.concatenate(types)),
+        torch.tensor([0, *map(len, ids)]).cumsum(0),
+        torch.tensor(examples.labels, dtype=torch.float32),
+    )
+
+
+def order(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """An epoch's batches: all examples in a random order, neighbours in length together.
+
+    Of every 50 batches' worth of shuffled examples those of like length share a batch, and the
+    batches are shuffled again. Only one batch of an epoch may be smaller.
+    """
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    batches: list[Tensor] = []
+    for pool in shuffled.split(50 * batch_size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
