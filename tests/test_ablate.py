@@ -14,7 +14,7 @@ from conftest import make_task
 from distilfast import cli
 from distilfast.config import ConfigError
 from distilfast.studies import ablate
-from distilfast.studies.paired import difference
+from distilfast.studies.figures import difference
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from torch import Tensor
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.losses import combine_teachers
-from distilfast.studies import finetune, jobs
-from distilfast.studies.finetune import Teaching, agreements
-from distilfast.studies.paired import difference
+from distilfast.studies import finetune, jobs, teaching
+from distilfast.studies.figures import difference
+from distilfast.studies.teaching import Teaching, agreements
 from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read
 from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning
@@ -257,7 +257,7 @@ Calls = list[str]
 def computed(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Students that learn nothing; the models whose logits were computed."""
     seen: Calls = []
-    logits = finetune.logits
+    logits = teaching.logits
 
     def watched(source: str, *arguments: Any, **keywords: Any) -> Any:
         seen.append(Path(source).name)

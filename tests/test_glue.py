@@ -19,7 +19,7 @@ from conftest import WORDS, make_task, make_teacher
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.report import markdown
-from distilfast.studies import glue, jobs
+from distilfast.studies import figures, glue, inputs, jobs, scoring
 from distilfast.tasks import GLUE, TASKS, Task
 from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning
@@ -185,7 +185,7 @@ def test_stopped_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = glue.fine_tune
+    job = scoring.fine_tune
 
     def stop(*arguments: Any, **keywords: Any) -> Any:
         if len(calls) == 2:
@@ -520,7 +520,7 @@ def test_model_that_cannot_be_fine_tuned_is_refused(
 
 
 def entry(task: str, *scores: float) -> dict[str, Any]:
-    return {"metric": TASKS[task].metric, **glue.over_seeds(list(scores))}
+    return {"metric": TASKS[task].metric, **figures.over_seeds(list(scores))}
 
 
 def made_up(shift: float = 0.0, names: Any = GLUE) -> dict[str, Any]:
@@ -534,7 +534,7 @@ def rows(table: Any) -> dict[str, dict[str, str]]:
 
 def test_table_has_both_macros_the_share_and_the_published_rows() -> None:
     results = {"runs/big/model": made_up(), "small": made_up(-5.8)}
-    table = glue.table(results, list(GLUE.values()), "GLUE", 3)
+    table = figures.table(results, list(GLUE.values()), "GLUE", 3)
     assert table.columns == ["model", "score", "without WNLI", *GLUE, "of big"]
     found = rows(table)
     # (50 + ... + 66) / 9 and (50 + ... + 64) / 8; the standard deviation of 1, -2, 0
@@ -563,7 +563,7 @@ def test_table_has_both_macros_the_share_and_the_published_rows() -> None:
 
 
 def test_table_of_one_model_and_one_task_has_no_macro_and_no_share() -> None:
-    table = glue.table({"a": {"CoLA": entry("CoLA", 41.26)}}, [GLUE["CoLA"]], "GLUE", 1)
+    table = figures.table({"a": {"CoLA": entry("CoLA", 41.26)}}, [GLUE["CoLA"]], "GLUE", 1)
     assert table.columns == ["model", "CoLA"]
     assert table.rows[0] == ["a", "41.3"]
     assert [row[1] for row in table.rows[1:]] == ["44.1", "56.3", "51.3"]
@@ -573,21 +573,21 @@ def test_table_of_one_model_and_one_task_has_no_macro_and_no_share() -> None:
 
 def test_published_macro_of_some_tasks_is_theirs() -> None:
     names = ["CoLA", "WNLI", "SST-2"]
-    table = glue.table({"a": made_up(names=names)}, [GLUE[n] for n in names], "GLUE", 3)
+    table = figures.table({"a": made_up(names=names)}, [GLUE[n] for n in names], "GLUE", 3)
     found = rows(table)
     assert found["DistilBERT"]["score"] == f"{(51.3 + 56.3 + 91.3) / 3:.1f}"
     assert found["DistilBERT"]["without WNLI"] == f"{(51.3 + 91.3) / 2:.1f}"
     order = dict(zip(GLUE, reversed(GLUE.values()), strict=True)).values()
-    turned = glue.table({"a": made_up()}, list(order), "GLUE", 3)
+    turned = figures.table({"a": made_up()}, list(order), "GLUE", 3)
     assert rows(turned)["BERT-base"]["score"] == "79.5"
 
 
 def test_own_task_and_imdb_have_the_published_figures_that_there_are() -> None:
     own = Task("mine", ("sentence",))
-    table = glue.table({"a": {"mine": entry("WNLI", 80, 81)}}, [own], "GLUE", 2)
+    table = figures.table({"a": {"mine": entry("WNLI", 80, 81)}}, [own], "GLUE", 2)
     assert len(table.rows) == 1
     assert table.published == []
-    table = glue.table({"a": {"IMDb": entry("IMDb", 90, 91)}}, [TASKS["IMDb"]], "GLUE", 2)
+    table = figures.table({"a": {"IMDb": entry("IMDb", 90, 91)}}, [TASKS["IMDb"]], "GLUE", 2)
     assert {name: row["IMDb"] for name, row in rows(table).items()} == {
         "a": "90.5 ± 0.7",
         "BERT-base": "93.46",
@@ -602,7 +602,7 @@ def test_summary_has_the_parts_of_a_mean_and_both_of_mnli() -> None:
         return {"score": first["score"], "metrics": metrics, **common}
 
     pair = {"accuracy": 70.0, "F1": 80.0, "score": 75.0}
-    found = glue.summary(GLUE["MRPC"], [result(0, dev=pair), result(1, dev=pair)])
+    found = figures.summary(GLUE["MRPC"], [result(0, dev=pair), result(1, dev=pair)])
     assert (found["metric"], found["median"]) == ("mean of accuracy and F1", 75)
     assert (found["accuracy"]["scores"], found["F1"]["median"]) == ([70, 70], 80)
     results = [
@@ -613,7 +613,7 @@ def test_summary_has_the_parts_of_a_mean_and_both_of_mnli() -> None:
         )
         for seed in range(3)
     ]
-    found = glue.summary(GLUE["MNLI"], results)
+    found = figures.summary(GLUE["MNLI"], results)
     assert (found["metric"], found["scores"], found["median"]) == ("accuracy", [60, 61, 62], 61)
     assert found["dev_mismatched"]["scores"] == [62, 65, 68]
     assert found["mean of dev_matched and dev_mismatched"]["scores"] == [61, 63, 65]
@@ -622,14 +622,14 @@ def test_summary_has_the_parts_of_a_mean_and_both_of_mnli() -> None:
 
 def test_names_and_their_models() -> None:
     given = ["bert-base-uncased", "x=runs/a/model", "runs/a=b/model"]
-    assert glue.named_models("--model", given) == {
+    assert inputs.named_models("--model", given) == {
         "bert-base-uncased": "bert-base-uncased",
         "x": "runs/a/model",
         "runs/a=b/model": "runs/a=b/model",
     }
     for wrong in ("=x", "x=", ""):
         with pytest.raises(ConfigError, match="--model: expected MODEL or NAME=MODEL"):
-            glue.named_models("--model", [wrong])
+            inputs.named_models("--model", [wrong])
 
 
 def test_scores_are_on_the_scale_of_the_published_ones() -> None:

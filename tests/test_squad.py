@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.sources import lookup
-from distilfast.studies import finetune, glue
+from distilfast.studies import figures, finetune, folder, inputs, teaching
 from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows, squad
 from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning, SoftTargets
@@ -284,7 +284,7 @@ def test_windows_added_and_saved_are_the_same(train: Windows, tmp_path: Path) ->
     from safetensors.torch import save_file
 
     save_file(train.tensors(), tmp_path / "x.safetensors")
-    read = glue.read_tokens(str(tmp_path / "x.safetensors"))
+    read = folder.read_tokens(str(tmp_path / "x.safetensors"))
     assert isinstance(read, Windows)
     assert read.gold() == train.gold()
     both = read + train
@@ -405,10 +405,10 @@ def test_an_ensemble_is_the_mean_over_positions(
     torch.manual_seed(0)
     monkeypatch.setattr(finetune, "COMBINED", 5)  # several batches, of other widths
     one, two = torch.randn(2, len(train.input_ids), 2)
-    teaching = finetune.Teaching(ensemble=mode, weights=(1.0, 3.0))
+    how = teaching.Teaching(ensemble=mode, weights=(1.0, 3.0))
     inputs: Any = SimpleNamespace(task=SQUAD)
     workers: Any = None
-    run = finetune.Run(inputs, FineTuning(), teaching, workers, Path(), Path())
+    run = finetune.Run(inputs, FineTuning(), how, workers, Path(), Path())
     made = run.combined([one, two], train, 2.0)
     for i in range(len(train)):
         s, t, z = (x[train.offsets[i] : train.offsets[i + 1]] for x in (one, two, made))
@@ -425,7 +425,7 @@ def test_agreement_is_the_share_of_equal_answers(train: Windows) -> None:
     other = logits.clone()
     windows = torch.nonzero(train.questions == 3)[:, 0]
     other[train.offsets[windows[0]] : train.offsets[windows[-1] + 1]] = 0  # one question of 8
-    found = finetune.agreements(SQUAD, train, other, {"A": logits, "B": other})
+    found = teaching.agreements(SQUAD, train, other, {"A": logits, "B": other})
     assert found == {"A": 87.5, "B": 100.0}
 
 
@@ -471,7 +471,7 @@ def test_glue_scores_it_and_goes_on(
 
 def test_other_tasks_show_neither_em_nor_the_second_distillation() -> None:
     found = {"bert": {"CoLA": {"median": 1.0, "stdev": None}}}
-    made = glue.table(found, [tasks.GLUE["CoLA"]], "GLUE", 1)
+    made = figures.table(found, [tasks.GLUE["CoLA"]], "GLUE", 1)
     assert made.columns == ["model", "CoLA"]
     assert [row[0] for row in made.rows] == ["bert", "ELMo", "BERT-base", "DistilBERT"]
 
@@ -479,7 +479,7 @@ def test_other_tasks_show_neither_em_nor_the_second_distillation() -> None:
 def test_a_score_beside_glue_stands_next_to_its_published_ones() -> None:
     squad_figures = {"median": 50.0, "stdev": 1.0, "EM": {"median": 40.0, "stdev": None}}
     found = {"bert": {"CoLA": {"median": 10.0, "stdev": None}, "SQuAD": squad_figures}}
-    made = glue.table(found, [tasks.GLUE["CoLA"], SQUAD], "GLUE", 1)
+    made = figures.table(found, [tasks.GLUE["CoLA"], SQUAD], "GLUE", 1)
     assert made.columns == ["model", "score", "CoLA", "SQuAD", "SQuAD EM"]
     assert made.rows[0] == ["bert", "30.0", "10.0", "50.0 ± 1.0", "40.0"]
     assert made.rows[2] == ["BERT-base", "72.4", "56.3", "88.5", "81.2"]
@@ -600,7 +600,7 @@ def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     transformers.CanineTokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="--model: expected a fast tokenizer with a padding"):
-        glue.open_model("--model", str(tmp_path), [SQUAD], FineTuning())
+        inputs.open_model("--model", str(tmp_path), [SQUAD], FineTuning())
 
 
 # --- The hub --------------------------------------------------------------------------------------

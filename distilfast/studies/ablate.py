@@ -35,9 +35,13 @@ from distilfast.errors import ConfigError, expect
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup as names
 from distilfast.studies import flags as options
-from distilfast.studies import glue, jobs
+from distilfast.studies import jobs
+from distilfast.studies.figures import Difference, difference, over_seeds
+from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
+from distilfast.studies.folder import TokenStore, claim, slug
+from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_inputs
 from distilfast.studies.jobs import Job, Result, Tell, Workers
-from distilfast.studies.paired import Difference, difference
+from distilfast.studies.scoring import fine_tune
 from distilfast.tasks import Task
 from distilfast.tasks.training import FineTuning
 
@@ -78,8 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         default=5,
         help="of the runs: the config's and those after",
     )
-    glue.add_task_options(parser)
-    glue.add_tuning_options(parser)
+    add_task_options(parser)
+    add_tuning_options(parser)
     given = parser.parse_args(arguments)
 
     output = Path(given.output)
@@ -92,10 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         for name, changes in rows.items()
         for seed in seeds
     }
-    chosen = glue.chosen_tasks(given.tasks, given.data)
+    chosen = chosen_tasks(given.tasks, given.data)
     workers = Workers.of(given.processes, given.device)
-    settings = glue.tuning(given, workers)
-    splits = glue.read_inputs(chosen, given.data, {}, settings)
+    settings = tuning(given, workers)
+    splits = read_inputs(chosen, given.data, {}, settings)
     _, tokenizer, _ = checks.load_models(first)
     length = max(settings.max_length or task.max_length for task in chosen)
     for name in rows:  # what is wrong with the last is better known before the first is trained
@@ -112,14 +116,14 @@ def main(arguments: Sequence[str]) -> int:
     }
     shown = {name: " ".join(changes) for name, changes in rows.items()}
     shown |= {
-        f"teacher {teacher.name}": glue.identity(names.model_source("teacher", teacher.name))
+        f"teacher {teacher.name}": identity(names.model_source("teacher", teacher.name))
         for config in runs.values()
         for teacher in config.teachers
     }
-    glue.claim(output, what, shown, splits.identities)
+    claim(output, what, shown, splits.identities)
     data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
     trained = train(runs, workers, output)
-    tuned = fine_tune(runs, splits, tokenizer, settings, workers, output)
+    tuned = fine_tune_all(runs, splits, tokenizer, settings, workers, output)
     found = {
         name: Row(
             [trained[name, seed] for seed in seeds],
@@ -193,7 +197,7 @@ def run_config(
 ) -> Config:
     """The configuration of one run. All share the tokens of the text."""
     shared = [f"--data.prepared={prepared or output / 'text-tokens'}"]
-    own = [f"--seed={seed}", f"--output={output / 'runs' / glue.slug(name) / f'seed-{seed}'}"]
+    own = [f"--seed={seed}", f"--output={output / 'runs' / slug(name) / f'seed-{seed}'}"]
     return parse([*base, *(f"--{change}" for change in changes), *shared, *own])
 
 
@@ -207,7 +211,7 @@ def train(
     wanted = {}
     for (name, seed), config in runs.items():
         wanted[name, seed] = Job(
-            f"distilled/{glue.slug(name)}/seed-{seed}",
+            f"distilled/{slug(name)}/seed-{seed}",
             2.0 if config.loss.needs_teacher else 1.0,
             distil,
             (configs.to_yaml(config), config.output, workers.threads),
@@ -273,9 +277,9 @@ def _share_done(metrics: Path, steps: int | None) -> float:
     return min(int(found[1]) / steps, 0.99) if found else 0.0
 
 
-def fine_tune(
+def fine_tune_all(
     runs: Mapping[tuple[str, int], Config],
-    splits: glue.Inputs,
+    splits: Inputs,
     tokenizer: Any,
     settings: FineTuning,
     workers: Workers,
@@ -286,16 +290,16 @@ def fine_tune(
     Args:
         tokenizer: of all of them, as they share the tokens of the text.
     """
-    store = glue.TokenStore(output / "tokens")
+    store = TokenStore(output / "tokens")
     wanted = {}
     for ((name, seed), config), task in itertools.product(runs.items(), splits.tasks.values()):
         source = str(Path(config.output) / "model")
         files, tokens = store.files(splits.splits[task.name], task, tokenizer, settings)
         work = tokens * (settings.epochs or task.epochs)
         wanted[name, seed, task.name] = Job(
-            f"scores/{glue.slug(name)}/{task.name}/seed-{seed}",
+            f"scores/{slug(name)}/{task.name}/seed-{seed}",
             work,
-            glue.fine_tune,
+            fine_tune,
             (source, task, files, tokenizer.pad_token_id, settings, seed),
             {"seed": seed, "settings": asdict(settings)},
         )
@@ -326,9 +330,9 @@ def write(
     }
     results = {
         name: {
-            "score": glue.over_seeds(row.score),
-            "eval_loss": glue.over_seeds(row.eval_loss),
-            "tasks": {t: glue.over_seeds([r["score"] for r in f]) for t, f in row.tasks.items()},
+            "score": over_seeds(row.score),
+            "eval_loss": over_seeds(row.eval_loss),
+            "tasks": {t: over_seeds([r["score"] for r in f]) for t, f in row.tasks.items()},
             "difference": {
                 part: {"values": d.values, "mean": d.mean, "stdev": d.stdev, "p": d.p}
                 for part, d in differences.get(name, {}).items()

@@ -13,72 +13,40 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 from distilfast import tasks
-from distilfast.errors import ConfigError, expect, not_negative, positive
-from distilfast.losses import combine_teachers
+from distilfast.errors import ConfigError
 from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.studies import flags as options
-from distilfast.studies import glue, jobs
-from distilfast.studies.glue import Model
-from distilfast.studies.jobs import Job, Result, Tell, Workers
-from distilfast.studies.paired import difference
+from distilfast.studies import jobs
+from distilfast.studies.figures import difference, over_seeds, short, with_spread
+from distilfast.studies.flags import add_tuning_options, tuning
+from distilfast.studies.folder import TokenStore, claim, read_tokens, slug
+from distilfast.studies.inputs import Model, identity, open_model
+from distilfast.studies.jobs import Job, Result, Workers
+from distilfast.studies.teaching import (
+    COMBINED,
+    Taught,
+    Teaching,
+    agreements,
+    learn,
+    logits,
+    targets_of,
+)
 from distilfast.tasks import Encoded, Examples, Task
-from distilfast.tasks import training as finetuning
-from distilfast.tasks.training import FineTuning, SoftTargets
+from distilfast.tasks.training import FineTuning
 
 LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
-COMBINED = 1024  # examples whose logits are combined at a time
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How teachers teach.
-
-    Args:
-        temperature: T of the soft targets.
-        kd_weight: of T^2 KL(teacher || student) at T.
-        ce_weight: of the cross entropy of the hard labels at 1.
-        ensemble: probability is the arithmetic mean of the teachers' distributions at T, logit
-            their geometric mean.
-        weights: a teacher's share in it; they are normalised.
-    """
-
-    temperature: float = 2.0
-    kd_weight: float = 0.5
-    ce_weight: float = 0.5
-    ensemble: str = "probability"
-    weights: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        positive("--temperature", self.temperature)
-        positive("--kd_weight", self.kd_weight)
-        not_negative("--ce_weight", self.ce_weight)
-        for weight in self.weights:
-            not_negative("--weights", weight)
-        expect(sum(self.weights) > 0, "--weights", "a weight > 0", self.weights)
-
-    def combine(self, logits: Sequence[Tensor], task: Task, temperature: float) -> Tensor:
-        """The ensemble's logits at T, (n, outputs) or (n, 2, L), or its number."""
-        if len(logits) == 1:
-            return logits[0]
-        if task.kind == "number":
-            shares = torch.tensor(self.weights) / sum(self.weights)
-            return (torch.stack(list(logits)) * shares[:, None, None]).sum(0)
-        weights = list(self.weights)
-        return combine_teachers(list(logits), weights, temperature=temperature, mode=self.ensemble)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--weights", type=numbers, metavar="A,B", help="of the teachers in the ensemble")
     add("--transfer", metavar="FILE", help="a .tsv of unlabelled texts to imitate the teachers on")
     add("--cache", metavar="FOLDER", help="of the teachers' logits; default: in --output")
-    glue.add_tuning_options(parser)
+    add_tuning_options(parser)
     given = parser.parse_args(arguments)
 
     task = tasks.find(given.task, given.data, "--task")
@@ -112,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         given.temperature, given.kd_weight, given.ce_weight, given.ensemble, weights
     )
     workers = Workers.of(given.processes, given.device)
-    settings = glue.tuning(given, workers)
+    settings = tuning(given, workers)
     inputs = read_inputs(task, given, settings)
     output = Path(given.output)
     what = {
@@ -126,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     identities = {"student": inputs.student.identity}
     identities |= {teacher.name: teacher.model.identity for teacher in inputs.teachers}
-    glue.claim(output, what, identities, {task.name: inputs.identity})
+    claim(output, what, identities, {task.name: inputs.identity})
     run = Run(inputs, settings, teaching, workers, output, Path(given.cache or output / "logits"))
     rows = run(range(given.seeds))
     write(rows, inputs, what, output, shlex.join(["distilfast", "finetune", *arguments]))
@@ -139,9 +107,6 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers as in 1,2, got {text!r}") from None
-
-
-# --- Inputs ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -174,7 +139,7 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
     if given.transfer:
         splits["transfer"] = tasks.read_texts(Path(given.transfer), task)
     content = json.dumps([vars(e) for e in splits.values()])
-    student = glue.open_model("--student", given.student, [task], settings)
+    student = open_model("--student", given.student, [task], settings)
     if student.fine_tuned:  # perhaps on another task of the same shape
         raise ConfigError(
             f"--student: expected a model before fine-tuning, got {given.student!r}, after it"
@@ -182,14 +147,14 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
     teachers: list[Teacher] = []
     for name in given.teacher:
         known = {n: t.model for t, n in zip(teachers, given.teacher, strict=False)}.get(name)
-        model = known or glue.open_model("--teacher", name, [task], settings)
+        model = known or open_model("--teacher", name, [task], settings)
         if fingerprint(model.tokenizer) != fingerprint(student.tokenizer):
             raise ConfigError(
                 f"--teacher: expected the student's tokenizer ({len(student.tokenizer)} tokens), "
                 f"got another ({len(model.tokenizer)} tokens) in {name!r}"
             )
         seed = None if model.fine_tuned else given.teacher[: len(teachers)].count(name)
-        label = glue.short(name) + (f" from seed {seed}" if given.teacher.count(name) > 1 else "")
+        label = short(name) + (f" from seed {seed}" if given.teacher.count(name) > 1 else "")
         if label in (LABELS, ENSEMBLE, "student", *(t.name for t in teachers)):
             raise ConfigError(
                 f"--teacher: expected each fine-tuned model once, under its own name, got {name!r} "
@@ -197,9 +162,6 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
             )
         teachers.append(Teacher(label, model, seed))
     return Inputs(task, splits, hashlib.sha256(content.encode()).hexdigest(), teachers, student)
-
-
-# --- The run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,13 +186,13 @@ class Run:
     def __call__(self, seeds: Sequence[int]) -> list[Row]:
         """The rows of the table, students first."""
         task, student = self.inputs.task, self.inputs.student
-        store = glue.TokenStore(self.output / "tokens")
+        store = TokenStore(self.output / "tokens")
         files, tokens = store.files(self.inputs.splits, task, student.tokenizer, self.settings)
         folders = self.fine_tune_teachers(files, tokens)
         logits = self.teachers_logits(files, folders)
         targets = self.targets(files, logits)
         rows = self.students(files, tokens, targets, seeds)
-        examples = glue.read_tokens(files[task.dev[0]])
+        examples = read_tokens(files[task.dev[0]])
         dev = [found[task.dev[0]] for found in logits]
         named = {t.name: [x] for t, x in zip(self.inputs.teachers, dev, strict=True)}
         if len(dev) > 1:
@@ -251,7 +213,7 @@ class Run:
             if teacher.seed is None:
                 folders.append(teacher.model.source)
                 continue
-            name = f"teachers/{glue.slug(teacher.name)}"
+            name = f"teachers/{slug(teacher.name)}"
             folders.append(str(self.output / name / "model"))
             arguments = (teacher.model.source, task, files, teacher.model.tokenizer, self.settings)
             work = tokens * (self.settings.epochs or task.epochs) * teacher.model.work
@@ -278,7 +240,7 @@ class Run:
         length = self.settings.max_length or task.max_length
         wanted, places = [], []
         for teacher, folder in zip(self.inputs.teachers, folders, strict=True):
-            key = [glue.identity(folder), self.inputs.identity, length, self.settings.precision]
+            key = [identity(folder), self.inputs.identity, length, self.settings.precision]
             digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
             places.append(self.cache / f"{digest}.safetensors")
             if not places[-1].is_file():
@@ -311,14 +273,14 @@ class Run:
 
         first, temperature = self.inputs.teachers[0].name, self.teaching.temperature
         taught = {first: logits[:1]} | ({ENSEMBLE: logits} if len(logits) > 1 else {})
-        splits = {split: glue.read_tokens(file) for split, file in files.items()}
+        splits = {split: read_tokens(file) for split, file in files.items()}
         targets = {}
         for name, members in taught.items():
             combined = {
                 split: self.combined([m[split] for m in members], examples, temperature)
                 for split, examples in splits.items()
             }
-            targets[name] = str(self.output / "targets" / f"{glue.slug(name)}.safetensors")
+            targets[name] = str(self.output / "targets" / f"{slug(name)}.safetensors")
             Path(targets[name]).parent.mkdir(parents=True, exist_ok=True)
             save_file(combined, targets[name])
         return targets
@@ -338,7 +300,7 @@ class Run:
             label = LABELS if name is None else f"{TAUGHT}{name}"
             wanted[label] = []
             for seed in seeds:
-                folder = f"students/{glue.slug(label)}"
+                folder = f"students/{slug(label)}"
                 taught = Taught(name, dict(targets), self.teaching)
                 kept = str(self.output / folder / "model") if seed == seeds[0] else None
                 arguments = (student.source, task, files, student.tokenizer, self.settings)
@@ -355,117 +317,6 @@ class Run:
         return [Row(label, [results[job.name] for job in some]) for label, some in wanted.items()]
 
 
-@dataclass(frozen=True)
-class Taught:
-    """Whom a student learns from."""
-
-    by: str | None  # a name in targets; None: labels alone
-    targets: dict[str, str]  # files, for the loss and for the agreement
-    teaching: Teaching
-
-
-def learn(
-    source: str,
-    task: Task,
-    files: Mapping[str, str],
-    tokenizer: Any,
-    settings: FineTuning,
-    seed: int,
-    taught: Taught | None,
-    keep: str | None,
-    *,
-    device: str,
-    tell: Tell,
-) -> Result:
-    """A job: a teacher without ``taught``, else a student; its model is saved to ``keep``."""
-    splits = {split: glue.read_tokens(file) for split, file in files.items()}
-    train, soft = splits["train"], None
-    if taught and taught.by:
-        own = read_targets(taught.targets[taught.by])
-        rows = [own["train"]]
-        if "transfer" in splits:
-            train = train + splits["transfer"]
-            rows.append(own["transfer"])
-        how = taught.teaching
-        soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
-    length = settings.max_length or task.max_length
-    model = finetuning.load(source, task, seed, length).to(device)
-    pad_token = tokenizer.pad_token_id
-    finetuning.fine_tune(
-        model, train, task, settings, seed, pad_token=pad_token, targets=soft, tell=tell
-    )
-    dev = splits[task.dev[0]]
-    predicted = finetuning.predict(model, dev, settings, pad_token=pad_token)
-    score = tasks.score(task, dev, predicted)
-    if keep:
-        model.to("cpu").save_pretrained(keep)
-        tokenizer.save_pretrained(keep)
-    result: Result = {"score": score["score"], "metrics": score, "seed": seed}
-    if taught:
-        targets = targets_of(taught.targets, task.dev[0])
-        result["agreement"] = agreements(task, dev, predicted, targets)
-    return result
-
-
-def logits(
-    source: str,
-    task: Task,
-    files: Mapping[str, str],
-    pad_token: int,
-    settings: FineTuning,
-    place: str,
-    *,
-    device: str,
-    tell: Tell,
-) -> Result:
-    """A job: a teacher's logits of every split, saved to ``place``."""
-    from safetensors.torch import save_file
-
-    model = finetuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
-    found = {}
-    for split, file in files.items():
-        found[split] = finetuning.predict(
-            model, glue.read_tokens(file), settings, pad_token=pad_token
-        )
-        tell(len(found) / len(files))
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{place}.{os.getpid()}.tmp")  # other runs may share the cache
-    save_file(found, temporary)
-    temporary.replace(place)
-    return {"splits": {split: len(x) for split, x in found.items()}}
-
-
-def read_targets(file: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
-
-
-def targets_of(files: Mapping[str, str], split: str) -> dict[str, Tensor]:
-    return {name: read_targets(file)[split] for name, file in files.items()}
-
-
-def agreements(
-    task: Task, examples: Encoded, logits: Tensor, targets: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Fidelity: the share of the examples for which the class, or the text of the answer, is the
-    teacher's, or Pearson's correlation with its number; each x 100."""
-    measure = tasks.METRICS["Pearson"] if task.kind == "number" else same
-    own = tasks.predictions(task, examples, logits)
-    return {
-        name: 100 * measure(tasks.predictions(task, examples, t), own)
-        for name, t in targets.items()
-    }
-
-
-def same(theirs: np.ndarray, own: np.ndarray) -> float:
-    """The share of those that are equal."""
-    return float((theirs == own).mean())
-
-
-# --- The table ------------------------------------------------------------------------------------
-
-
 def write(
     rows: Sequence[Row], inputs: Inputs, what: Mapping[str, Any], output: Path, command: str
 ) -> None:
@@ -476,7 +327,7 @@ def write(
     print(markdown(made))
     students = {n: r["scores"] for n, r in results.items() if len(r["scores"]) > 1}
     report = Report(
-        title=f"{inputs.task.name}: {glue.short(inputs.student.source)}",
+        title=f"{inputs.task.name}: {short(inputs.student.source)}",
         lead=lead(results),
         facts={key: str(value) for key, value in what.items() if value is not None},
         config=yaml.safe_dump(json.loads((output / "settings.json").read_text(encoding="utf-8"))),
@@ -490,13 +341,13 @@ def write(
 def summary(task: Task, row: Row) -> dict[str, Any]:
     """A row's figures, a score a seed, x 100."""
     agreement = {
-        name: glue.over_seeds([r["agreement"][name] for r in row.results])
+        name: over_seeds([r["agreement"][name] for r in row.results])
         for name in row.results[0]["agreement"]
     }
-    scores = glue.over_seeds([r["score"] for r in row.results])
+    scores = over_seeds([r["score"] for r in row.results])
     entry = {"metric": task.metric, **scores, "agreement": agreement}
     if task.spans:
-        entry["EM"] = glue.over_seeds([r["metrics"]["EM"] for r in row.results])
+        entry["EM"] = over_seeds([r["metrics"]["EM"] for r in row.results])
     return entry
 
 
@@ -514,12 +365,12 @@ def table(
         change = ["", ""]
         if name.startswith(TAUGHT):
             change = difference(found["scores"], alone).cells(1)
-        cells = [glue.with_spread(found["median"], found["stdev"]), *change]
+        cells = [with_spread(found["median"], found["stdev"]), *change]
         figures = (found[metric] for metric in beside)
-        cells += [glue.with_spread(figure["median"], figure["stdev"]) for figure in figures]
+        cells += [with_spread(figure["median"], figure["stdev"]) for figure in figures]
         for teacher in taught_by:
             fidelity = found["agreement"][teacher]
-            shown = glue.with_spread(fidelity["median"], fidelity["stdev"])
+            shown = with_spread(fidelity["median"], fidelity["stdev"])
             cells.append("" if name == teacher else shown)
         rows.append([name, *cells])
     kind = {

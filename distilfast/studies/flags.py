@@ -1,4 +1,4 @@
-"""Flags of the applications, by argparse, with errors that read as everywhere else: one line."""
+"""The studies' flags, by argparse, with errors that read as everywhere else: one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import argparse
 import re
 from typing import NoReturn
 
+import torch
+
+from distilfast import tasks
 from distilfast.errors import ConfigError
+from distilfast.studies import flags as options
+from distilfast.studies.jobs import Workers
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
 
 KINDS = {"int": "a whole number", "float": "a number"}
 
@@ -64,3 +71,38 @@ def names(key: str, text: str) -> list[str]:
     if not all(found) or len(set(found)) < len(found):
         raise ConfigError(f"{key}: expected names apart by commas, each once, got {text!r}")
     return found
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", default="glue", metavar="FOLDER|glue",
+        help="a folder in GLUE's official layout, or glue: from the hub")  # fmt: skip
+    add("--tasks", default="all", metavar="all|A,B",
+        help=f"all: the nine of GLUE; else of {', '.join(tasks.TASKS)}, and one's own: folders "
+        "with train.tsv and dev.tsv")  # fmt: skip
+    add("--output", required=True, metavar="FOLDER")
+
+
+def add_tuning_options(parser: argparse.ArgumentParser) -> None:
+    default = FineTuning()
+    add = parser.add_argument
+    add("--learning_rate", type=float, help=f"default {default.learning_rate:g}")
+    add("--batch_size", type=options.positive, help=f"default {default.batch_size}")
+    add("--epochs", type=options.positive, help="default 3, of MRPC and WNLI 5, SQuAD 2")
+    add("--max_length", type=options.positive, help="default 128 tokens, of IMDb 512, SQuAD 384")
+    add("--weight_decay", type=float, help=f"default {default.weight_decay:g}")
+    add("--max_grad_norm", type=float, help=f"default {default.max_grad_norm:g}; 0: never clipped")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="auto: bf16 where the device computes in it")  # fmt: skip
+    add("--processes", type=options.positive,
+        help="jobs at a time; default: a process a GPU, or one for every four cores")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), help="default: CUDA devices where there are any")
+
+
+def tuning(given: argparse.Namespace, workers: Workers) -> FineTuning:
+    """The settings given, the others at their defaults."""
+    known = {key: value for key, value in vars(given).items() if key in FineTuning.__annotations__}
+    changed = {key: value for key, value in known.items() if value is not None}
+    if changed["precision"] == "auto":
+        changed["precision"] = finetuning.best_precision(torch.device(workers.devices[0]))
+    return FineTuning(**changed)

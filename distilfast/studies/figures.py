@@ -1,0 +1,193 @@
+"""The figures of a study: medians and spread over seeds, differences seed by seed, tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distilfast.report import Table
+from distilfast.studies.jobs import Result
+from distilfast.tasks import GLUE, Task
+
+# Sanh et al. 2019: table 1 (medians of 5 seeds on the development sets), its score and that without
+# WNLI first, table 2 by column.
+PUBLISHED: dict[str, tuple[tuple[float, float] | None, tuple[float, ...], dict[str, float]]] = {
+    "ELMo": ((68.7, 70.2), (44.1, 68.6, 76.6, 71.1, 86.2, 53.4, 91.5, 70.4, 56.3), {}),
+    "BERT-base": (
+        (79.5, 82.75),
+        (56.3, 86.7, 88.6, 91.8, 89.6, 69.3, 92.7, 89.0, 53.5),
+        {"IMDb": 93.46, "SQuAD": 88.5, "SQuAD EM": 81.2},
+    ),
+    "DistilBERT": (
+        (77.0, 79.6),
+        (51.3, 82.2, 87.5, 89.2, 88.5, 59.9, 91.3, 86.9, 56.3),
+        {"IMDb": 92.82, "SQuAD": 85.8, "SQuAD EM": 77.7},
+    ),
+    "DistilBERT, distilled again": (None, (), {"SQuAD": 86.9, "SQuAD EM": 79.1}),
+}
+MNLI_NOTE = (
+    "* The published MNLI of BERT-base, 86.7, does not give its published score of 79.5; 84.7 does."
+)
+
+
+def summary(task: Task, found: Sequence[Result]) -> dict[str, Any]:
+    """A model's figures on a task: a score a seed, x 100."""
+    entry: dict[str, Any] = {"metric": task.metric, **over_seeds([r["score"] for r in found])}
+    names = [m for m in found[0]["metrics"][task.dev[0]] if m != "score"]
+    if len(names) > 1:
+        for name in names:
+            entry[name] = over_seeds([r["metrics"][task.dev[0]][name] for r in found])
+    for other in task.dev[1:]:
+        both = [[r["metrics"][split]["score"] for split in (task.dev[0], other)] for r in found]
+        entry[other] = over_seeds([pair[1] for pair in both])
+        entry[f"mean of {task.dev[0]} and {other}"] = over_seeds([sum(p) / 2 for p in both])
+    entry["train_time_s"] = statistics.median(r["train_time_s"] for r in found)
+    entry["settings"] = found[0]["settings"]
+    return entry
+
+
+def over_seeds(scores: Sequence[float | None]) -> dict[str, Any]:
+    """Scores, their median and standard deviation; one that is not defined is None, and left out
+    of both."""
+    defined = [s for s in scores if s is not None and math.isfinite(s)]
+    shown = [s if s in defined else None for s in scores]
+    median = statistics.median(defined) if defined else None
+    return {"scores": shown, "median": median, "stdev": _stdev(defined)}
+
+
+def _stdev(scores: Sequence[float]) -> float | None:
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def median_score(found: Sequence[Result]) -> float:
+    return statistics.median(r["score"] for r in found)
+
+
+def macro(medians: Mapping[str, float], with_wnli: bool = True) -> float:
+    """The mean over the tasks; NaN without any."""
+    counted = [score for task, score in medians.items() if with_wnli or task != "WNLI"]
+    return statistics.fmean(counted) if counted else float("nan")
+
+
+def table(
+    results: Mapping[str, Mapping[str, Any]], chosen: Sequence[Task], title: str, n_seeds: int
+) -> Table:
+    """Medians and standard deviations, both macro scores, the share of the first model's score, and
+    the published rows."""
+    known = [task.name for task in chosen]
+    split_wnli = "WNLI" in known and len(known) > 1
+    several = len(known) > 1
+    heads = ["score"] * several + ["without WNLI"] * split_wnli
+    first = next(iter(results), "")
+    exact_match = [task.name for task in chosen if task.spans]
+    shown = [*known, *(f"{task} EM" for task in exact_match)]
+    columns = ["model", *heads, *shown, *([f"of {short(first)}"] if len(results) > 1 else [])]
+    rows = []
+    for name, found in results.items():
+        medians = {task: found[task]["median"] for task in known}
+        cells = [f"{macro(medians):.1f}"] * several
+        cells += [f"{macro(medians, False):.1f}"] * split_wnli
+        figures = [found[task] for task in known] + [found[task]["EM"] for task in exact_match]
+        cells += [with_spread(figure["median"], figure["stdev"]) for figure in figures]
+        if len(results) > 1:
+            whole = macro({task: results[first][task]["median"] for task in known})
+            cells.append(f"{macro(medians) / whole:.1%}" if whole else "")
+        rows.append([short(name), *cells])
+    published = published_rows(known, shown, several, split_wnli)
+    rows += [[*row, *([""] if len(results) > 1 else [])] for row in published]
+    notes = [
+        f"Medians of {n_seeds} seeds on the development sets, ± standard deviation, times 100."
+        if n_seeds > 1
+        else "One seed, on the development sets, times 100.",
+        "; ".join(f"{task.name}: {task.metric}" for task in chosen) + ".",
+    ]
+    if several:
+        both = ", with and without WNLI." if split_wnli else "."
+        notes.append(f"Score is the mean of the tasks shown{both}")
+    if published:
+        notes.append("Published: Sanh et al. 2019, on the official development sets.")
+    if "MNLI" in known:
+        notes.append(MNLI_NOTE)
+    ours = len(rows) - len(published)
+    return Table(title, columns, rows, " ".join(notes), list(range(ours, len(rows))))
+
+
+def published_rows(
+    known: Sequence[str], shown: Sequence[str], several: bool, split_wnli: bool
+) -> list[list[str]]:
+    """Of the models that have a published figure for one of the tasks.
+
+    Args:
+        known: the tasks.
+        shown: the columns of their figures.
+    """
+    rows = []
+    for name, (scores, by_task, others) in PUBLISHED.items():
+        figures = {**dict(zip(GLUE, by_task, strict=False)), **others}
+        medians = {task: figures[task] for task in known if task in figures}
+        if not medians:
+            continue
+        complete = set(medians) == set(known)
+        whole = macro(medians) if complete else None
+        without = macro(medians, False) if complete else None
+        if scores and set(known) == set(GLUE):
+            whole, without = scores  # which the published tasks need not give
+        heads = [whole] * several + [without] * split_wnli
+        cells = ["" if value is None else f"{value:.1f}" for value in heads]
+        for column in shown:
+            mark = "*" if (name, column) == ("BERT-base", "MNLI") else ""
+            cells.append(f"{figures[column]}{mark}" if column in figures else "")
+        rows.append([name, *cells])
+    return rows
+
+
+def with_spread(median: float | None, stdev: float | None) -> str:
+    if median is None:
+        return ""
+    return f"{median:.1f}" if stdev is None else f"{median:.1f} ± {stdev:.1f}"
+
+
+def short(name: str) -> str:
+    """A model's name as a table shows it: a run's name for runs/X/model."""
+    path = Path(name)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one row from another, a value a seed."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def stdev(self) -> float | None:
+        """The sample's; None of a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def p(self) -> float | None:
+        """Of a two-sided paired t-test; None where it has nothing to go by."""
+        from scipy import stats
+
+        if not self.stdev:
+            return None
+        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+
+    def cells(self, digits: int) -> list[str]:
+        """Mean ± standard deviation, and p, as a table shows them."""
+        spread = "" if self.stdev is None else f" ± {self.stdev:.{digits}f}"
+        p = "" if self.p is None else "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"
+        return [f"{self.mean:+.{digits}f}{spread}", p]
+
+
+def difference(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Paired by seed."""
+    return Difference([a - b for a, b in zip(ours, baseline, strict=True)])

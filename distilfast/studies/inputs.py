@@ -1,0 +1,134 @@
+"""What a study reads: models by name, tasks, their examples; and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distilfast import tasks
+from distilfast.errors import ConfigError
+from distilfast.models import loading_errors, quiet
+from distilfast.sources import lookup as names
+from distilfast.studies import flags as options
+from distilfast.tasks import GLUE, Examples, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning
+
+
+def named_models(key: str, given: Sequence[str]) -> dict[str, str]:
+    """[NAME=]MODEL by name; the name is the model as given where there is none."""
+    models: dict[str, str] = {}
+    for entry in given:
+        name, equals, source = entry.partition("=")
+        name, source = (name, source) if equals and "/" not in name else (entry, entry)
+        if not name or not source:
+            raise ConfigError(f"{key}: expected MODEL or NAME=MODEL, got {entry!r}")
+        if name in models:
+            raise ConfigError(f"{key}: expected each name once, got {name!r} twice")
+        models[name] = source
+    return models
+
+
+def chosen_tasks(given: str, data: str) -> list[Task]:
+    wanted = list(GLUE) if given == "all" else options.names("--tasks", given)
+    found = [tasks.find(name, data) for name in wanted]
+    if len({task.name for task in found}) < len(found):
+        raise ConfigError(f"--tasks: expected each task once, got {given!r}")
+    return found
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to start from."""
+
+    source: str  # what transformers loads it from
+    identity: str  # a hash of its files, or its name and commit on the hub
+    tokenizer: Any
+    work: int  # weights that take part in a token's forward
+    fine_tuned: bool  # has a task's head already
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that the jobs need, read and checked."""
+
+    models: dict[str, Model]
+    tasks: dict[str, Task]
+    splits: dict[str, dict[str, Examples]]  # by task, then by split
+    identities: dict[str, str]  # by task, a hash of its splits
+
+
+def read_inputs(
+    chosen: Sequence[Task], data: str, models: Mapping[str, str], settings: FineTuning
+) -> Inputs:
+    """Read and check every task and every model. Writes nothing.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    splits = {task.name: tasks.read(task, data) for task in chosen}
+    identities = {
+        name: hashlib.sha256(json.dumps([vars(e) for e in found.values()]).encode()).hexdigest()
+        for name, found in splits.items()
+    }
+    loaded = {
+        name: open_model("--model", source, chosen, settings) for name, source in models.items()
+    }
+    for name, model in loaded.items():
+        if model.fine_tuned:  # each task starts from the model as it was pretrained
+            raise ConfigError(
+                f"--model: expected a model before fine-tuning, got {name!r}, after it"
+            )
+    return Inputs(loaded, {task.name: task for task in chosen}, splits, identities)
+
+
+def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning) -> Model:
+    """Load a model once, for every task that it is to be fine-tuned on.
+
+    Raises:
+        ConfigError: it cannot be fine-tuned on one of them.
+    """
+    import transformers
+
+    source = names.model_source(key, name)
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except loading_errors() as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(
+            f"{key}: the tokenizer of {name!r} cannot be loaded: {message}"
+        ) from error
+    empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made where no file of it is there
+    if empty or not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+        raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")
+    length = max(settings.max_length or task.max_length for task in chosen)
+    for task in {(task.kind, task.outputs): task for task in chosen}.values():  # a head each
+        model = finetuning.load(source, task, 0, length, key)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
+    fine_tuned = finetuning.has_head(transformers.AutoConfig.from_pretrained(source))
+    return Model(source, identity(source), tokenizer, work, fine_tuned)
+
+
+def identity(source: str) -> str:
+    """A hash of a folder's weights, configuration and tokenizer, or a hub name and its commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        import transformers
+
+        return f"{source}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
+    for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""What teachers tell a student about a task: their logits in files, and the job that learns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distilfast import tasks
+from distilfast.errors import expect, not_negative, positive
+from distilfast.losses import combine_teachers
+from distilfast.studies.folder import read_tokens
+from distilfast.studies.jobs import Result, Tell
+from distilfast.tasks import Encoded, Task
+from distilfast.tasks import training as finetuning
+from distilfast.tasks.training import FineTuning, SoftTargets
+
+COMBINED = 1024  # examples whose logits are combined at a time
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How teachers teach.
+
+    Args:
+        temperature: T of the soft targets.
+        kd_weight: of T^2 KL(teacher || student) at T.
+        ce_weight: of the cross entropy of the hard labels at 1.
+        ensemble: probability is the arithmetic mean of the teachers' distributions at T, logit
+            their geometric mean.
+        weights: a teacher's share in it; they are normalised.
+    """
+
+    temperature: float = 2.0
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+    ensemble: str = "probability"
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        positive("--temperature", self.temperature)
+        positive("--kd_weight", self.kd_weight)
+        not_negative("--ce_weight", self.ce_weight)
+        for weight in self.weights:
+            not_negative("--weights", weight)
+        expect(sum(self.weights) > 0, "--weights", "a weight > 0", self.weights)
+
+    def combine(self, logits: Sequence[Tensor], task: Task, temperature: float) -> Tensor:
+        """The ensemble's logits at T, (n, outputs) or (n, 2, L), or its number."""
+        if len(logits) == 1:
+            return logits[0]
+        if task.kind == "number":
+            shares = torch.tensor(self.weights) / sum(self.weights)
+            return (torch.stack(list(logits)) * shares[:, None, None]).sum(0)
+        weights = list(self.weights)
+        return combine_teachers(list(logits), weights, temperature=temperature, mode=self.ensemble)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Whom a student learns from."""
+
+    by: str | None  # a name in targets; None: labels alone
+    targets: dict[str, str]  # files, for the loss and for the agreement
+    teaching: Teaching
+
+
+def learn(
+    source: str,
+    task: Task,
+    files: Mapping[str, str],
+    tokenizer: Any,
+    settings: FineTuning,
+    seed: int,
+    taught: Taught | None,
+    keep: str | None,
+    *,
+    device: str,
+    tell: Tell,
+) -> Result:
+    """A job: a teacher without ``taught``, else a student; its model is saved to ``keep``."""
+    splits = {split: read_tokens(file) for split, file in files.items()}
+    train, soft = splits["train"], None
+    if taught and taught.by:
+        own = read_targets(taught.targets[taught.by])
+        rows = [own["train"]]
+        if "transfer" in splits:
+            train = train + splits["transfer"]
+            rows.append(own["transfer"])
+        how = taught.teaching
+        soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
+    length = settings.max_length or task.max_length
+    model = finetuning.load(source, task, seed, length).to(device)
+    pad_token = tokenizer.pad_token_id
+    finetuning.fine_tune(
+        model, train, task, settings, seed, pad_token=pad_token, targets=soft, tell=tell
+    )
+    dev = splits[task.dev[0]]
+    predicted = finetuning.predict(model, dev, settings, pad_token=pad_token)
+    score = tasks.score(task, dev, predicted)
+    if keep:
+        model.to("cpu").save_pretrained(keep)
+        tokenizer.save_pretrained(keep)
+    result: Result = {"score": score["score"], "metrics": score, "seed": seed}
+    if taught:
+        targets = targets_of(taught.targets, task.dev[0])
+        result["agreement"] = agreements(task, dev, predicted, targets)
+    return result
+
+
+def logits(
+    source: str,
+    task: Task,
+    files: Mapping[str, str],
+    pad_token: int,
+    settings: FineTuning,
+    place: str,
+    *,
+    device: str,
+    tell: Tell,
+) -> Result:
+    """A job: a teacher's logits of every split, saved to ``place``."""
+    from safetensors.torch import save_file
+
+    model = finetuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
+    found = {}
+    for split, file in files.items():
+        found[split] = finetuning.predict(model, read_tokens(file), settings, pad_token=pad_token)
+        tell(len(found) / len(files))
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{place}.{os.getpid()}.tmp")  # other runs may share the cache
+    save_file(found, temporary)
+    temporary.replace(place)
+    return {"splits": {split: len(x) for split, x in found.items()}}
+
+
+def read_targets(file: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def targets_of(files: Mapping[str, str], split: str) -> dict[str, Tensor]:
+    return {name: read_targets(file)[split] for name, file in files.items()}
+
+
+def agreements(
+    task: Task, examples: Encoded, logits: Tensor, targets: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Fidelity: the share of the examples for which the class, or the text of the answer, is the
+    teacher's, or Pearson's correlation with its number; each x 100."""
+    measure = tasks.METRICS["Pearson"] if task.kind == "number" else same
+    own = tasks.predictions(task, examples, logits)
+    return {
+        name: 100 * measure(tasks.predictions(task, examples, t), own)
+        for name, t in targets.items()
+    }
+
+
+def same(theirs: np.ndarray, own: np.ndarray) -> float:
+    """The share of those that are equal."""
+    return float((theirs == own).mean())
