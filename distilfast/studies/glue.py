@@ -24,15 +24,14 @@ from distilfast.errors import ConfigError
 from distilfast.report import Chart, Report, markdown, write_report
 from distilfast.studies import flags as options
 from distilfast.studies import jobs
+from distilfast.studies.figures import macro, median_score, short, summary, table
+from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
 from distilfast.studies.inputs import Inputs, chosen_tasks, named_models, read_inputs
 from distilfast.studies.jobs import Job, Result, Workers
 from distilfast.studies.scoring import fine_tune
 from distilfast.tasks import GLUE, Task
 from distilfast.tasks.training import FineTuning
-
-from .tmp.house.out.figures import macro, median_score, short, summary, table
-from .tmp.house.out.flags import add_task_options, add_tuning_options, tuning
 
 GRID = (16, 32), (2e-5, 3e-5, 5e-5), (2, 3, 4)  # batch, rate, epochs: Devlin et al. 2019, A.3
 
