@@ -17,12 +17,12 @@ KERNELS = ROOT / "kernels" / "distilfast_kernels"
 
 # What is below what: a wing, or a file beside the wings, may import these and nothing else of ours.
 # Whatever is not written here imports nothing of ours.
-GROUND = {"_version", "errors", "machine", "progress"}
+GROUND = {"_version", "errors", "machine", "parts", "progress"}
 MAY_IMPORT = {
     "losses": {"machine"},
-    "config": {"errors"},
+    "config": {"errors", "parts"},
     "sources": {"errors"},
-    "report": {"errors"},
+    "report": {"errors", "parts"},
     "models": {"config", "errors", "sources"},
     "data": {"config", "errors", "models", "sources"},
     "driver": {*GROUND, "config", "data", "losses", "models", "report"},

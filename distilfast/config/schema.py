@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from distilfast.errors import expect, fraction, not_negative, positive
+from distilfast.parts import LOSSES
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         positive("loss.temperature", self.temperature)
-        names = ("kd", "ce", "hidden_cos", "logit_cos", "mse")
-        weights = {f"loss.{name}_weight": getattr(self, f"{name}_weight") for name in names}
+        weights = {f"loss.{part.weight}": getattr(self, part.weight) for part in LOSSES}
         for key, weight in weights.items():
             not_negative(key, weight)
         expect(any(weights.values()), ", ".join(weights), "at least one weight > 0", "all 0")

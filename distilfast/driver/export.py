@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distilfast import __version__
 from distilfast.config import Config, to_yaml
+from distilfast.parts import LOSSES
 
 CARD = """\
 ---
@@ -83,13 +84,7 @@ def export(
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
     """The model card."""
     loss = config.loss
-    weights = {
-        f"KL at T = {loss.temperature:g}": loss.kd_weight,
-        "masked-LM cross entropy": loss.ce_weight,
-        "hidden-state cosine": loss.hidden_cos_weight,
-        "logit cosine": loss.logit_cos_weight,
-        "logit squared error": loss.mse_weight,
-    }
+    weights = {part.title.format(T=loss.temperature): getattr(loss, part.weight) for part in LOSSES}
     return CARD.format(
         name=Path(config.output).name,
         architecture=type(model).__name__,

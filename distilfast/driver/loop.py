@@ -31,6 +31,7 @@ from distilfast.driver.metrics import Metrics, Progress
 from distilfast.driver.processes import World
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.driver.watch import guard
+from distilfast.parts import AGREEMENT
 
 
 class TrainingError(RuntimeError):
@@ -255,7 +256,7 @@ def _not_finite(config: Config, step: int, what: str) -> TrainingError:
 
 
 def _is_computed(config: Config, part: str) -> bool:
-    weighted = {"agreement": "kd"}.get(part, part)
+    weighted = {AGREEMENT: "kd"}.get(part, part)
     return part == "loss" or bool(getattr(config.loss, f"{weighted}_weight"))
 
 

@@ -27,10 +27,9 @@ from distilfast.losses import (
 )
 from distilfast.losses.linear import linear_distillation_loss
 from distilfast.models import Teacher
+from distilfast.parts import AGREEMENT, LOGGED, LOSSES
 
-# What is summed over a step: the losses, and the share of the rows of kd in which student and
-# teacher have their largest logit in the same column.
-PARTS = ("loss", "kd", "ce", "hidden_cos", "logit_cos", "mse", "agreement")
+PARTS = tuple(LOGGED)  # what is summed over a step
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,9 @@ class Distillation(nn.Module):
         if config.vocabulary or config.ce_weight:
             out = self._vocabulary_loss(batch, hidden, targets, normalizers)
             loss = loss + out.loss
-            values |= {"kd": out.kd, "ce": out.ce, "logit_cos": out.cos, "mse": out.mse}
+            values |= {part.name: getattr(out, part.output) for part in LOSSES if part.output}
             if isinstance(out, DetailedOutput):
-                values["agreement"] = out.agreement.sum() / normalizers.rows.clamp(min=1)
+                values[AGREEMENT] = out.agreement.sum() / normalizers.rows.clamp(min=1)
         if config.hidden_cos_weight:
             cosine = self._hidden_loss(batch, hidden, targets, normalizers)
             loss = loss + config.hidden_cos_weight * cosine

@@ -28,6 +28,7 @@ from distilfast.losses.arguments import (
 )
 from distilfast.losses.operators import (
     Call,
+    Numbers,
     combine_teachers_op,
     distillation_op,
     hidden_cosine_op,
@@ -183,7 +184,7 @@ def distillation_loss(
         flat,
         as_matrix(teacher_logits),
         *rows,
-        [float(x) for x in (temperature, *weights.values(), jsd_beta, *totals)],
+        Numbers(temperature, tuple(weights.values()), jsd_beta, tuple(totals)).flat(),
         [ignore_index, vocab],
         str(Call(divergence, reduction, backend, wanted, late, inplace, statistics)),
     )

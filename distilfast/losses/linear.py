@@ -34,6 +34,7 @@ from distilfast.losses.arguments import (
 )
 from distilfast.losses.dense import DetailedOutput, DistillationOutput, as_output
 from distilfast.losses.linear_operator import HeadCall, linear_distillation_op
+from distilfast.losses.operators import Numbers
 from distilfast.losses.products import HALVES
 from distilfast.losses.rows import as_matrix, flatten_rows
 
@@ -187,7 +188,10 @@ def linear_distillation_loss(
     )
     if not soft:  # then nothing but a label can make a row needed
         rows, totals[0] = rows._replace(mask=None, kd_normalizer=None), 0.0
-    numbers = [float(x) for x in (temperature, *weights.values(), jsd_beta, *totals)]
+    heads = scales[0], softcaps[0], scales[1], softcaps[1]
+    numbers = Numbers(
+        temperature, tuple(weights.values()), jsd_beta, tuple(totals), heads, tuple(shares)
+    )
     trained = (student_hidden, student_weight, student_bias)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained]
     late = reduction == "none" or student_hidden.dtype == torch.float16
@@ -206,7 +210,7 @@ def linear_distillation_loss(
         ],
         *rows,
         None,
-        [*numbers, scales[0], softcaps[0], scales[1], softcaps[1], *shares],
+        numbers.flat(),
         [ignore_index, vocab, 0 if chunk_rows == "auto" else int(chunk_rows)],
         str(call),
     )

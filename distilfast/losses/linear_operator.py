@@ -22,7 +22,7 @@ from distilfast.losses.chunks import (
     length,
     rows_of_logits,
 )
-from distilfast.losses.operators import TOTALS, as_options, finished, late_scales, scale_gradients
+from distilfast.losses.operators import Numbers, finished, late_scales, scale_gradients
 from distilfast.losses.products import HALVES
 from distilfast.losses.reference import PARTS, Head, Options
 from distilfast.losses.rows import Rows, as_totals
@@ -63,10 +63,6 @@ class HeadCall(NamedTuple):
         return hidden.dtype if kept else torch.float32
 
 
-HEADS = slice(8, 12)  # among the numbers: scale and softcap of the student, of the teachers
-SHARES = slice(12, None)  # the teachers' weights
-
-
 @torch.library.custom_op("distilfast::linear_distillation", mutates_args=())
 def linear_distillation_op(
     student_hidden: Tensor,
@@ -92,8 +88,8 @@ def linear_distillation_op(
     ``scales``, (2,) or (2, N), are a late backward's, times the grad_output; None: from the
     normalisers. ``sizes`` ends with the rows a chunk.
     """
-    call = HeadCall.read(how)
-    options = as_options(numbers, sizes, call.divergence)
+    call, named = HeadCall.read(how), Numbers.read(numbers)
+    options = named.options(sizes, call.divergence)
     check_values(labels, mask, options)
     with backends.on_device(student_hidden):
         return _linear_distillation(
@@ -102,7 +98,7 @@ def linear_distillation_op(
             Rows(labels, mask, kd_normalizer, ce_normalizer),
             scales,
             options,
-            numbers,
+            named,
             sizes[-1],
             call,
         )
@@ -114,7 +110,7 @@ def _linear_distillation(
     each: Rows,
     scales: Tensor | None,
     options: Options,
-    numbers: Sequence[float],
+    numbers: Numbers,
     chunk_rows: int,
     call: HeadCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -127,21 +123,21 @@ def _linear_distillation(
     n_rows, device = student_hidden.shape[0], student_hidden.device
     compute = reference.accumulation_dtype(student_hidden, *teacher_hidden)
 
-    scale, softcap, teacher_scale, teacher_softcap = numbers[HEADS]
+    scale, softcap, teacher_scale, teacher_softcap = numbers.heads
     head, dtype = Head(scale, softcap), student_hidden.dtype
     wide = call.dtype_of_logits(student_hidden)
     student = Side.of(student_weight, student_bias, head, vocab_size, dtype, wide, backend)
-    used = [k for k, share in enumerate(numbers[SHARES]) if share]
+    used = [k for k, share in enumerate(numbers.shares) if share]
     teachers = []
     for k in used:
         head, dtype = Head(teacher_scale, teacher_softcap), teacher_hidden[k].dtype
         bias = teacher_bias[k] if len(teacher_bias[k]) else None
         wide = call.dtype_of_logits(teacher_hidden[k])
         teachers.append(Side.of(teacher_weight[k], bias, head, vocab_size, dtype, wide, backend))
-    shares = [numbers[SHARES][k] for k in used]
+    shares = [numbers.shares[k] for k in used]
     target = Target(teachers, shares, call.ensemble, options, backend)
 
-    by, needed = _scales(each, scales, options, numbers, n_rows, compute, device, backend)
+    by, needed = _scales(each, scales, options, numbers.totals, n_rows, compute, device, backend)
     # A gradient of fewer bits than the logits lies in their memory, or in its own.
     narrower = training and student.gradient_dtype != student.logits_dtype
     apart = narrower and not backend.overwrites
@@ -211,7 +207,7 @@ def _linear_distillation(
         if gradient is not None and weight_gradient:
             weight_gradient.add(gradient, hidden)
 
-    loss, parts = backend.reduce_rows(rows, by, options[1:5], call.reduction)
+    loss, parts = backend.reduce_rows(rows, by, options.weights, call.reduction)
     bias_like = student_weight if student_bias is None else student_bias
     d_weight = student_weight.new_empty(0)
     if weight_gradient:
@@ -226,7 +222,7 @@ def _scales(
     each: Rows,
     scales: Tensor | None,
     options: Options,
-    numbers: Sequence[float],
+    given: Sequence[float],
     n_rows: int,
     compute: torch.dtype,
     device: torch.device,
@@ -234,7 +230,7 @@ def _scales(
 ) -> tuple[Tensor, Tensor | None]:
     """The scales, and (N,) bool, the rows that some part needs; None: all of them."""
     labels, mask, ignore_index = each.labels, each.mask, options.ignore_index
-    totals = as_totals(each, numbers[TOTALS])
+    totals = as_totals(each, given)
     if scales is not None:
         needed = reference.needed_rows(scales, labels, mask, ignore_index).expand(n_rows)
     else:

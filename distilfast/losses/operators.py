@@ -9,6 +9,7 @@ are at hand, and handed out in the backward. Two cases compute it in the backwar
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -43,13 +44,36 @@ class Call(NamedTuple):
         return Call(divergence, reduction, backend, *(flag == "1" for flag in flags))
 
 
-TOTALS = slice(6, 8)  # among an operator's numbers, those of `flatten_rows`
+class Numbers(NamedTuple):
+    """The numbers of an operator, by name. Flat they are one argument of its schema."""
 
+    temperature: float
+    weights: tuple[float, ...]  # by PARTS
+    jsd_beta: float
+    totals: tuple[float, ...]  # of `flatten_rows`: of kd, cos and mse; of ce
+    heads: tuple[float, ...] = ()  # scale and softcap of the student, then of the teachers
+    shares: tuple[float, ...] = ()  # the teachers' weights
 
-def as_options(numbers: Sequence[float], sizes: Sequence[int], divergence: str) -> Options:
-    """Options from an operator's arguments: they begin the numbers and the sizes."""
-    temperature, kd, ce, cos, mse, beta = numbers[:6]
-    return Options(temperature, kd, ce, cos, mse, beta, divergence, sizes[0], sizes[1])
+    def flat(self) -> list[float]:
+        groups = self.weights, (self.jsd_beta,), self.totals, self.heads, self.shares
+        return [float(self.temperature), *(float(x) for group in groups for x in group)]
+
+    @staticmethod
+    def read(flat: Sequence[float]) -> Numbers:
+        rest = iter(flat)
+
+        def take(n: int | None) -> tuple[float, ...]:
+            return tuple(itertools.islice(rest, n))
+
+        (temperature,), weights, (beta,), totals = take(1), take(len(PARTS)), take(1), take(2)
+        return Numbers(temperature, weights, beta, totals, take(4), take(None))
+
+    def options(self, sizes: Sequence[int], divergence: str) -> Options:
+        """What the backends receive; the sizes begin with ignore_index and vocab_size."""
+        (kd, ce, cos, mse), (ignore_index, vocab_size) = self.weights, sizes[:2]
+        return Options(
+            self.temperature, kd, ce, cos, mse, self.jsd_beta, divergence, ignore_index, vocab_size
+        )
 
 
 @torch.library.custom_op("distilfast::distillation", mutates_args=())
@@ -67,8 +91,8 @@ def distillation_op(
     """The loss, the parts, the gradient for a grad_output of 1 (empty where it is not wanted, or
     late), the scales (2,) by which a late one has to be multiplied, and the statistics (3, N)
     (empty where they are not wanted)."""
-    call = Call.read(how)
-    options = as_options(numbers, sizes, call.divergence)
+    call, named = Call.read(how), Numbers.read(numbers)
+    options = named.options(sizes, call.divergence)
     check_values(labels, mask, options)
     backend = backends.BACKENDS[call.backend]
     now = call.wanted and not call.late
@@ -78,7 +102,7 @@ def distillation_op(
     statistics = student.new_empty(shape, dtype=compute)
     with backends.on_device(student):
         scales = backend.row_scales(
-            as_totals(Rows(labels, mask, kd_normalizer, ce_normalizer), numbers[TOTALS]),
+            as_totals(Rows(labels, mask, kd_normalizer, ce_normalizer), named.totals),
             labels,
             mask,
             student.shape[0],
@@ -98,7 +122,7 @@ def distillation_op(
             None,
             statistics if call.statistics else None,
         )
-        loss, parts = backend.reduce_rows(rows, scales, options[1:5], call.reduction)
+        loss, parts = backend.reduce_rows(rows, scales, options.weights, call.reduction)
     gradient = student.new_empty(0) if gradient is None else gradient
     return loss, parts, gradient, scales, statistics
 
@@ -136,7 +160,7 @@ def distillation_gradient_op(
     """The gradient alone, into ``gradient``, which may be ``student``: see inplace_backward. The
     scales, (2,) or (2, N), are times the grad_output."""
     call = Call.read(how)
-    options = as_options(numbers, sizes, call.divergence)
+    options = Numbers.read(numbers).options(sizes, call.divergence)
     with backends.on_device(student):
         backends.BACKENDS[call.backend].distillation(
             student, teacher, labels, mask, *scales.unbind(), options, gradient
@@ -241,7 +265,7 @@ def _(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "distilfast: the losses can be differentiated once; a double backward (create_graph=True) "
-        "is not supported. distilfast.reference holds the formulas to build one on."
+        "is not supported. distilfast.losses.reference holds the formulas to build one on."
     )
 
 

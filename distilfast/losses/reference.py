@@ -40,6 +40,11 @@ class Options(NamedTuple):
     ignore_index: int
     vocab_size: int
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """In the order of PARTS."""
+        return self.kd_weight, self.ce_weight, self.cos_weight, self.mse_weight
+
 
 class Head(NamedTuple):
     """What makes logits of a head's products x: softcap tanh(scale (x + bias) / softcap)."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distilfast.parts import LOGGED
 from distilfast.report.content import Chart, ModelRow, Report
 from distilfast.report.numbers import fixed
 
@@ -18,12 +19,6 @@ SMOOTHING = 50  # the window of the running mean is 1/50 of a run
 HELDOUT_TITLES = {
     "eval_loss": ("Held-out loss", "nats"),
     "eval_accuracy": ("Held-out accuracy", "share of masked tokens"),
-}
-_PART_TITLES = {
-    "loss": ("Training loss", "weighted sum of its parts"),
-    "kd": ("kd", "soft-target loss"),
-    "ce": ("ce", "hard-label cross entropy, nats"),
-    "hidden_cos": ("hidden_cos", "cosine loss of hidden states"),
 }
 
 
@@ -285,7 +280,7 @@ def heldout_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, A
 
 def training_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, Any]]:
     panels = []
-    for key, (title, unit) in _PART_TITLES.items():
+    for key, (title, unit) in LOGGED.items():
         whole = [curve_of(run, lines, key) for run, lines in report.curves.items()]
         curves = [
             thin(curve, window=len(curve.steps) // SMOOTHING)
