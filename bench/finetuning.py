@@ -25,6 +25,7 @@ import measure
 import torch
 
 from distilfast import models, tasks
+from distilfast.machine import best_precision
 from distilfast.sources import lookup as names
 from distilfast.tasks import Encoded, Task
 from distilfast.tasks import training as finetuning
@@ -122,7 +123,7 @@ def main() -> None:
 
     source = names.model_source("--model", options.model)
     task = tasks.find(options.task, options.data)
-    precision = finetuning.best_precision(torch.device("cpu"))
+    precision = best_precision(torch.device("cpu"))
     settings = FineTuning(precision=precision, epochs=1, max_length=options.max_length)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     examples = tasks.read(task, options.data)["train"]

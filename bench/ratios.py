@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import distilfast
 from distilfast.losses import backends
-from distilfast.losses.products import multiplies_bf16
+from distilfast.machine import multiplies_bf16
 
 # By what the machine multiplies, and for the dense loss by its vectors: beyond means that a change
 # has cost a third or more.

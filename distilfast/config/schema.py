@@ -398,8 +398,9 @@ class Config:
         epochs: passes over the data (whole steps, rounded down).
         evaluate: on held-out text.
         zero: DeepSpeed's partitioning.
-        precision: bf16 (weights and activations; masters, sums and gradients of a step in fp32) or
-            fp32.
+        precision: bf16 (weights and activations; masters, sums and gradients of a step in fp32),
+            fp32, or auto: bf16 where the device has instructions for it, else fp32. A run that is
+            resumed keeps its own.
         seed: of masks, order and whatever else is drawn.
         checkpoint: what a killed run goes on from.
         resume: auto goes on from the newest checkpoint in output; never wants an empty output.
@@ -420,7 +421,7 @@ class Config:
     epochs: float | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 56
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: Literal["auto", "never"] = "auto"
@@ -445,7 +446,7 @@ class Config:
             not_negative("teacher: weight", teacher.weight)
         expect(sum(t.weight for t in self.teachers) > 0, "teacher", "a weight > 0", self.teacher)
         expect(
-            self.precision == "fp32" or self.zero.stage >= 1,
+            self.precision != "bf16" or self.zero.stage >= 1,
             "zero.stage",
             "1, 2 or 3 with precision bf16 (DeepSpeed sums bf16 gradients in bf16 at stage 0)",
             self.zero.stage,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import logging
 import os
 import shutil
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from distilfast import config as configs
 from distilfast import data, models
@@ -19,7 +23,9 @@ from distilfast.driver import checkpoint
 from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.processes import World
 from distilfast.errors import ConfigError
+from distilfast.machine import best_precision, multiplies_bf16
 
+log = logging.getLogger("distilfast")
 # A run may be gone on with under other values of these; every other key decides what it computes.
 FREE_KEYS = (
     "checkpoint.",
@@ -44,6 +50,29 @@ class Setup:
     student: Any
     batches: data.Batches
     steps: int
+
+
+def settled(config: Config, world: World) -> Config:
+    """The configuration with its precision chosen, for all ranks alike."""
+    precision = world.first(lambda: chosen_precision(config, world.device))
+    slow = world.device.type == "cpu" and precision == "bf16" and not multiplies_bf16()
+    if slow and world.rank == 0:
+        log.warning(
+            "precision bf16: this CPU has no instructions for it, fp32 is many times faster"
+        )
+    return replace(config, precision=precision)
+
+
+def chosen_precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What `auto` stands for: the precision of the run that goes on, else what suits the device."""
+    if config.precision != "auto":
+        return config.precision
+    before = Path(config.output) / "config.yaml"
+    if config.resume == "auto" and before.is_file():
+        with contextlib.suppress(ConfigError):  # `check_output` says what is wrong with it
+            kept = configs.parse(["--config", str(before)]).precision
+            return kept if kept != "auto" else best_precision(device)
+    return best_precision(device)
 
 
 def prepare(config: Config, world: World) -> Setup:

@@ -12,7 +12,7 @@ from torch import nn
 from distilfast import data, models
 from distilfast.config import RECIPES, BatchConfig, parse
 from distilfast.data import Store
-from distilfast.driver import checks, loop
+from distilfast.driver import checks, loop, processes
 from distilfast.driver import replay as replaying
 from distilfast.errors import ConfigError
 
@@ -53,7 +53,8 @@ def check(arguments: Sequence[str]) -> int:
         data.check(config, folder)
         print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
         print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
-    print(f"batch:    {describe_batch(config.batch, ranks)}, {config.precision}")
+    precision = checks.chosen_precision(config, processes.own_device())
+    print(f"batch:    {describe_batch(config.batch, ranks)}, {precision}")
     print(f"output:   {config.output}")
     return 0
 

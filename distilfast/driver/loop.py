@@ -24,7 +24,7 @@ from distilfast.config import Config
 from distilfast.data.masking import philox
 from distilfast.driver import engine, optimizers, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
-from distilfast.driver.checks import Setup, check_shared, claim, prepare
+from distilfast.driver.checks import Setup, check_shared, claim, prepare, settled
 from distilfast.driver.engine import Engine
 from distilfast.driver.heldout import Evaluator
 from distilfast.driver.metrics import Metrics, Progress
@@ -47,6 +47,7 @@ def run(config: Config) -> bool:
 
 def distil(config: Config, world: World) -> bool:
     """`run`, in processes that have found each other."""
+    config = settled(config, world)
     setup = prepare(config, world)
     output = Path(config.output)
     if world.first(lambda: (output / "summary.json").is_file()):

@@ -104,12 +104,18 @@ def start() -> World:
         deepspeed.ops.__compatible_ops__ = {}
         with alone():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return World(rank, ranks, device, _patient_group() if ranks > 1 else None)
+
+
+def own_device() -> torch.device:
+    """Where this process computes."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 @functools.cache

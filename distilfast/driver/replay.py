@@ -62,7 +62,8 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
     # In one process there is nothing to split, and the run's folder is to be looked at.
     config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
-    setup = checks.prepare(config, world := processes.start())
+    config = checks.settled(config, world := processes.start())
+    setup = checks.prepare(config, world)
     if not 1 <= step <= setup.steps:
         raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")
     dtype = engine.DTYPES[config.precision]

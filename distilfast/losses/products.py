@@ -19,7 +19,6 @@ their sums alone.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,16 +26,11 @@ import torch
 from torch import Tensor
 
 from distilfast.losses.backends import Backend
+from distilfast.machine import multiplies_bf16
 
 # Of a weight, widened at a time: what a core's cache holds (docs/kernels.md).
 BLOCK_BYTES = 3 << 20
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def multiplies_bf16() -> bool:
-    """Whether this machine's CPU has instructions for products of bf16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Products(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 
 from distilfast import tasks
 from distilfast.errors import ConfigError
+from distilfast.machine import best_precision
 from distilfast.studies import flags as options
 from distilfast.studies.jobs import Workers
-from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning
 
 KINDS = {"int": "a whole number", "float": "a number"}
@@ -104,5 +104,5 @@ def tuning(given: argparse.Namespace, workers: Workers) -> FineTuning:
     known = {key: value for key, value in vars(given).items() if key in FineTuning.__annotations__}
     changed = {key: value for key, value in known.items() if value is not None}
     if changed["precision"] == "auto":
-        changed["precision"] = finetuning.best_precision(torch.device(workers.devices[0]))
+        changed["precision"] = best_precision(torch.device(workers.devices[0]))
     return FineTuning(**changed)

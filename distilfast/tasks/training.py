@@ -81,13 +81,6 @@ class SoftTargets:
         return replace(self, logits=examples.take(self.logits, rows).to(device))
 
 
-def best_precision(device: torch.device) -> str:
-    """bf16 where the device computes in it, fp32 elsewhere."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
 def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model") -> Any:
     """A model with the task's head, fp32. Weights that it lacks are drawn from ``seed``.
 
