@@ -305,7 +305,7 @@ def test_compare_measures_and_leaves_its_files(teacher: Path, tmp_path: Path, ca
         "| DistilBERT (published) | 66 | 410 |",
     ):
         assert part in out
-    assert not list(output.glob("*.tmp"))
+    assert not list(output.glob("*.tmp-*"))
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")

@@ -17,14 +17,14 @@ KERNELS = ROOT / "kernels" / "distilfast_kernels"
 
 # What is below what: a wing, or a file beside the wings, may import these and nothing else of ours.
 # Whatever is not written here imports nothing of ours.
-GROUND = {"_version", "errors", "machine", "parts", "progress"}
+GROUND = {"_version", "atomic", "errors", "machine", "parts", "progress"}
 MAY_IMPORT = {
     "losses": {"machine"},
     "config": {"errors", "parts"},
     "sources": {"errors"},
-    "report": {"errors", "parts"},
+    "report": {"atomic", "errors", "parts"},
     "models": {"config", "errors", "sources"},
-    "data": {"config", "errors", "models", "sources"},
+    "data": {"atomic", "config", "errors", "models", "sources"},
     "driver": {*GROUND, "config", "data", "losses", "models", "report"},
     "tasks": {"errors", "losses", "machine", "models", "sources"},
     "studies": {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-import os
 import shutil
 import socket
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from distilfast import atomic, data, models
 from distilfast import config as configs
-from distilfast import data, models
 from distilfast.config import Config
 from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
@@ -187,12 +186,12 @@ def claim(config: Config, output: Path) -> int:
     checkpoints = output / "checkpoints"
     start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
     output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "config.yaml.tmp"
-    temporary.write_text(configs.to_yaml(config), encoding="utf-8")
-    os.replace(temporary, output / "config.yaml")
-    for pattern in ("checkpoints/tmp-*", f"{config.token_folder.name}.tmp-*", "model.tmp-*"):
-        for leftover in output.glob(pattern):
+    atomic.write(output / "config.yaml", configs.to_yaml(config))
+    for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/tmp-*")):
+        if leftover.is_dir():
             shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     return start
 
 

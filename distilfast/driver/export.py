@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distilfast import __version__
+from distilfast import __version__, atomic
 from distilfast.config import Config, to_yaml
 from distilfast.parts import LOSSES
 
@@ -69,16 +67,13 @@ def export(
         weights: its fp32 weights by name.
         summary: the run's measured figures, as `train` writes them to summary.json.
     """
-    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     # A model of its own: the trained one may be bf16, and its config would say so.
     exported = type(model)(copy.deepcopy(model.config)).float()
     exported.load_state_dict(weights)
-    exported.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    (scratch / "README.md").write_text(card(model, config, summary), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
+    with atomic.folder(folder) as scratch:
+        exported.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(card(model, config, summary), encoding="utf-8")
 
 
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:

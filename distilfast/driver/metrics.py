@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distilfast import atomic
 from distilfast.errors import shortened
 from distilfast.progress import Bar
 
@@ -50,9 +51,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         kept = read_metrics(self.path) if self.path.is_file() and start else []
         kept = [line for line in kept if line["step"] <= start]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        atomic.write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.tokens = max((line["tokens"] for line in kept if "tokens" in line), default=0)
         self.writer = _tensorboard(folder / "tensorboard", start) if tensorboard else None

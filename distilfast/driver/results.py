@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from distilfast import atomic, models
 from distilfast import config as configs
-from distilfast import models
 from distilfast.config import Config
 from distilfast.driver import export, processes
 from distilfast.driver.checks import Setup
@@ -53,9 +52,7 @@ def write(
     export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
     report = training_report(output, configs.to_yaml(config), lines, summary)
     write_report(report, output / "report.html")
-    temporary = output / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(temporary, output / "summary.json")
+    atomic.write(output / "summary.json", json.dumps(summary, indent=1))
     print(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from distilfast import atomic
 from distilfast.report.content import ModelRow, Report, Table
 from distilfast.report.numbers import count, duration, fixed, percent
 from distilfast.report.plots import (
@@ -29,19 +29,9 @@ def write_report(report: Report, path: Path) -> Path:
     """
     page = _render(report).encode("utf-8", "replace")
     data = json.dumps(report, default=vars).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path.with_suffix(".json"), data)
-    _write_whole(path, page)
+    atomic.write(path.with_suffix(".json"), data)
+    atomic.write(path, page)
     return path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figures(table: Table) -> list[bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from distilfast import __version__
+from distilfast import __version__, atomic
 from distilfast.errors import ConfigError, expect
 from distilfast.machine import cpu_name
 from distilfast.report import Report, Table, markdown, write_report
@@ -252,9 +251,7 @@ def write(
     """settings.json, results.json and the report."""
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("settings", settings), ("results", results)):
-        temporary = output / f"{name}.json.tmp"
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(temporary, output / f"{name}.json")
+        atomic.write(output / f"{name}.json", json.dumps(content, indent=1))
     report = Report(
         title=f"distilfast {__version__}: models compared",
         lead=lead,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from distilfast import atomic
 from distilfast.errors import ConfigError
 from distilfast.progress import Bar
 
@@ -242,14 +243,7 @@ def _write(folder: Path, job: Job, result: Result) -> Result:
 
 def write_json(path: Path, content: Any) -> None:
     """A file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(_defined(content), indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write(path, json.dumps(_defined(content), indent=1, allow_nan=False) + "\n")
 
 
 def _defined(content: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilfast import tasks
+from distilfast import atomic, tasks
 from distilfast.errors import expect, not_negative, positive
 from distilfast.losses import combine_teachers
 from distilfast.studies.folder import read_tokens
@@ -133,10 +132,8 @@ def logits(
     for split, file in files.items():
         found[split] = finetuning.predict(model, read_tokens(file), settings, pad_token=pad_token)
         tell(len(found) / len(files))
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{place}.{os.getpid()}.tmp")  # other runs may share the cache
-    save_file(found, temporary)
-    temporary.replace(place)
+    with atomic.file(Path(place)) as temporary:  # other runs may share the cache
+        save_file(found, temporary)
     return {"splits": {split: len(x) for split, x in found.items()}}
 
 
