@@ -15,14 +15,15 @@ from distilfast.models.families import (
     logits_at,
     spread,
 )
-from distilfast.models.loading import (
+from distilfast.models.student import layers_of, make_student
+from distilfast.models.teachers import (
     Teacher,
     choose_attention,
     load_teachers,
+    loading,
     loading_errors,
     quiet,
 )
-from distilfast.models.student import layers_of, make_student
 from distilfast.models.tokenizers import fingerprint
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "fingerprint",
     "layers_of",
     "load_teachers",
+    "loading",
     "loading_errors",
     "logit_scaling",
     "logits",

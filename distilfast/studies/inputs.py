@@ -13,7 +13,7 @@ from torch import nn
 
 from distilfast import tasks
 from distilfast.errors import ConfigError
-from distilfast.models import loading_errors, quiet
+from distilfast.models import loading
 from distilfast.sources import lookup as names
 from distilfast.studies import flags as options
 from distilfast.tasks import GLUE, Examples, Task
@@ -97,14 +97,8 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     import transformers
 
     source = names.model_source(key, name)
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(
-            f"{key}: the tokenizer of {name!r} cannot be loaded: {message}"
-        ) from error
+    with loading(f"{key}: the tokenizer of {name!r}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made where no file of it is there
     if empty or not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")

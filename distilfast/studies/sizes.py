@@ -103,19 +103,11 @@ def _load(name: str, given: str) -> Candidate:
     import transformers
 
     source = names.model_source("MODEL", given)
-    try:
-        with models.quiet():
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            if config.is_encoder_decoder or type(config) not in transformers.MODEL_MAPPING:
-                raise ConfigError(
-                    f"MODEL: expected an encoder, got {given!r}, a {config.model_type}"
-                )
-            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
-    except ConfigError:
-        raise
-    except models.loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"MODEL: {given!r} cannot be loaded: {message}") from error
+    with models.loading(f"MODEL: {given!r}"):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.is_encoder_decoder or type(config) not in transformers.MODEL_MAPPING:
+            raise ConfigError(f"MODEL: expected an encoder, got {given!r}, a {config.model_type}")
+        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
     path = Path(source)
     if not path.is_dir():
         path = Path(huggingface_hub.snapshot_download(given, local_files_only=True))

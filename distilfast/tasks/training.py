@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
-from distilfast.models import choose_attention, loading_errors, quiet
+from distilfast.models import choose_attention, loading
 from distilfast.sources.lookup import model_source
 from distilfast.tasks.files import IGNORE_INDEX
 from distilfast.tasks.table import Task
@@ -90,28 +90,22 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
     import transformers
 
     source = model_source(key, name)
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            config = transformers.AutoConfig.from_pretrained(source)
-            if has_head(config) and not fits(config, task):
-                raise ConfigError(
-                    f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
-                    f"outputs, which {task.name} with {task.outputs} cannot start from"
-                )
-            if has_head(config) and not same_order(config, task):
-                raise ConfigError(
-                    f"{key}: expected the classes {', '.join(task.classes)} in this order, got "
-                    f"{', '.join(config.id2label.values())} in {name!r}"
-                )
-            model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
-                source, num_labels=task.outputs, dtype=torch.float32
+    with loading(f"{key}: {name!r}"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        config = transformers.AutoConfig.from_pretrained(source)
+        if has_head(config) and not fits(config, task):
+            raise ConfigError(
+                f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
+                f"outputs, which {task.name} with {task.outputs} cannot start from"
             )
-    except ConfigError:
-        raise
-    except loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{key}: {name!r} cannot be loaded: {message}") from error
+        if has_head(config) and not same_order(config, task):
+            raise ConfigError(
+                f"{key}: expected the classes {', '.join(task.classes)} in this order, got "
+                f"{', '.join(config.id2label.values())} in {name!r}"
+            )
+        model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
+            source, num_labels=task.outputs, dtype=torch.float32
+        )
     most = _positions(model) // PAD_TO * PAD_TO  # as a batch is padded
     expect(max_length <= most, "--max_length", f"at most {most} ({name!r})", max_length)
     return model

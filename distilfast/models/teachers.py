@@ -61,25 +61,19 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
 
     source = names.model_source("teacher", spec.name, spec.revision)
     revision = spec.revision if source == spec.name else None
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(
-                source, revision=revision, trust_remote_code=False
+    with loading(f"teacher: {spec.name!r}"):
+        config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        if config.model_type not in FAMILIES:
+            raise ConfigError(
+                f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
+                f"{spec.name!r} of type {config.model_type!r}"
             )
-            if config.model_type not in FAMILIES:
-                raise ConfigError(
-                    f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
-                    f"{spec.name!r} of type {config.model_type!r}"
-                )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-                source, revision=revision, dtype=torch.float32, output_loading_info=True
-            )
-    except ConfigError:
-        raise
-    except loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"teacher: {spec.name!r} cannot be loaded: {message}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
     parts = FAMILIES[config.model_type]
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
@@ -90,6 +84,20 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     if not has_head:
         start_transform(model)
     return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """While transformers loads ``what``: it is quiet, and whatever it raises is a ConfigError of
+    one line."""
+    try:
+        with quiet():
+            yield
+    except ConfigError:
+        raise
+    except loading_errors() as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{what} cannot be loaded: {message}") from error
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
