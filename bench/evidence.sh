@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of "Does it work?" in the README again, on a CPU with two cores in about an hour and a half:
+# The tables of "A miniature" in docs/evaluation.md again, on a CPU with two cores in about an hour and a half:
 #
 #     make demo FULL=1
 #     bash bench/evidence.sh GLUE_FOLDER

@@ -1,4 +1,4 @@
-"""The README's examples, run."""
+"""The examples of the README and of the documents, run; and whether their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,51 @@ import pytest
 import torch
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from distilfast.config import parse
+
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "bench/*.md", "bench/device/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
-def example(marker: str) -> str:
+def blocks(language: str, document: str) -> list[str]:
+    """The fenced blocks of a language in a document."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def example(marker: str, document: str = "README.md") -> str:
     """The Python block that contains a line."""
-    return next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if marker in b)
+    return next(b for b in blocks("python", document) if marker in b)
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that a document's headings have as targets of links."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (document.parent / file).resolve() if file else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert not wrong
+
+
+def test_yaml_example_is_a_configuration(tmp_path: Path) -> None:
+    (file := tmp_path / "my.yaml").write_text(blocks("yaml", "README.md")[0], encoding="utf-8")
+    config = parse(["--config", str(file)])
+    assert (config.teachers[0].name, config.epochs) == ("bert-base-uncased", 3)
 
 
 def models_and_batch(teacher: Path) -> dict[str, Any]:
@@ -54,7 +93,7 @@ def test_trainer_example_does_not_depend_on_accumulation(teacher: Path, tmp_path
     results = []
     for accumulation in (1, 4):
         names = models_and_batch(teacher)
-        exec(example("class DistillationTrainer"), names)
+        exec(example("class DistillationTrainer", "docs/losses.md"), names)
         rows = [
             {**{k: v[i] for k, v in names["batch"].items()}, "labels": names["labels"][i]}
             for i in range(8)
