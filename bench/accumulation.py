@@ -24,9 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import measure
-import ranks as kit
 import torch
+from kit import measure, parallel
 from torch import Tensor
 
 from distilfast.driver import engine, processes
@@ -82,30 +81,33 @@ class Sums:
         )
 
 
-def measure_step(run: kit.Run, micro_batches: int, aligned: bool) -> dict[str, float]:
+def measure_step(run: parallel.Run, micro_batches: int, aligned: bool) -> dict[str, float]:
     """The errors of one step of so many micro-batches, which leaves the weights as they are."""
     world, runner = run.world, run.engine
     count = 1 if aligned else micro_batches // world.ranks
     batches = run.micro_batches(count)
     if aligned:
         batches *= micro_batches // world.ranks
-    with Sums(runner) as sums, kit.Caught(runner) as caught:
+    with Sums(runner) as sums, parallel.Caught(runner) as caught:
         run.accumulate(batches)
         runner.step(0.0)
     exact, bf16 = sums.over_ranks()
-    return {"error": kit.distance(caught.by_name(), exact), "bf16_error": kit.distance(bf16, exact)}
+    return {
+        "error": parallel.distance(caught.by_name(), exact),
+        "bf16_error": parallel.distance(bf16, exact),
+    }
 
 
 def work(world: processes.World, folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Every layout and number of micro-batches on these ranks."""
     rows = []
-    for stage, offload in kit.layouts("bf16", world.ranks):
+    for stage, offload in parallel.layouts("bf16", world.ranks):
         if quick and offload != "none":
             continue
         layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
         sequences = MICRO_SEQUENCES * world.ranks
         batch = f"--batch.micro_sequences={MICRO_SEQUENCES}", f"--batch.sequences={sequences}"
-        run = kit.Run(world, folder / "recipe.yaml", "--precision=bf16", *layout, *batch)
+        run = parallel.Run(world, folder / "recipe.yaml", "--precision=bf16", *layout, *batch)
         plan = QUICK if quick else PLAN if offload == "none" else PLAN_OFFLOAD
         for micro_batches, aligned in [x for x in plan if x[0] >= world.ranks]:
             began = time.perf_counter()
@@ -164,15 +166,15 @@ def main() -> None:
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()
     if options.folder:
-        kit.worker(options.folder, lambda world: work(world, options.folder, options.quick))
+        parallel.worker(options.folder, lambda world: work(world, options.folder, options.quick))
         return
     environment = measure.environment(torch.device("cpu"))
     began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kit.make_recipe(folder, layers=2, max_length=MAX_LENGTH)
+        parallel.make_recipe(folder, layers=2, max_length=MAX_LENGTH)
         for n in RANKS[-1:] if options.quick else RANKS:
-            made = kit.launch(__file__, n, folder, *["--quick"] * options.quick)
+            made = parallel.launch(__file__, n, folder, *["--quick"] * options.quick)
             measure.append_csv(options.csv, [environment | row for row in made])
             rows += made
             print(f"ranks {n}: {time.perf_counter() - began:.0f} s", file=sys.stderr)

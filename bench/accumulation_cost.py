@@ -28,10 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measure
-import ranks as kit
 import torch
 import transformers
+from kit import measure, parallel
 
 from distilfast.driver import checks, engine, processes
 from distilfast.driver.step import Distillation
@@ -72,7 +71,7 @@ def cost(
 ) -> dict[str, float | None]:
     """Medians in ms, and the overheads with their 20 and 80 percentiles."""
     world = processes.start()
-    run = kit.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
+    run = parallel.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
     student = checks.prepare(run.config, world).student.to(engine.DTYPES[precision])
     plain = Distillation(student, run.config.loss, run.teacher)
     (batch,) = run.setup.batches.step(0, 0, 1, SEQUENCES)
@@ -127,10 +126,10 @@ def collectives(world: processes.World, folder: Path) -> list[dict[str, Any]]:
     """Those of a micro-batch and of a step's end, by layout."""
     rows = []
     for precision in ("fp32", "bf16"):
-        for stage, offload in kit.layouts(precision, world.ranks):
+        for stage, offload in parallel.layouts(precision, world.ranks):
             layout = f"--zero.stage={stage}", f"--zero.offload={offload}"
             batch = "--batch.micro_sequences=2", f"--batch.sequences={2 * world.ranks}"
-            run = kit.Run(
+            run = parallel.Run(
                 world, folder / "recipe.yaml", f"--precision={precision}", *batch, *layout
             )
             batches = run.micro_batches(2)
@@ -211,7 +210,7 @@ def main() -> None:
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()
     if options.folder:
-        kit.worker(options.folder, lambda world: collectives(world, options.folder))
+        parallel.worker(options.folder, lambda world: collectives(world, options.folder))
         return
     environment = measure.environment(torch.device("cpu"))
     size = {"steps": options.steps, "micro_batches": options.micro_batches}
@@ -231,8 +230,8 @@ def main() -> None:
         if options.only != "time":
             tiny = folder / "tiny"
             tiny.mkdir()
-            kit.make_recipe(tiny, layers=4, max_length=64)
-            rows = kit.launch(__file__, 2, tiny)
+            parallel.make_recipe(tiny, layers=4, max_length=64)
+            rows = parallel.launch(__file__, 2, tiny)
             measure.append_csv(
                 options.results / "collectives.csv", [environment | row for row in rows]
             )

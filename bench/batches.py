@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 import torch
 import transformers
-from measure import Spread, figure
+from kit import measure
+from kit.measure import Spread, figure
 
 from distilfast import linear_distillation_loss, models
 from distilfast.config import BatchConfig, MaskingConfig

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from measure import Spread, figure
-from products import BareProducts
+from kit import measure
+from kit.measure import Spread, figure
+from kit.products import BareProducts
 from torch import Tensor
 
 from distilfast import linear_distillation_loss

@@ -28,9 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import measure
-import ranks as kit
 import torch
+from kit import measure, parallel
 
 from distilfast.data import batches
 from distilfast.driver import engine, processes
@@ -70,12 +69,12 @@ def cases(ranks: int, quick: bool, precisions: Sequence[str]) -> Iterator[Case]:
         yield from (Case("fp32", 0, "none", size) for size in sizes)
         yield Case("fp32", 0, "none", 8, padding="longest")
         yield Case("fp32", 0, "none", 8, mean="micro-batch")
-        for layout in kit.layouts("fp32", ranks)[1:]:
+        for layout in parallel.layouts("fp32", ranks)[1:]:
             if layout[1] == "none":
                 yield Case("fp32", *layout, 8)
         return
     for precision in precisions:
-        lowest, *others = kit.layouts(precision, ranks)
+        lowest, *others = parallel.layouts(precision, ranks)
         for size in sizes:
             yield Case(precision, *lowest, size)
             yield Case(precision, *lowest, size, padding="longest")
@@ -101,8 +100,8 @@ def measure_case(world: processes.World, recipe: Path, case: Case) -> list[dict[
     """The first step's gradient and the parameters after the last."""
     batches.PAD_TO = MAX_LENGTH if case.padding == "longest" else 8
     kind = MeanOfMeans if case.mean == "micro-batch" else engine.Engine
-    run = kit.Run(world, recipe, *case.changes, kind=kind)
-    with kit.Caught(run.engine) as caught:
+    run = parallel.Run(world, recipe, *case.changes, kind=kind)
+    with parallel.Caught(run.engine) as caught:
         run.step(0)
     gradient = caught.by_name()
     for number in range(1, STEPS):
@@ -120,7 +119,7 @@ def work(world: processes.World, options: argparse.Namespace) -> list[dict[str, 
         if world.rank == 0 and not right.exists():
             torch.save(found, right)
         if world.rank == 0:
-            gradient, parameters = map(kit.distance, found, torch.load(right))
+            gradient, parameters = map(parallel.distance, found, torch.load(right))
             rows.append(
                 {
                     "ranks": world.ranks,
@@ -151,7 +150,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     exact = [r for r in rows if r["mean"] == "step"]
     lines = []
     for precision in dict.fromkeys(r["precision"] for r in exact):
-        for stage, offload in kit.LAYOUTS:
+        for stage, offload in parallel.LAYOUTS:
             key = (precision, stage, offload)
             chosen = [r for r in exact if (r["precision"], r["stage"], r["offload"]) == key]
             if chosen:
@@ -179,15 +178,15 @@ def main() -> None:
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()
     if options.folder:
-        kit.worker(options.folder, lambda world: work(world, options))
+        parallel.worker(options.folder, lambda world: work(world, options))
         return
     environment = measure.environment(torch.device("cpu"))
     began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kit.make_recipe(folder, layers=4, max_length=MAX_LENGTH)
+        parallel.make_recipe(folder, layers=4, max_length=MAX_LENGTH)
         for n in RANKS:
-            made = kit.launch(__file__, n, folder, *sys.argv[1:])
+            made = parallel.launch(__file__, n, folder, *sys.argv[1:])
             measure.append_csv(options.csv, [environment | row for row in made])
             rows += made
             print(f"ranks {n}: {time.perf_counter() - began:.0f} s", file=sys.stderr)

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
+from kit import measure
 
 from distilfast import models, tasks
 from distilfast.machine import best_precision

@@ -33,13 +33,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import heads
-import measure
-import peers
 import torch
-from heads import HeadCase, HeadContestant, HeadLoss, Inputs
-from measure import figure
-from products import BareProducts
+from kit import heads, measure, peers
+from kit.heads import HeadCase, HeadContestant, HeadLoss, Inputs
+from kit.measure import figure
+from kit.products import BareProducts
 from torch import Tensor
 
 CSV = Path(__file__).parent / "results" / "linear.csv"

@@ -29,11 +29,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
-import peers
 import torch
-from measure import figure
-from peers import Case, Contestant
+from kit import measure, peers
+from kit.measure import figure
+from kit.peers import Case, Contestant
 from torch import Tensor
 
 from distilfast.losses import reference

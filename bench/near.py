@@ -30,12 +30,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import heads
 import linear
-import measure
 import torch
-from heads import HeadCase, HeadContestant, HeadLoss, Inputs
-from measure import figure
+from kit import heads, measure
+from kit.heads import HeadCase, HeadContestant, HeadLoss, Inputs
+from kit.measure import figure
 from torch import Tensor
 
 CSV = Path(__file__).parent / "results" / "near.csv"
@@ -52,7 +51,7 @@ INTERPRETED_ELEMENTS = 1 << 20  # of the logits, the most in Triton's interprete
 BLOCK_ELEMENTS = 1 << 22  # of the logits, at a time in float64
 
 OURS = "distilfast"
-PEERS = (  # of bench/heads.py
+PEERS = (  # of bench/kit/heads.py
     "TRL divergence",
     "Liger JSD",
     "ORDA",

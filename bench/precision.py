@@ -26,10 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 import transformers
-from measure import figure
+from kit import measure
+from kit.measure import figure
 from torch import Tensor
 
 from distilfast import data, models

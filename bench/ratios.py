@@ -20,11 +20,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import measure
 import torch
 from distilfast_kernels import cpp
-from measure import Spread, figure
-from products import BareProducts
+from kit import measure
+from kit.measure import Spread, figure
+from kit.products import BareProducts
 from step import Step
 from torch import Tensor, nn
 

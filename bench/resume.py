@@ -29,9 +29,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 import transformers
+from kit import measure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 import transformers
+from kit import measure
 from torch import Tensor, nn
 
 from distilfast import config

@@ -24,11 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import measure
-import peers
 import torch
 import transformers
-from measure import Spread, figure
+from kit import measure, peers
+from kit.measure import Spread, figure
 from torch import Tensor
 
 from distilfast import linear_distillation_loss, models

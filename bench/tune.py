@@ -29,9 +29,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
 import torch
 from distilfast_kernels import distillation
+from kit import measure
 from torch import Tensor
 
 from distilfast.losses.reference import Options

@@ -95,8 +95,9 @@ def test_who_cannot_take_part_is_a_row_with_a_reason(measured: dict[str, Any]) -
 def test_contestants_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
-import torch, losses, peers
-from peers import Case, Contestant
+import torch, losses
+from kit import peers
+from kit.peers import Case, Contestant
 def changed(change):
     return lambda case: lambda *inputs: change(peers.formula(case)(*inputs))
 def crash(loss):
@@ -193,8 +194,9 @@ def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -
 def test_heads_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
-import linear, heads, measure, torch
-from heads import HeadContestant, materialised
+import linear, torch
+from kit import heads, measure
+from kit.heads import HeadContestant, materialised
 def changed(change):
     return lambda case: lambda x: change(materialised(case), x)
 def crash(loss, x):
@@ -320,7 +322,8 @@ def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
 def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:
     result = result_of(
         f"""
-import pathlib, torch, losses, measure
+import pathlib, torch, losses
+from kit import measure
 cpu, log = torch.device("cpu"), []
 def failing(turn):
     if len(log) > 5:
@@ -381,7 +384,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result_of(
         f"""
 import sys, torch
-import losses, measure, peers, products, step, tune
+import losses, step, tune
+from kit import measure, peers, products
 from torch import testing
 cuda, cpu, result = torch.device("cuda"), torch.device("cpu"), {{}}
 

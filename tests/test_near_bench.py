@@ -59,7 +59,8 @@ def near(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = [*SMALL, "--noise", "0.05", "--csv", str(path), "--json", str(path) + ".json"]
     done = run(
         f"""
-import heads, torch
+import torch
+from kit import heads
 near.ROUNDS_SECONDS["cpu"] = 0
 class HalfGradient(torch.autograd.Function):
     forward = staticmethod(lambda context, weight: weight.clone())

@@ -27,8 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/, for measure
 
-import measure
 import torch
+from kit import measure
 from torch import Tensor
 
 from distilfast import (

@@ -1,6 +1,6 @@
 """The contestants of bench/linear.py, heads from hidden states to a loss: ours and the peers'.
 
-    python bench/heads.py     # who can run here, what each computes, what each lacks
+    cd bench && python -m kit.heads     # who can run here, what each computes, what each lacks
 
 A contestant gives the loss of a `HeadCase` from hidden states and weights, and the bench takes the
 gradients. As in peers.py, what it lacks and PyTorch adds around it is part of its time, each is in
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import peers
 import torch
-from peers import IGNORED, Case, Contestant
 from torch import Tensor
 from torch.nn import functional as F
 
 import distilfast
 from distilfast.losses import backends
+from kit import peers
+from kit.peers import IGNORED, Case, Contestant
 
 LOSSES = ("kl_ce", "kl", "jsd", "ce")
 # Of a materialised loss, by entry of N x V: both logits, their fp32 copies, divided by T, as logs

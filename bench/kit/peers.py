@@ -1,6 +1,6 @@
 """The contestants of bench/losses.py, ours and the peers': one entry of `contestants()` each.
 
-    python bench/peers.py     # who can run here, what each computes, what each lacks
+    cd bench && python -m kit.peers     # who can run here, what each computes, what each lacks
 
 A contestant gives the loss of a `Case` from its tensors, and the bench takes the gradient. What it
 lacks and PyTorch adds around it (a division by T, a log-softmax) is part of its time, since whoever
@@ -18,13 +18,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import measure
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import distilfast
 from distilfast.losses import backends, reference
+from kit import measure
 
 LABELLED = 0.15  # of the rows, with labels "some": what masked language modelling has
 IGNORED = -100

@@ -7,10 +7,11 @@ and chunks.py divide by its time.
 
 from __future__ import annotations
 
-import measure
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kit import measure
 
 # A GPU's products are fastest where the vocabulary is a multiple of 64, and the fused head pads its
 # weights to one. A yardstick without the padding would be slower than what it measures.

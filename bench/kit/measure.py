@@ -1,6 +1,6 @@
 """The kit that the benches share: time, memory, bandwidth, the machine, tables and the CSV.
 
-    python bench/measure.py [--device cuda]     # the machine and its copy bandwidth
+    cd bench && python -m kit.measure [--device cuda]     # the machine and its copy bandwidth
 
 Times on shared machines drift by more than contestants differ, so `interleave` measures all in
 rounds, a call of each in turn, and what is reported is a median with its 20 and 80 percentiles.
@@ -32,7 +32,7 @@ import torch
 import distilfast
 from distilfast.losses.scratch import Scratch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 # On a GPU every call is queued behind LEADS reads of LEAD_BYTES. While the device reads, the host
