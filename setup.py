@@ -3,8 +3,8 @@
 `kernels/` is a container without `__init__.py`: Hugging Face publishes a package named `kernels`,
 which a package of that name at the root of the repository would shadow.
 
-The C++ kernels are a plain shared library, without Python's or PyTorch's headers: built in seconds,
-for every version of both. Each source is compiled for its own instruction set. Without a compiler
+The C++ kernels are a plain shared library, without Python's or PyTorch's headers: it serves every
+version of both. Each source is compiled for its own instruction set. Without a compiler
 the packages are installed without it, and `backend="cpp"` says so.
 """
 

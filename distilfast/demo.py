@@ -5,7 +5,7 @@ three-layer student of it by the triple loss; `undistilled` trains the same stud
 batches for as many steps with the labels alone. `report.html` holds the three side by side.
 
     make demo            minutes
-    make demo FULL=1     the figures of the README
+    make demo FULL=1     the figures of docs/benchmarks.md
 """
 
 from __future__ import annotations

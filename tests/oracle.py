@@ -1,8 +1,9 @@
-"""The losses once more, in float64 and from DESIGN.md alone: what every backend is held to.
+"""The losses once more, in float64 and from docs/losses.md alone: what every backend is held to.
 
 Nothing here imports distilfast. The values and the gradients are the closed forms, written per row;
 the yardstick beside them ("plain") is what a user would write in fp32 PyTorch, differentiated by
-autograd. DESIGN.md's budget lets a backend err by twice what the yardstick errs, plus a little:
+autograd. The budget (docs/error-budget.md) lets a backend err by twice what the yardstick errs,
+plus a little:
 
     loss      |ours - o| <= 2 |plain - o| + 1e-5 |o| + 1e-5 max(1, T^2)      (cos: 1e-6)
     gradient  the same in the row's maximum norm, with 1e-5 (fp32), 2^-10 (fp16), 2^-7 (bf16) of the

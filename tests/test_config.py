@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distilfast import config, train
+from distilfast import config, machine, train
 from distilfast.config import (
     BatchConfig,
     CheckpointConfig,
@@ -33,6 +34,7 @@ from distilfast.config import (
     to_yaml,
 )
 from distilfast.driver import checks
+from distilfast.driver.processes import World
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -49,7 +51,7 @@ optimizer: {name: adamw, learning_rate: 5.0e-4, weight_decay: 0.0, betas: [0.9, 
 batch: {sequences: 4096, micro_sequences: 32}
 evaluate: {every: 500}
 zero: {stage: 1, offload: none, shard_teacher: false}
-precision: bf16
+precision: auto
 seed: 56
 checkpoint: {every: 1000, keep: 3}
 resume: auto
@@ -113,7 +115,7 @@ def test_config_checks_itself_without_a_parser() -> None:
         lambda: Config(),
         lambda: Config(steps=1, epochs=1),
         lambda: Config(steps=1, seed=-1),
-        lambda: Config(steps=1, zero=ZeroConfig(stage=0)),
+        lambda: Config(steps=1, precision="bf16", zero=ZeroConfig(stage=0)),
         lambda: BatchConfig(sequences=17, tokens=4096),
         lambda: BatchConfig(warmup_from=4097, warmup_steps=1),
         lambda: BatchConfig(sequences=17).check(18, 512),
@@ -357,3 +359,48 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         if not said or not said[1]:
             silent.append(key)
     assert silent == []
+
+
+# --- precision: auto ------------------------------------------------------------------------------
+
+
+def config_of(output: Path, *arguments: str) -> config.Config:
+    return config.parse(["--steps=1", f"--output={output}", *arguments])
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_what_the_cpu_multiplies_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str
+) -> None:
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: fast)
+    cpu = torch.device("cpu")
+    assert checks.chosen_precision(config_of(tmp_path / "run"), cpu) == expected
+    for asked in ("bf16", "fp32"):
+        given = config_of(tmp_path / "run", f"--precision={asked}")
+        assert checks.chosen_precision(given, cpu) == asked
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: False)
+    written, cpu = config_of(tmp_path, "--precision=bf16"), torch.device("cpu")
+    (tmp_path / "config.yaml").write_text(config.to_yaml(written), encoding="utf-8")
+    assert checks.chosen_precision(config_of(tmp_path), cpu) == "bf16"
+    assert checks.chosen_precision(config_of(tmp_path, "--resume=never"), cpu) == "fp32"
+    # a file that somebody has edited decides nothing
+    (tmp_path / "config.yaml").write_text(config.to_yaml(config_of(tmp_path)), encoding="utf-8")
+    assert checks.chosen_precision(config_of(tmp_path), cpu) == "fp32"
+    (tmp_path / "config.yaml").write_text("steps: none", encoding="utf-8")
+    assert checks.chosen_precision(config_of(tmp_path), cpu) == "fp32"
+
+
+def test_settled_configuration_is_what_the_run_is_written_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(checks, "multiplies_bf16", lambda: False)
+    world = World(0, 1, torch.device("cpu"))
+    settled = checks.settled(config_of(tmp_path / "run"), world)
+    assert settled.precision == "fp32"
+    assert not caplog.records
+    checks.settled(config_of(tmp_path / "run", "--precision=bf16"), world)
+    assert "no instructions" in caplog.text

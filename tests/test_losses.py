@@ -46,7 +46,7 @@ def run(student, teacher, labels=None, **keywords):
 
 
 def parity(student, teacher, labels=None, *, backend, **keywords):
-    """Loss, parts and gradient lie within DESIGN.md's budget of the oracle."""
+    """Loss, parts and gradient lie within the error budget of the oracle."""
     output, gradient = run(student, teacher, labels, backend=backend, **keywords)
     assert gradient.dtype == student.dtype
     check(output, gradient, expect(student, teacher, labels, **keywords))

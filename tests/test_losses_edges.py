@@ -1,4 +1,4 @@
-"""distillation_loss at its edges: every sentence of DESIGN.md's "Edges", and what autograd sees."""
+"""distillation_loss at its edges: every sentence of "Edges" in docs/losses.md, and its gradient."""
 
 from __future__ import annotations
 

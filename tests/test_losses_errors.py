@@ -1,4 +1,4 @@
-"""Bad calls: every ValueError of DESIGN.md names the argument, what was expected and what came."""
+"""Bad calls: every ValueError of docs/losses.md says the argument, what was expected, what came."""
 
 from __future__ import annotations
 

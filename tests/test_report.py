@@ -17,6 +17,7 @@ import pytest
 
 from distilfast import report as report_module
 from distilfast.driver.metrics import read_metrics
+from distilfast.parts import LOGGED
 from distilfast.report import (
     Chart,
     Guess,
@@ -285,6 +286,12 @@ def test_plots_draw_each_run_that_has_the_figure(tmp_path: Path) -> None:
         "ce": {"1": 60, "2": 40},
         "hidden_cos": {"1": 60},
     }
+
+
+def test_every_part_that_a_run_logs_has_a_curve(tmp_path: Path) -> None:
+    lines = [{"step": step, **dict.fromkeys(LOGGED, 1 / step)} for step in range(1, 9)]
+    drawn = page(replace(full_report(), curves={"a": lines}), tmp_path).plots()
+    assert list(drawn) == [title for title, _ in LOGGED.values()]
 
 
 def test_plots_keep_text_as_text_and_follow_the_colour_scheme(tmp_path: Path) -> None:
