@@ -13,11 +13,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all lint bench clean
 
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
-	@echo "make test          linters, types and tests"
+	@echo "make test          linters, types, and some cases of every test: minutes"
+	@echo "make test-all      the same with all cases, mutations and killed processes"
 	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop; exactness"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
@@ -42,8 +43,15 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 # A file of tests a process, one thread each: on two cores that is twice as fast.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Some cases of every test: minutes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+# Every case of every test, mutations and killed processes among them.
+test-all: lint
+	$(PYTEST) --all
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/losses.py

@@ -81,7 +81,19 @@ def pytest_report_header() -> str:
     return f"distilfast backends: {', '.join(names)}"
 
 
+# Without --all: so many cases of a test, from first to last; of one over backends another case of
+# each; and no test that is marked thorough.
+CASES = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="every case of every test")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for = any("::" in argument for argument in config.args) or config.option.keyword
+    if not config.getoption("--all") and not asked_for:
+        leave_out(config, items)
     for marker in ("slow", "network"):
         variable = f"DISTILFAST_{marker.upper()}_TESTS"
         if os.environ.get(variable) != "1":
@@ -89,6 +101,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(skip)
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is left is the quick selection."""
+    tests: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if "thorough" not in item.keywords:
+            name = getattr(item, "originalname", None) or item.name
+            tests.setdefault((str(item.path), name), []).append(item)
+    kept = {case for cases in tests.values() for case in some_of(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def some_of(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """A few cases of a test."""
+    by_backend: dict[str, list[pytest.Item]] = {}
+    for case in cases:
+        parameters = getattr(getattr(case, "callspec", None), "params", {})
+        by_backend.setdefault(str(parameters.get("backend")), []).append(case)
+    if len(by_backend) > 1:
+        groups = list(by_backend.values())
+        return [group[i * len(group) // len(groups)] for i, group in enumerate(groups)]
+    most = min(CASES, len(cases))
+    return [cases[round(i * (len(cases) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def cpu_levels() -> list[str]:

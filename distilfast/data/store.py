@@ -1,0 +1,84 @@
+"""The tokens of a corpus, on disk."""
+
+from __future__ import annotations
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import numpy as np
+import torch
+from torch import Tensor
+from distilfast.config import BatchConfig, ConfigError
+
+FORMAT = 1  # of the store; raised when its files change meaning
+
+
+@dataclass(frozen=True)
+class Store:
+    """Tokens on disk, memory-mapped by `datasets`."""
+
+    train: Any
+    heldout: Any
+    counts: Tensor  # (V,) int64, of the training part
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """Raises ConfigError where ``folder`` holds no store, or a damaged one."""
+        import datasets
+
+        try:
+            record = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
+            return cls(
+                datasets.load_from_disk(str(folder / "train")),
+                datasets.load_from_disk(str(folder / "heldout")),
+                torch.from_numpy(np.load(folder / "counts.npy")),
+                record,
+            )
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"data.prepared: expected a folder made by `distilfast prepare`, got "
+                f"{str(folder)!r}: {' '.join(str(error).split())}"
+            ) from error
+
+    def lengths(self, split: str) -> Tensor:
+        """(n,) tokens of each example."""
+        chunks = getattr(self, split).data.column("input_ids").chunks
+        parts = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+
+    def sizes(self, batch: BatchConfig) -> Tensor:
+        """(n,) what each training example takes of a step: its tokens, or 1."""
+        lengths = self.lengths("train")
+        return torch.ones_like(lengths) if batch.tokens is None else lengths
+
+    @functools.cached_property
+    def _chunks(self) -> dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
+        """Of each split, the first example of each Arrow chunk, and the chunks' (offsets, ids)."""
+        found = {}
+        for split in ("train", "heldout"):
+            chunks = getattr(self, split).data.column("input_ids").chunks
+            starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+            found[split] = (
+                starts[:-1],
+                [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks],
+            )
+        return found
+
+    def rows(self, split: str, examples: Tensor) -> list[np.ndarray]:
+        """The token ids of some examples, int32: read-only views of the file."""
+        starts, chunks = self._chunks[split]
+        numbers = examples.numpy()
+        places = np.searchsorted(starts, numbers, side="right") - 1
+        rows = []
+        for place, i in zip(places.tolist(), (numbers - starts[places]).tolist(), strict=True):
+            offsets, ids = chunks[place]
+            rows.append(ids[offsets[i] : offsets[i + 1]])
+        return rows
+
+    def tokens(self, split: str, examples: Tensor) -> Tensor:
+        """The token ids of some examples, (n,) int32, one example after the other."""
+        return torch.from_numpy(np.concatenate(self.rows(split, examples)))
