@@ -460,7 +460,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from distilfast import checkpoint
+from distilfast.driver import checkpoint
 
 def mark(point):
     if point == sys.argv[2]:

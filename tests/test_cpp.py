@@ -1469,7 +1469,7 @@ def test_combination_of_any_rows_equals_the_definition(level: str, n_rows: int, 
 BEYOND = r"""
 import ctypes, itertools, math, mmap, os, sys
 import torch
-from distilfast.reference import Options
+from distilfast.losses.reference import Options
 from distilfast_kernels import cpp
 
 mode, library, short = sys.argv[1], sys.argv[2], int(sys.argv[3])

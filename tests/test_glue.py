@@ -19,7 +19,7 @@ from conftest import WORDS, make_task, make_teacher
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.report import markdown
-from distilfast.studies import figures, glue, inputs, jobs, scoring
+from distilfast.studies import figures, glue, inputs, jobs
 from distilfast.tasks import GLUE, TASKS, Task
 from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning
@@ -185,7 +185,7 @@ def test_stopped_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = scoring.fine_tune
+    job = glue.fine_tune
 
     def stop(*arguments: Any, **keywords: Any) -> Any:
         if len(calls) == 2:

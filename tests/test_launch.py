@@ -45,7 +45,7 @@ jit.JITFunction.run = compile_only
 
 from distilfast_kernels import distillation, ensemble, hidden_cosine, reductions, scale
 
-from distilfast.reference import Options
+from distilfast.losses.reference import Options
 
 one, labels = torch.ones(()), torch.zeros(3, dtype=torch.int64)
 
