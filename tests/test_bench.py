@@ -73,6 +73,7 @@ def test_losses_measures_time_memory_and_bandwidth(measured: dict[str, Any]) -> 
     assert hidden["agreement"] == "ok"
 
 
+@pytest.mark.thorough
 def test_losses_writes_the_rows_with_their_environment(measured: dict[str, Any]) -> None:
     assert {"date", "commit", "tree", "device", "torch", "triton"} <= measured["environment"].keys()
     assert len(measured["csv"]) == len(measured["rows"])
@@ -82,6 +83,7 @@ def test_losses_writes_the_rows_with_their_environment(measured: dict[str, Any])
         assert written["contestant"] == row["contestant"]
 
 
+@pytest.mark.thorough
 def test_who_cannot_take_part_is_a_row_with_a_reason(measured: dict[str, Any]) -> None:
     rows = by_name(measured["rows"])
     assert rows["Liger, fp32"]["status"] == "skipped: its kernels need a CUDA device"
@@ -92,6 +94,7 @@ def test_who_cannot_take_part_is_a_row_with_a_reason(measured: dict[str, Any]) -
     assert rows["distilfast triton"]["status"].startswith("skipped: ")
 
 
+@pytest.mark.thorough
 def test_contestants_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
@@ -149,6 +152,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(path.with_suffix(".json").read_text()), "csv": rows, "table": done.stdout}
 
 
+@pytest.mark.thorough
 def test_linear_measures_time_memory_and_the_share_of_the_matrix_rate(head: dict[str, Any]) -> None:
     rows = by_name(head["rows"])
     bare = rows["bare products"]
@@ -175,6 +179,7 @@ def test_linear_measures_time_memory_and_the_share_of_the_matrix_rate(head: dict
     assert "| distilfast auto (" in head["table"]
 
 
+@pytest.mark.thorough
 def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -> None:
     assert len(head["csv"]) == len(head["rows"])
     for written, row in zip(head["csv"], head["rows"], strict=True):
@@ -191,6 +196,7 @@ def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -
     assert unfiltered["time_ms"] is None
 
 
+@pytest.mark.thorough
 def test_heads_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
@@ -253,6 +259,7 @@ result = {{"rows": json.load(open({str(tmp_path / "b")!r}))["rows"], "rounds": r
     assert set(result["rounds"][1]) == timed >= {"bare products", "right", "takes no bias"}
 
 
+@pytest.mark.thorough
 def test_linear_measures_the_peak_by_rows(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
     small = "--device cpu --width 16 --vocab 2048 --rows 256 2048 --dtype fp32".split()
@@ -268,6 +275,7 @@ def test_linear_measures_the_peak_by_rows(tmp_path: Path) -> None:
         assert peaks[2048] > 2 * 2048 * 2048 * 4 / 2**20 > peaks[256]
 
 
+@pytest.mark.thorough
 def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     small = "--shape minilm --sequences 1 --length 8 --seconds 0 --dtype fp32".split()
@@ -287,6 +295,7 @@ def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
         assert f"| {name}" in done.stdout
 
 
+@pytest.mark.thorough
 def test_batches_measures_times_and_memory(tmp_path: Path) -> None:
     path = tmp_path / "batches.csv"
     small = "--sequences 8 16 --micro_sequences 4 --length 8 --rounds 1".split()
@@ -300,6 +309,7 @@ def test_batches_measures_times_and_memory(tmp_path: Path) -> None:
         assert float(row["memory_mib"]) >= 0
 
 
+@pytest.mark.thorough
 def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "chunks.csv"
     small = "--rows 256 --width 8 --vocab 50 --seconds 0 --device cpu".split()
@@ -319,6 +329,7 @@ def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
     assert "error of dW" in done.stdout
 
 
+@pytest.mark.thorough
 def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:
     result = result_of(
         f"""
@@ -362,6 +373,7 @@ result = [log, {{k: len(v) for k, v in samples.items()}}, failures, path.read_te
         assert 128 <= peak < 136  # two tensors of 64 MiB
 
 
+@pytest.mark.thorough
 def test_finetuning_compares_loops_that_end_with_the_same_weights(
     teacher: Path, tmp_path: Path
 ) -> None:
@@ -454,6 +466,7 @@ tune.main()
     )
 
 
+@pytest.mark.thorough
 def test_losses_on_a_gpu_begin_with_the_main_question(asked: dict[str, Any]) -> None:
     cuda = [tuple(x) for x in asked["plans"]["cuda"]]
     assert [x[:3] for x in cuda[:4]] == [
@@ -474,20 +487,24 @@ def test_losses_on_a_gpu_begin_with_the_main_question(asked: dict[str, Any]) -> 
     assert asked["plans"]["chosen"] == [[*case, True] for _ in range(3) for case in cases]
 
 
+@pytest.mark.thorough
 def test_slow_contestants_take_part_where_they_are_asked_for(asked: dict[str, Any]) -> None:
     unasked, on_request, on_a_cpu = asked["skips"]
     assert unasked.startswith("slow to get ready")
     assert on_request is on_a_cpu is None
 
 
+@pytest.mark.thorough
 def test_step_on_a_gpu_has_more_tokens(asked: dict[str, Any]) -> None:
     assert asked["step"] == [64, 64, 8, 3]
 
 
+@pytest.mark.thorough
 def test_bare_products_are_padded_to_whole_64s_on_a_gpu(asked: dict[str, Any]) -> None:
     assert asked["products"] == [64, [128, 100], [2, 1], [3, 5], [5]]
 
 
+@pytest.mark.thorough
 def test_stopwatch_counts_the_calls_whose_launches_show(asked: dict[str, Any]) -> None:
     times, exposed, leads = asked["stopwatch"]
     assert times == [2.0, 2.0]
@@ -495,11 +512,13 @@ def test_stopwatch_counts_the_calls_whose_launches_show(asked: dict[str, Any]) -
     assert leads >= 12
 
 
+@pytest.mark.thorough
 def test_tune_asks_the_main_question_first(asked: dict[str, Any]) -> None:
     assert asked["order"][:3] == [["kl", 30522], ["kl", 128256], ["kl", 50257]]
     assert [loss for loss, _ in asked["order"][::3]] == ["kl", "kl_ce", "jsd", "ce"]
 
 
+@pytest.mark.thorough
 def test_tune_compiles_without_a_gpu_and_times_nothing(
     asked: dict[str, Any], tmp_path: Path
 ) -> None:

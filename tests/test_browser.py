@@ -28,9 +28,12 @@ from distilfast.report import Chart, Guess, ModelRow, Report, Sample, Table, wri
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed"
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed"
+    ),
+]
 
 PROBE = (ROOT / "tests" / "probe.js").read_text(encoding="utf-8")
 

@@ -475,6 +475,7 @@ checkpoints.wait()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("point", "left"),
     [

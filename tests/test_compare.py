@@ -232,6 +232,7 @@ class Broken(Candidate):
         raise RuntimeError("two\nlines")
 
 
+@pytest.mark.thorough
 def test_models_that_fail_are_named_and_the_others_kept(tmp_path: Path, capfd: Any) -> None:
     """And the memory of a model that is read from a file holds its weights, 64 MiB, and little
     else: not what a process of PyTorch's has anyway, some 300 MiB."""
@@ -264,6 +265,7 @@ KEYS = {
 }
 
 
+@pytest.mark.thorough
 def test_compare_measures_and_leaves_its_files(teacher: Path, tmp_path: Path, capfd: Any) -> None:
     half = make_teacher(tmp_path / "half" / "model", n_layers=2)
     (tmp_path / "dev.tsv").write_text("sentence\nking queen\nwar\n", encoding="utf-8")
@@ -308,6 +310,7 @@ def test_compare_measures_and_leaves_its_files(teacher: Path, tmp_path: Path, ca
     assert not list(output.glob("*.tmp-*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_models_are_measured(tmp_path: Path) -> None:
     config = bert(num_hidden_layers=1)

@@ -36,6 +36,8 @@ from distilfast.config import Config
 from distilfast.driver import checkpoint, checks, loop
 from distilfast.driver.processes import free_port
 
+pytestmark = pytest.mark.thorough
+
 POINTS = ("begin", "writing", "written", "said")  # of every rank's save
 POINTS_OF_FIRST = (*POINTS, "manifest", "renamed", "pruning")
 TIMES = ("tokens_per_second",)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.thorough
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("TRITON_INTERPRET", None)  # in the interpreter a kernel is not timed
 SMALL = "--device cpu --rows 64 --width 32 --vocab 300".split()

@@ -192,6 +192,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_does_not_change_lamb(found: dict[Any, Any], layout: tuple[int, str, str]) -> None:
     """Each weight by itself: the norms of a slice, or of a slice and its padding, would show."""
@@ -200,12 +201,14 @@ def test_layout_does_not_change_lamb(found: dict[Any, Any], layout: tuple[int, s
         assert distance(weight, wanted[name]) <= 1e-6, name
 
 
+@pytest.mark.thorough
 def test_clipping_matters_to_lamb() -> None:
     """Or the test above would not show that it is done."""
     free = textbook(dataclasses.replace(LAMB, max_grad_norm=0.0))
     assert distance(free["large"], textbook(LAMB)["large"]) > 1e-3
 
 
+@pytest.mark.thorough
 def test_infinite_gradient_on_one_rank_reaches_no_weight(found: dict[Any, Any]) -> None:
     stopped = {key: run["stopped"] for key, run in found.items()}
     assert all(stopped.values()), stopped

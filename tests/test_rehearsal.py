@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from distilfast import config as configs
 from distilfast.driver import engine, processes
 
+pytestmark = pytest.mark.thorough
+
 LAYOUTS = [
     *((stage, "none") for stage in range(4)),
     *((stage, "optimizer") for stage in (1, 2, 3)),

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 RESOURCES = Path(__file__).parent.parent / "bench" / "resources.py"
 VOCABULARIES = (30_522, 50_257, 128_256)
 TARGETS = (80, 90, 100)

@@ -440,6 +440,7 @@ def tuned(output: Path, data: Path) -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("direct", [False, True], ids=["SQuAD/train-v1.1.json", "train-v1.1.json"])
 def test_glue_scores_it_and_goes_on(
     teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], direct: bool
@@ -486,6 +487,7 @@ def test_a_score_beside_glue_stands_next_to_its_published_ones() -> None:
     assert made.rows[4] == ["DistilBERT, distilled again", "", "", "86.9", "79.1"]
 
 
+@pytest.mark.thorough
 def test_finetune_teaches_it(
     teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,8 @@ from distilfast.driver.checkpoint import Checkpoints, Saved
 from distilfast.driver.heldout import Evaluator
 from distilfast.driver.step import Distillation
 
+pytestmark = pytest.mark.thorough
+
 LAYOUTS = [
     *((stage, "none") for stage in range(4)),
     *((stage, "optimizer") for stage in (1, 2, 3)),
