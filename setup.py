@@ -24,10 +24,12 @@ FLAGS = [
     *("-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra"),
 ]
-LEVELS = {"plain": [], "dispatch": []}
+# -O2 takes two thirds of the time of -O3 to compile, and with vectors written by hand the code is as
+# fast (AVX2, all losses, interleaved pairs: 0.88 to 1.18, median 1.02). AVX-512 was not compared.
+LEVELS = {"plain": ["-O2"], "dispatch": ["-O2"]}
 NEWEST = "avx512bf16"
 if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avx2"] = ["-O2", "-mavx2", "-mfma", "-mf16c"]
     sets = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
     # GCC 12 takes the undefined operand of its own AVX-512 headers for an uninitialised one.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
