@@ -115,6 +115,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
+@pytest.fixture(params=cpu_levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine has, by the variable that asks for it."""
+    monkeypatch.setenv("DISTILFAST_CPU_LEVEL", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def device(backend: str) -> str:
     """Where the backend's tensors live."""

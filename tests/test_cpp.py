@@ -80,13 +80,6 @@ on_x86 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=cpu_levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this machine has, by the variable that asks for it."""
-    monkeypatch.setenv("DISTILFAST_CPU_LEVEL", request.param)
-    return str(request.param)
-
-
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, undone afterwards."""
@@ -311,8 +304,9 @@ def test_poisoned_rows_that_nothing_needs_become_zero(level: str, dtype: torch.d
 
 @every_divergence
 @pytest.mark.parametrize("vocab", [37, 517, FIRST_COLUMNS + 552])
+@pytest.mark.parametrize("temperature", [2.0, 7.3])
 def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
-    level: str, vocab: int, divergence: str
+    level: str, temperature: float, vocab: int, divergence: str
 ) -> None:
     # what a sweep still needs must not be overwritten by it, the label's column least of all
     for dtype in DTYPES:
@@ -320,7 +314,8 @@ def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
         labels = torch.tensor([0, vocab - 1, 20, IGNORE])
         mask = torch.tensor([1.0, 0.0, 0.5, 2.0])
         for weights in ({}, {"ce_weight": 1.0}, ALL_PARTS):
-            keywords = {"divergence": divergence, "scale": -0.5, "temperature": 2.5, **weights}
+            keywords = {"divergence": divergence, "temperature": temperature, **weights}
+            keywords["scale"] = -0.5
             beside = hole(4, vocab, dtype, "cpu")
             wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
             inside = placed(student)
@@ -889,6 +884,13 @@ def test_level_and_threads_reach_the_library(
         threads(count)
         cpp.scale([torch.ones(1, 1)], torch.tensor(1.0))
     assert seen == [(cpp.LEVELS.index(level), count) for count in (1, 3)]
+
+
+def test_level_asked_for_is_the_level_used(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the machine has a better one."""
+    module = sys.modules[cpp.__name__]  # a mutated one, when one stands in
+    monkeypatch.setattr(module, "best_level", lambda: cpp.LEVELS[-1])
+    assert module.level() == level
 
 
 @needs_library
