@@ -57,7 +57,6 @@ class Mutation(NamedTuple):
     caught_by: Call
     old: str
     new: str
-    alone: bool = False  # in a library of its own: see library.py
 
     def __str__(self) -> str:
         return f"{self.needs}-{self.file}-{self.name}"

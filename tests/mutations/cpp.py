@@ -39,7 +39,6 @@ from mutations.calls import (
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PLAIN, AVX2, AVX512, AVX512_BF16 = "plain", "avx2", "avx512", "avx512bf16"
-ALONE = True  # a declaration: it takes a library of its own
 LAUNCHER = "cpp.py"
 
 # The cheapest calls that notice something.
@@ -226,8 +225,9 @@ TABLE = {
         ("JSD: the mixture of unnormalised ones", PLAIN, JSD,
          "float(beta * row.l_s / row.l_t)", "float(beta)"),
         ("JSD: b is doubled", AVX2, JSD_FAR, "b.add(k, «e_s»,", "e_s * Vec(2.f)"),
+        # what makes the sum less is not seen: a small one is computed again
         ("JSD: a from the student", AVX512, JSD_FAR,
-         "a.add(k, e_t, gap(row.x_t(get(t + i, n, -INF)), mixture))", "a.add(k, e_t, from_m)"),
+         "gap(row.x_t(get(t + i, n, -INF)), mixture)", "Vec(0.f) - from_m"),
         ("JSD: no mean", AVX2, JSD, "row.mean = «float(kl_s)»", "0"),
         ("JSD: sums of two sizes", AVX512, JSD,
          "(a.total() / row.l_t + ::log2(row.l_s / row.l_t))", "(a.total() / row.l_t)"),
@@ -317,8 +317,11 @@ TABLE = {
          "(E*)a.gradient.data + r * a.gradient.stride",
          "(E*)a.gradient.data + r * a.student.stride"),
         ("divergences in another order", AVX512, FORWARD,
-         "FORWARD_KL = DISTILFAST_FORWARD_KL,\n    REVERSE_KL = DISTILFAST_REVERSE_KL,",
-         "FORWARD_KL = DISTILFAST_REVERSE_KL,\n    REVERSE_KL = DISTILFAST_FORWARD_KL,", ALONE),
+         "weight != 0 ? «int(a.divergence)»",
+         "a.divergence == JSD ? JSD : FORWARD_KL + REVERSE_KL - int(a.divergence)"),
+        ("NaN is 0", AVX512, UNKNOWN[9], "- above) : «NOT_A_NUMBER»", "0"),
+        ("log2(e)", PLAIN, FORWARD, "row.scale = float(«LOG2_E»", "1.4436950408889634"),
+        ("ln(2)", AVX2, FORWARD, "bits * «LN_2» * a.temperature", "0.6932471805599453"),
         ("labels alone never look for a maximum", AVX2, LABELS_ALONE,
          "(«power > 1» || l_1", "power"),
         # what a fused head leaves to the kernels
@@ -420,9 +423,8 @@ TABLE = {
         ("the teacher's length", PLAIN, HIDDEN_FP32,
          "::sqrt(s2) * ::sqrt(t2)", "::sqrt(t2) * ::sqrt(t2)"),
         ("cosine's ratio", AVX2, HIDDEN_FP32, "float(dot / s2)", "float(dot / t2)"),
-        ("NaN is 0", AVX512, UNKNOWN[9], "NOT_A_NUMBER = NAN", "NOT_A_NUMBER = 0", ALONE),
-        ("log2(e)", PLAIN, FORWARD, "LOG2_E = 1.4426", "LOG2_E = 1.4436", ALONE),
-        ("ln(2)", AVX2, FORWARD, "LN_2 = 0.6931", "LN_2 = 0.6932", ALONE),
+        ("dtypes in another order", PLAIN, ROWS["forward_kl", BF16], "switch («m.dtype»)",
+         "m.dtype == DISTILFAST_FP32 ? m.dtype : DISTILFAST_BF16 + DISTILFAST_FP16 - m.dtype"),
         ("all rows are the first", AVX512, FORWARD, "at = «r * m.stride»", "0"),
         ("bf16 is fp16", PLAIN, ROWS["forward_kl", BF16],
          "f((bf16*)m.data + at)", "f((fp16*)m.data + at)"),
@@ -693,10 +695,6 @@ TABLE = {
     ],
     "level.h": [
         ("scaling does nothing", AVX2, SCALED, "scale(*a, threads)", "0"),
-    ],
-    "distilfast.h": [
-        ("dtypes in another order", PLAIN, ROWS["forward_kl", BF16],
-         "DISTILFAST_BF16, DISTILFAST_FP16 }", "DISTILFAST_FP16, DISTILFAST_BF16 }", ALONE),
     ],
     LAUNCHER: [
         # cpp.py

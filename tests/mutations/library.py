@@ -1,13 +1,13 @@
 """Libraries of the C++ kernels with many mutations in them, of which one at a time is switched on.
 
 It takes 4 to 13 seconds to compile a library, so each instruction set has one, with all of its
-mutations. Where a mutation replaces an expression, or statements, the source chooses by a number:
+mutations. What a mutation replaces is an expression, or statements, and the source chooses by a
+number:
 
     a * b            becomes  (distilfast_mutant == 6 ? (a + b) : (a * b))
     row.power = 0;   becomes  { if (distilfast_mutant == 5) {  } else { row.power = 0; } }
 
-A declaration leaves no such choice: a mutation of one is marked ALONE in the table, and has a
-library of its own.
+A declaration leaves no such choice. What it says is mutated where it is used.
 """
 
 from __future__ import annotations
@@ -135,40 +135,25 @@ def instead(library: Path, level: str, number: int = 0) -> Iterator[None]:
 
 
 class Library:
-    """The mutations of an instruction set, compiled into this folder."""
+    """The mutations of an instruction set, compiled in this folder."""
 
     def __init__(self, level: str, mutations: Sequence[Mutation], folder: Path) -> None:
         skip_without(level)
         if shutil.which("g++") is None:
             pytest.skip("no g++")
-        self.level, self.mutations, self.folder = level, mutations, folder
-        self.numbers = {str(mutation): i for i, mutation in enumerate(mutations, 1)}
-        self.path = self.with_all()
-
-    def with_all(self) -> Path:
-        sources = shutil.copytree(SOURCES, self.folder / "all")
-        of_file: dict[str, dict[int, Mutation]] = {}
-        for number, mutation in enumerate(self.mutations, 1):
-            if not mutation.alone:
-                of_file.setdefault(mutation.file, {})[number] = mutation
-        for file, mutations in of_file.items():
+        self.level, self.mutations = level, mutations
+        self.numbers = {str(mutation): number for number, mutation in enumerate(mutations, 1)}
+        sources = shutil.copytree(SOURCES, folder / "csrc")
+        for file in {mutation.file for mutation in mutations}:
             path = sources / file
-            text = path.read_text(encoding="utf-8")
-            path.write_text(with_switches(text, mutations), encoding="utf-8")
-        return compiled(sources, self.level)
-
-    def with_one(self, mutation: Mutation) -> Path:
-        sources = shutil.copytree(SOURCES, self.folder / str(self.numbers[str(mutation)]))
-        mutation.write(sources)
-        return compiled(sources, self.level)
+            its = {self.numbers[str(x)]: x for x in mutations if x.file == file}
+            text = with_switches(path.read_text(encoding="utf-8"), its)
+            path.write_text(text, encoding="utf-8")
+        self.path = compiled(sources, level)
 
     def check(self, mutation: Mutation) -> None:
         """The mutation is noticed."""
-        if mutation.alone:
-            replaced = instead(self.with_one(mutation), self.level)
-        else:
-            replaced = instead(self.path, self.level, self.numbers[str(mutation)])
-        with replaced:
+        with instead(self.path, self.level, self.numbers[str(mutation)]):
             mutation.must_be_noticed("cpp")
 
     def check_unmutated(self) -> None:
