@@ -1,4 +1,4 @@
-"""Mutations of the C++ kernels, one of whose instruction sets each names, and of their launcher.
+"""Mutations of the C++ kernels, each for one instruction set, and of their launcher.
 
 Left out is what changes no number (prefetch, threads, large pages, streaming as such), what would
 crash or write outside the tensors' memory, and what no number can tell: how far from its maximum a
@@ -318,7 +318,7 @@ TABLE = {
          "(E*)a.gradient.data + r * a.student.stride"),
         ("divergences in another order", AVX512, FORWARD,
          "weight != 0 ? «int(a.divergence)»",
-         "a.divergence == JSD ? JSD : FORWARD_KL + REVERSE_KL - int(a.divergence)"),
+         "a.divergence % JSD ? JSD - int(a.divergence) : int(a.divergence)"),
         ("NaN is 0", AVX512, UNKNOWN[9], "- above) : «NOT_A_NUMBER»", "0"),
         ("log2(e)", PLAIN, FORWARD, "row.scale = float(«LOG2_E»", "1.4436950408889634"),
         ("ln(2)", AVX2, FORWARD, "bits * «LN_2» * a.temperature", "0.6932471805599453"),
@@ -397,7 +397,6 @@ TABLE = {
          "for (int64_t i = n_cols; g && i < a.n_padded; i++) narrow(g[i], 0.f);"),
     ],
     "rows.h": [
-        # rows.h
         ("columns before the first aligned vector are not written", AVX2, STREAMED[FP32],
          "if (i) f(int64_t(0), int(i), Constant<0>());", ""),
         ("one vector for another", AVX512, SCALED, "f(«i + 2 * WIDTH»,", "i + WIDTH"),
@@ -447,7 +446,6 @@ TABLE = {
         ("a column is its vector's first", PLAIN, FIRST_OF_EQUALS, "columns[j] += «float(j)»", "0"),
     ],
     "hidden_cosine.h": [
-        # hidden_cosine.h
         ("hidden: no mask", PLAIN, HIDDEN_FP32, "a.mask ? a.mask[r] : 1", "1"),
         ("hidden: half a row is zeroed", AVX512, HIDDEN_FP32, "a.n_cols * sizeof(G)", "a.n_cols"),
         ("hidden: the last layer counts", PLAIN, HIDDEN_LAYERS,
@@ -467,7 +465,6 @@ TABLE = {
          "r * a.gradient.stride", "r * a.n_cols"),
     ],
     "ensemble.h": [
-        # ensemble.h
         ("logits are not weighed", AVX512, BY_LOGIT,
          "get(t + i, n, 0.f) * weight", "get(t + i, n, 0.f)"),
         ("the last logit counts", PLAIN, BY_LOGIT, "k == 0 ? x : x + get(z + i, n, 0.f)", "x"),
@@ -490,12 +487,11 @@ TABLE = {
         ("z is dense", AVX2, BY_LOGIT, "r * a.stride_z", "r * a.n_cols"),
     ],
     "scale.h": [
-        # scale.h
         ("every row takes the first factor", PLAIN, SCALED, "a.by[r * a.by_stride]", "a.by[0]"),
         ("nothing is scaled", AVX2, SCALED, "get(g + i, n, 0.f) * by", "get(g + i, n, 0.f)"),
     ],
     "vec.h": [
-        # vec.h: AVX-512
+        # AVX-512
         ("the tail is a column longer", AVX512, FORWARD, "(1u << n) - 1", "(2u << n) - 1"),
         ("fma subtracts", AVX512, FORWARD,
          "_mm512_fmadd_ps(a.v, b.v, c.v)", "_mm512_fmsub_ps(a.v, b.v, c.v)"),
@@ -679,7 +675,6 @@ TABLE = {
          "m[0] && m[1] && m[2] && m[3]", "m[0]"),
     ],
     "dispatch.cpp": [
-        # dispatch.cpp, level.h and the enumerations of distilfast.h
         ("AVX-512 is AVX2", AVX512, SCALED,
          "case DISTILFAST_AVX512: return «function##_avx512(args, threads)»",
          "function##_avx2(args, threads)"),
@@ -696,8 +691,28 @@ TABLE = {
     "level.h": [
         ("scaling does nothing", AVX2, SCALED, "scale(*a, threads)", "0"),
     ],
+    "accumulate.h": [
+        ("shares are not added", AVX2, ACCUMULATED,
+         "a.begun ? get(total + i, n, 0.f) + share : share", "share"),
+        ("the first share is added to what is there", AVX512, ACCUMULATED,
+         "a.begun ? get(total + i, n, 0.f) + share : share", "get(total + i, n, 0.f) + share"),
+        ("rows of the sum lie side by side", PLAIN, ACCUMULATED,
+         "r * a.stride_total", "r * a.n_cols"),
+    ],
+    "product.h": [
+        ("the last of an odd depth is left out", AVX512_BF16, PRODUCT,
+         "if («depth % 2») add", "false"),
+        ("the bias of the first panel", AVX512_BF16, PRODUCT,
+         "a.bias ? a.bias + column : nullptr", "a.bias"),
+        ("the first rows for all", AVX512_BF16, PRODUCT,
+         "(const bf16*)a.hidden.data + r * a.hidden.stride", "(const bf16*)a.hidden.data"),
+        ("a transposition of lanes", AVX512_BF16, PRODUCT,
+         "_mm512_shuffle_i32x4(odd_low, odd_high, 0x88)",
+         "_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd)"),
+        ("a tile is written too far", AVX512_BF16, PRODUCT,
+         "store(at, tile[i][j], left);", "store(at, tile[i][j]);"),
+    ],
     LAUNCHER: [
-        # cpp.py
         ("fp16 for bf16", PLAIN, ROWS["forward_kl", BF16],
          "torch.bfloat16: 1, torch.float16: 2", "torch.bfloat16: 2, torch.float16: 1"),
         ("JSD for reverse KL", PLAIN, REVERSE,
@@ -751,28 +766,6 @@ TABLE = {
          "by.to(torch.float32).contiguous()", "by.contiguous()"),
         ("another level than asked for", PLAIN, ASKED_FOR,
          'os.environ.get("DISTILFAST_CPU_LEVEL") or best_level()', "best_level()"),
-    ],
-    "accumulate.h": [
-        ("shares are not added", AVX2, ACCUMULATED,
-         "a.begun ? get(total + i, n, 0.f) + share : share", "share"),
-        ("the first share is added to what is there", AVX512, ACCUMULATED,
-         "a.begun ? get(total + i, n, 0.f) + share : share", "get(total + i, n, 0.f) + share"),
-        ("rows of the sum lie side by side", PLAIN, ACCUMULATED,
-         "r * a.stride_total", "r * a.n_cols"),
-    ],
-    "product.h": [
-        # product.h
-        ("the last of an odd depth is left out", AVX512_BF16, PRODUCT,
-         "if («depth % 2») add", "false"),
-        ("the bias of the first panel", AVX512_BF16, PRODUCT,
-         "a.bias ? a.bias + column : nullptr", "a.bias"),
-        ("the first rows for all", AVX512_BF16, PRODUCT,
-         "(const bf16*)a.hidden.data + r * a.hidden.stride", "(const bf16*)a.hidden.data"),
-        ("a transposition of lanes", AVX512_BF16, PRODUCT,
-         "_mm512_shuffle_i32x4(odd_low, odd_high, 0x88)",
-         "_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd)"),
-        ("a tile is written too far", AVX512_BF16, PRODUCT,
-         "store(at, tile[i][j], left);", "store(at, tile[i][j]);"),
     ],
 }
 # fmt: on
