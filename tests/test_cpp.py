@@ -58,7 +58,7 @@ from test_triton import (
 )
 from torch import Tensor
 
-from distilfast import distillation_loss, reference
+from distilfast import backends, distillation_loss, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)
@@ -128,7 +128,8 @@ def launch(
     """(4, N) parts by row; the gradient goes where it is told to."""
     by = torch.full((), scale)
     chosen = options(**{"vocab_size": student.shape[1], **keywords})
-    return cpp.distillation(student, teacher, labels, mask, by, by, chosen, gradient, heads)
+    kernel = backends.BACKENDS["cpp"].distillation
+    return kernel(student, teacher, labels, mask, by, by, chosen, gradient, heads)
 
 
 def wanted_rows(
@@ -444,7 +445,9 @@ def test_labels_mask_and_scales_may_have_any_stride() -> None:
     assert labels.stride() == mask.stride() == (2,)
     gradient = hole(5, 40, FP32, "cpu")
     check_launch(student, teacher, labels, mask, gradient=gradient, **ALL_PARTS)
-    check_launch(student.T.contiguous().T, teacher[:1].expand(5, 40), gradient=gradient)
+    transposed = student.T.contiguous().T, teacher.T.contiguous().T
+    check_launch(*transposed, gradient=gradient)
+    check_launch(student, teacher[:1].expand(5, 40), gradient=gradient)
     by = torch.tensor([1.0, -2.0, 0.0, 0.25, 3.0])
     for scale in (by, by.repeat_interleave(3)[::3], by[1].expand(5)):
         chosen = options(40, **ALL_PARTS)
@@ -1278,7 +1281,7 @@ def test_scale_takes_what_is_empty_or_single(level: str) -> None:
         cpp.scale([empty], torch.tensor(2.0))
     for by in (torch.tensor([2.0]), torch.tensor(2.0), torch.tensor(2.0, dtype=BF16)):
         single = torch.ones(1, 40)
-        cpp.scale([single], by)
+        backends.BACKENDS["cpp"].scale([single], by)
         assert (single == 2).all()
 
 

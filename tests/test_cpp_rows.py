@@ -174,29 +174,6 @@ def test_scaled_rows_inside_wider_ones_are_scaled_whole(level: str, dtype: torch
         assert_nothing_else_was_written(gradient)
 
 
-def test_operands_of_any_stride_are_taken(level: str) -> None:
-    student, teacher = logits_pair((4, 9))
-    arguments = (
-        student,
-        teacher,
-        torch.tensor([1, 8, -100, 0]),
-        torch.tensor([1.0, 0.0, 0.5, 2.0]),
-    )
-    strided = [torch.stack([x, torch.full_like(x, 7)], -1)[..., 0] for x in arguments]
-    ours, wanted = torch.empty(4, 9), torch.empty(4, 9)
-    parts = launch(*arguments, gradient=wanted, **ALL_PARTS)
-    assert_same([launch(*strided, gradient=ours, **ALL_PARTS), ours], [parts, wanted])
-
-
-def test_factors_of_any_layout_and_dtype_are_taken(level: str) -> None:
-    before, _ = logits_pair((5, 9))
-    every_other = torch.tensor([[1.0, NAN], [-2.0, NAN], [0.3, NAN], [0.0, NAN], [7.0, NAN]])[:, 0]
-    for by in (every_other, every_other.to(BF16), torch.tensor(0.25).expand(5)):
-        gradient = before.clone()
-        backends.BACKENDS["cpp"].scale([gradient], by)
-        assert_same([gradient], [before * by.float()[:, None]])
-
-
 @every_dtype
 def test_streamed_gradient_is_the_stored_one(level: str, dtype: torch.dtype) -> None:
     # as large by its stride as one that no cache holds, most of it never touched; the rows begin

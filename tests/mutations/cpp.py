@@ -134,12 +134,12 @@ NAN_HALF = {
 LABELS_ALONE = call(
     digits.test_maximum_far_above_the_first_columns_is_found_for_labels_alone, low=-95.0
 )
-ANY_STRIDE = call(rows.test_operands_of_any_stride_are_taken)
+ANY_STRIDE = call(kernels.test_labels_mask_and_scales_may_have_any_stride)
 NAN_OR_ZERO = call(rows.test_nan_beside_a_zero_vector_is_no_zero_vector, side="student")
 UNKNOWN = {
     label: call(rows.test_unknown_label_makes_its_own_row_nan, label=label) for label in (-1, 9)
 }
-ANY_FACTOR = call(rows.test_factors_of_any_layout_and_dtype_are_taken)
+ANY_FACTOR = call(kernels.test_scale_takes_what_is_empty_or_single)
 ASKED_FOR = call(kernels.test_level_asked_for_is_the_level_used)
 UNKNOWN_LEVEL = call(kernels.test_library_refuses_a_level_above_the_best_and_below_the_first)
 BEST_LEVEL = call(kernels.test_best_level_is_the_default_and_one_that_runs_here)
