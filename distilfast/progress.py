@@ -14,7 +14,7 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
     logging.getLogger("distilfast").handlers[:] = [handler]
-    logging.getLogger("distilfast.assets").setLevel(logging.INFO)
+    logging.getLogger("distilfast.sources.assets").setLevel(logging.INFO)
 
 
 class Bar:

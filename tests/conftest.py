@@ -152,6 +152,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
+@pytest.fixture(params=cpu_levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine has, by the variable that asks for it."""
+    monkeypatch.setenv("DISTILFAST_CPU_LEVEL", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def device(backend: str) -> str:
     """Where the backend's tensors live."""
@@ -177,7 +184,7 @@ def own_log() -> Iterator[None]:
     """A program sets its log up as it likes; the next test starts from nothing."""
     yield
     logging.getLogger("distilfast").handlers.clear()
-    logging.getLogger("distilfast.assets").setLevel(logging.NOTSET)
+    logging.getLogger("distilfast.sources.assets").setLevel(logging.NOTSET)
 
 
 def make_corpus(path: Path) -> Path:

@@ -204,7 +204,7 @@ def test_hub_is_the_source_unless_it_is_at_fault(served, hub, monkeypatch, index
         (local_dir / name).write_bytes(served[name])
         return str(local_dir / name)
 
-    caplog.set_level("INFO", "distilfast.assets")
+    caplog.set_level("INFO", "distilfast.sources.assets")
     fake = types.SimpleNamespace(hf_hub_download=hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     assert_holds_the_model(assets.minilm())

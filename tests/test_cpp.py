@@ -59,7 +59,7 @@ from test_triton import (
 from torch import Tensor
 
 from distilfast import distillation_loss
-from distilfast.losses import reference
+from distilfast.losses import backends, reference
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)
@@ -79,13 +79,6 @@ needs_library = pytest.mark.skipif(not cpu_levels(), reason="the C++ kernels wer
 on_x86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="its other levels are x86's"
 )
-
-
-@pytest.fixture(params=cpu_levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this machine has, by the variable that asks for it."""
-    monkeypatch.setenv("DISTILFAST_CPU_LEVEL", request.param)
-    return str(request.param)
 
 
 @pytest.fixture
@@ -136,7 +129,8 @@ def launch(
     """(4, N) parts by row; the gradient goes where it is told to."""
     by = torch.full((), scale)
     chosen = options(**{"vocab_size": student.shape[1], **keywords})
-    return cpp.distillation(student, teacher, labels, mask, by, by, chosen, gradient, heads)
+    kernel = backends.BACKENDS["cpp"].distillation
+    return kernel(student, teacher, labels, mask, by, by, chosen, gradient, heads)
 
 
 def wanted_rows(
@@ -312,8 +306,9 @@ def test_poisoned_rows_that_nothing_needs_become_zero(level: str, dtype: torch.d
 
 @every_divergence
 @pytest.mark.parametrize("vocab", [37, 517, FIRST_COLUMNS + 552])
+@pytest.mark.parametrize("temperature", [2.0, 7.3])
 def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
-    level: str, vocab: int, divergence: str
+    level: str, temperature: float, vocab: int, divergence: str
 ) -> None:
     # what a sweep still needs must not be overwritten by it, the label's column least of all
     for dtype in DTYPES:
@@ -321,7 +316,8 @@ def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
         labels = torch.tensor([0, vocab - 1, 20, IGNORE])
         mask = torch.tensor([1.0, 0.0, 0.5, 2.0])
         for weights in ({}, {"ce_weight": 1.0}, ALL_PARTS):
-            keywords = {"divergence": divergence, "scale": -0.5, "temperature": 2.5, **weights}
+            keywords = {"divergence": divergence, "temperature": temperature, **weights}
+            keywords["scale"] = -0.5
             beside = hole(4, vocab, dtype, "cpu")
             wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
             inside = placed(student)
@@ -450,7 +446,9 @@ def test_labels_mask_and_scales_may_have_any_stride() -> None:
     assert labels.stride() == mask.stride() == (2,)
     gradient = hole(5, 40, FP32, "cpu")
     check_launch(student, teacher, labels, mask, gradient=gradient, **ALL_PARTS)
-    check_launch(student.T.contiguous().T, teacher[:1].expand(5, 40), gradient=gradient)
+    transposed = student.T.contiguous().T, teacher.T.contiguous().T
+    check_launch(*transposed, gradient=gradient)
+    check_launch(student, teacher[:1].expand(5, 40), gradient=gradient)
     by = torch.tensor([1.0, -2.0, 0.0, 0.25, 3.0])
     for scale in (by, by.repeat_interleave(3)[::3], by[1].expand(5)):
         chosen = options(40, **ALL_PARTS)
@@ -892,6 +890,13 @@ def test_level_and_threads_reach_the_library(
     assert seen == [(cpp.LEVELS.index(level), count) for count in (1, 3)]
 
 
+def test_level_asked_for_is_the_level_used(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the machine has a better one."""
+    module = sys.modules[cpp.__name__]  # a mutated one, when one stands in
+    monkeypatch.setattr(module, "best_level", lambda: cpp.LEVELS[-1])
+    assert module.level() == level
+
+
 @needs_library
 def test_best_level_is_the_default_and_one_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTILFAST_CPU_LEVEL", raising=False)
@@ -1277,7 +1282,7 @@ def test_scale_takes_what_is_empty_or_single(level: str) -> None:
         cpp.scale([empty], torch.tensor(2.0))
     for by in (torch.tensor([2.0]), torch.tensor(2.0), torch.tensor(2.0, dtype=BF16)):
         single = torch.ones(1, 40)
-        cpp.scale([single], by)
+        backends.BACKENDS["cpp"].scale([single], by)
         assert (single == 2).all()
 
 

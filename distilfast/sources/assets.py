@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-log = logging.getLogger("distilfast.assets")
+log = logging.getLogger("distilfast.sources.assets")
 
 
 class AssetError(RuntimeError):

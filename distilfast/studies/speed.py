@@ -29,7 +29,7 @@ from distilfast import models
 from distilfast.progress import Bar
 from distilfast.studies.sizes import MIB, Candidate
 
-log = logging.getLogger("distilfast.speed")
+log = logging.getLogger("distilfast.studies.speed")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXTS_A_TURN = 32
