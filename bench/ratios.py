@@ -10,7 +10,7 @@
   the head.
 
 Each has a limit, loose enough for a slow day and a shared machine. Beyond it the script ends with 1
-and says which. tests/test_ratios.py runs it with the long tests.
+and says which. tests/bench/test_ratios.py runs it with the long tests.
 """
 
 from __future__ import annotations

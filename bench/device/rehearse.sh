@@ -39,7 +39,7 @@ step triton-3.6 200 env TRITON_INTERPRET=1 PYTHONPATH="$home/triton-3.6:$PYTHONP
     "$python" bench/device/smoke.py --device cpu --rows 2 --scale 400
 show triton-3.6 1 'a copy moves'
 # Deadlines, kills and the archive.
-step shell 90 "$python" -m pytest -q -p no:cacheprovider tests/test_device.py
+step shell 90 "$python" -m pytest -q -p no:cacheprovider tests/bench/test_device.py
 for run in 1 2; do
     step run$run 360 env PYTHON="$python" bash bench/gpu.sh $run "$work/run$run" --dry
     show run$run 20 '^=='

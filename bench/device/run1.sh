@@ -2,9 +2,9 @@
 begin "$(pick 300 600)" "$output"
 . $device/environment.sh
 
-tests="tests/test_triton.py tests/test_losses.py tests/test_losses_edges.py
-    tests/test_hidden_cosine.py tests/test_combine_teachers.py tests/test_heads.py
-    tests/test_linear.py tests/test_operators.py"
+tests="tests/kernels/test_triton.py tests/losses/test_losses.py tests/losses/test_losses_edges.py
+    tests/losses/test_hidden_cosine.py tests/losses/test_combine_teachers.py tests/losses/test_heads.py
+    tests/losses/test_linear.py tests/losses/test_operators.py"
 pytest="-m pytest -q -p no:cacheprovider -p no:benchmark --no-header --tb=short"
 metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
 metrics+=,lts__t_sector_hit_rate.pct,launch__registers_per_thread
@@ -34,7 +34,7 @@ metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
     # kernel is slow.
     step memcheck 55 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         $(pick "compute-sanitizer --tool memcheck --error-exitcode 9" "") "$python" $pytest \
-        $(pick -x --collect-only) -W ignore tests/test_triton.py \
+        $(pick -x --collect-only) -W ignore tests/kernels/test_triton.py \
         -k "unaligned_rows or of_padded_rows or in_place_of or hidden_layers"
     show memcheck 6 'ERROR SUMMARY|Invalid|(passed|failed|tests collected).* in '
 }

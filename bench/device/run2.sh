@@ -53,7 +53,7 @@ digest() { # NAME COLUMN...
     step driver 60 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark --no-header \
         --tb=short -rfEs -W default $(pick "-n 4" --collect-only) \
         -k "plain_loop or micro_batches or thousand_gradients or on_a_gpu" \
-        $(ls tests/test_driver.py tests/test_engine*.py 2>/dev/null)
+        $(ls tests/driver/test_driver.py tests/test_engine*.py 2>/dev/null)
     show driver 1 '(passed|failed|error|tests collected).* in '
     show driver 12 '^(FAILED|ERROR|SKIPPED)'
 

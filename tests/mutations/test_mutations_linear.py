@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import test_linear as tests
 import test_near as near
-from mutations import Mutation, load
-from mutations.linear import MUTATIONS
 
 from distilfast.losses import backends, chunks, linear, linear_operator, products
+from mutations import Mutation, load
+from mutations.linear import MUTATIONS
 
 pytestmark = pytest.mark.thorough
 

@@ -1,6 +1,6 @@
 """Runs that are killed, and gone on with: the same metrics and the same weights, bit for bit.
 
-    python tests/test_kills.py --csv bench/results/kills.csv    # the long version, with its table
+    PYTHONPATH=tests python tests/driver/test_kills.py --csv FILE    # the long version, a table
 
 This file is also the program that is killed: at a marked point of a save, or some milliseconds
 after a step has begun. Nothing launches the ranks but the test, so nobody cleans up after a kill.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import launches
 import pytest
 import torch
 from conftest import ROOT, make_corpus, make_teacher
@@ -91,7 +92,7 @@ def program(kill: dict[str, Any], arguments: Sequence[str]) -> int:
 def launch(ranks: int, recipe: Sequence[str], kill: Kill | None = None) -> list[int]:
     """A launch of the run; the ranks' exit statuses."""
     kill = kill or Kill("never", 0, ())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = launches.environment()
     if ranks > 1:
         port = str(free_port())
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}

@@ -17,10 +17,10 @@ from typing import Any
 
 import distilfast_kernels
 import pytest
-from mutations import Mutation, load
-from mutations.triton import MUTATIONS
 
 from distilfast.losses import backends, reference
+from mutations import Mutation, load
+from mutations.triton import MUTATIONS
 
 pytestmark = pytest.mark.thorough
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import subprocess
 import sys
 import warnings
 from dataclasses import asdict
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_teacher
+from launches import torchrun
 from torch import Tensor
 
 from distilfast import config as configs
@@ -281,16 +280,7 @@ def one(folder: Path) -> dict[Any, Any]:
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[Any, Any]) -> dict[Any, Any]:
     """Two ranks (after ``one``, which has tokenised)."""
-    torchrun = Path(sys.executable).parent / "torchrun"
-    port = str(processes.free_port())
-    done = subprocess.run(
-        [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    torchrun(__file__, folder, timeout=1200)
     return torch.load(folder / "ranks.pt", weights_only=False)
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 pytestmark = pytest.mark.thorough
 
-RESOURCES = Path(__file__).parent.parent / "bench" / "resources.py"
+RESOURCES = ROOT / "bench" / "resources.py"
 VOCABULARIES = (30_522, 50_257, 128_256)
 TARGETS = (80, 90, 100)
 # Exponentials and logarithms a pair, over all sweeps of a kernel with gradient. Where T is 1 to 4

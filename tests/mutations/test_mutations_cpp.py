@@ -15,6 +15,7 @@ from pathlib import Path
 import distilfast_kernels
 import pytest
 from distilfast_kernels import cpp
+
 from mutations import Mutation, call, different, load
 from mutations.cpp import LAUNCHER, MUTATIONS, PLAIN, of_level
 from mutations.library import SOURCES, skip_without, with_switches

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
+from launches import torchrun
 from torch import Tensor, nn
 
 from distilfast import config as configs
@@ -168,17 +167,7 @@ def one() -> dict[Any, Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = Path(sys.executable).parent / "torchrun"
-    port = str(processes.free_port())
-    done = subprocess.run(
-        [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert "untested" not in done.stdout + done.stderr
+    assert "untested" not in torchrun(__file__, folder)
     return torch.load(folder / "ranks.pt", weights_only=False)
 
 

@@ -35,7 +35,7 @@ pytestmark = [
     ),
 ]
 
-PROBE = (ROOT / "tests" / "probe.js").read_text(encoding="utf-8")
+PROBE = (ROOT / "tests" / "report" / "probe.js").read_text(encoding="utf-8")
 
 
 class Browser:

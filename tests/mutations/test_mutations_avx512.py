@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mutations import Mutation
 from mutations.cpp import of_level
 from mutations.library import Library

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import torchrun
 from torch import Tensor, nn
 
 from distilfast import config as configs
@@ -177,18 +178,8 @@ def main(folder: Path, accelerator: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Any]]:
     """What two ranks find, by accelerator."""
     folder, results = tmp_path_factory.mktemp("rehearsal"), {}
-    torchrun = Path(sys.executable).parent / "torchrun"
     for accelerator in ("cpu", "cuda"):
-        port = str(processes.free_port())
-        launch = [str(torchrun), "--nproc_per_node", "2", "--master_port", port, __file__]
-        process = subprocess.run(
-            [*launch, str(folder), accelerator],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert process.returncode == 0, process.stderr[-5000:]
+        torchrun(__file__, folder, accelerator, CUDA_VISIBLE_DEVICES="")
         file = folder / f"{accelerator}.pt"
         results[accelerator] = torch.load(file, weights_only=False)
     return results
