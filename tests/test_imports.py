@@ -128,6 +128,16 @@ def test_third_parties_are_imported_where_they_belong(path: Path) -> None:
         assert package not in tops or wing(path) in allowed, f"{path} imports {package}"
 
 
+def test_no_source_is_ignored_by_git() -> None:
+    """`data/` in .gitignore would mean distilfast/data/, too."""
+    listing = ["git", "ls-files", "--others", "--ignored", "--exclude-standard"]
+    done = subprocess.run([*listing, "distilfast", "kernels"], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        pytest.skip("no checkout of git")
+    names = done.stdout.decode().splitlines()
+    assert not [name for name in names if name.endswith((".py", ".h", ".cpp", ".j2"))]
+
+
 def test_no_folder_and_no_file_grows_too_large() -> None:
     for folder in {path.parent for path in modules()}:
         files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]

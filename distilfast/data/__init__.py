@@ -6,14 +6,14 @@ examples to ranks and micro-batches; the counts of a step are known before its f
 that every loss can be divided by them, and its micro-batches are made one at a time.
 """
 
-from distilfast.data.corpus import check, locate, prepare
-from distilfast.data.store import Store
 from distilfast.data.batches import Batches, MicroBatch, Share, copy_to, on_device, prefetch
+from distilfast.data.corpus import check, locate, prepare
 from distilfast.data.masking import IGNORE_INDEX, Masker
+from distilfast.data.store import Store
 
 __all__ = [
-    "Batches",
     "IGNORE_INDEX",
+    "Batches",
     "Masker",
     "MicroBatch",
     "Share",

@@ -1,16 +1,25 @@
 """From a store to the micro-batches of a step."""
 
 from __future__ import annotations
+
 import collections
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
+
 from distilfast.config import BatchConfig
-from distilfast.data.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORE_INDEX, Masker, permutation
+from distilfast.data.masking import (
+    EVALUATION_EPOCH,
+    EVALUATION_SEED,
+    IGNORE_INDEX,
+    Masker,
+    permutation,
+)
 from distilfast.data.store import Store
 
 PAD_TO = 8  # widths of a batch are multiples of this

@@ -1,6 +1,7 @@
 """From text to a store of tokens."""
 
 from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -10,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
 import numpy as np
+
 from distilfast import atomic
-from distilfast.sources import lookup as names
 from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
 from distilfast.data.masking import permutation
 from distilfast.data.store import FORMAT, Store
 from distilfast.models.tokenizers import fingerprint
+from distilfast.sources import lookup as names
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

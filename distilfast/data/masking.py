@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distilfast.errors import ConfigError
 from distilfast.config import MaskingConfig
+from distilfast.errors import ConfigError
 
 IGNORE_INDEX = -100
 # Held-out text is masked the same way every time, whatever the seed of the run.

@@ -1,14 +1,17 @@
 """The tokens of a corpus, on disk."""
 
 from __future__ import annotations
+
 import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from distilfast.config import BatchConfig, ConfigError
 
 FORMAT = 1  # of the store; raised when its files change meaning

@@ -1057,7 +1057,7 @@ def setup_py(folder: Path, *arguments: str, **environment: str) -> Any:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with objects and library, by setup.py: half a minute."""
+    """A copy of the repository with objects and library, by setup.py: minutes."""
     pytest.importorskip("setuptools")
     program((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0])
     folder = copy_of_the_repository(tmp_path_factory.mktemp("built") / "copy")
@@ -1067,6 +1067,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_build_warns_of_nothing_and_makes_one_library(built: Path) -> None:
     # -Wall -Wextra are on; the library lies beside the package's files
     assert [p.name for p in (built / "kernels/distilfast_kernels").glob("*.so")] == ["_cpp.so"]
@@ -1115,6 +1116,7 @@ def instructions(path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.thorough
 @on_x86
 def test_no_function_of_a_level_can_stand_in_for_anothers(built: Path) -> None:
     # of an inline function that two objects share, the linker keeps one, whatever it is compiled
@@ -1133,6 +1135,7 @@ def test_no_function_of_a_level_can_stand_in_for_anothers(built: Path) -> None:
             assert all(f"_{level}" in name for name in names)
 
 
+@pytest.mark.thorough
 @on_x86
 def test_each_level_holds_the_instructions_of_its_own_set_only(built: Path) -> None:
     # any machine runs `plain` and `dispatch` before it knows what it is
@@ -1163,6 +1166,7 @@ def left_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, setup_py(folder, "build_ext", "--inplace", **missing)
 
 
+@pytest.mark.thorough
 def test_build_without_a_compiler_says_so_in_one_line_and_succeeds(
     left_out: tuple[Path, Any],
 ) -> None:
@@ -1199,6 +1203,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.thorough
 def test_install_without_a_compiler_computes_with_torch_and_says_so_once(
     left_out: tuple[Path, Any],
 ) -> None:
