@@ -122,6 +122,7 @@ def test_micro_batches_do_not_change_the_curve(
     assert_same_curve(folder, other)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "ranks", "micro", "stage"),
     [
@@ -261,6 +262,7 @@ def test_bf16_sum_of_a_thousand_gradients_loses_nothing() -> None:
     assert sum_of_a_thousand() == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_gradients_are_summed_in_one_call_to_the_same_bits(
     whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +373,7 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over(
     assert sorted(p.name for p in checkpoints.glob("*step-8")) == ["damaged-step-8"]
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path: Path) -> None:
     recipe, _ = whole
     folder = tmp_path / "run"
@@ -402,6 +405,7 @@ def metrics_safely(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.thorough
 def test_two_ranks_resume_to_the_same_bits(whole: tuple[list[str], Path], tmp_path: Path) -> None:
     """Checkpoints at 4 and 8; the second run starts from the first of them, as after a kill."""
     recipe, _ = whole
@@ -425,6 +429,7 @@ def test_complete_run_is_left_alone(
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
 def test_run_of_two_ranks_goes_on_in_another_layout(
     whole: tuple[list[str], Path], tmp_path: Path, ranks: int, stage: int

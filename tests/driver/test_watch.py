@@ -147,6 +147,7 @@ def test_what_a_death_brings_down_is_not_blamed(tmp_path: Path) -> None:
     assert_ended(ended, [0, 2], "rank 1 died")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stopped", [(0,), (1, 2)], ids=str)
 def test_stopped_rank_is_named_after_the_timeout(tmp_path: Path, stopped: tuple[int, ...]) -> None:
     ended = together(4, tmp_path, **{f"r{rank}": "stop" for rank in stopped})
@@ -156,6 +157,7 @@ def test_stopped_rank_is_named_after_the_timeout(tmp_path: Path, stopped: tuple[
     assert all(ended[rank][0] is None for rank in stopped)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_stopped_rank_that_wakes_up_ends_too(tmp_path: Path, stopped: int) -> None:
     ended = together(2, tmp_path, **{f"r{stopped}": "stop for long"})
@@ -224,6 +226,7 @@ def launched(
             process.communicate()
 
 
+@pytest.mark.thorough
 def test_driver_leaves_silently(recipe: list[str], tmp_path: Path) -> None:
     with launched(2, recipe, tmp_path / "run") as processes:
         said = [process.communicate(timeout=120)[1] for process in processes]
@@ -232,6 +235,7 @@ def test_driver_leaves_silently(recipe: list[str], tmp_path: Path) -> None:
     assert "the run stops" not in said[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("ranks", "missed", "number"),
     [(2, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP), (3, 2, signal.SIGKILL)],

@@ -829,6 +829,7 @@ def run_python(
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux's list of threads")
 def test_calls_start_as_many_threads_as_torch_uses_in_its_own_openmp(level: str) -> None:
     # a second runtime would start threads of its own, which wait for work on the first one's cores
@@ -1606,6 +1607,7 @@ print(calls)
 """
 
 
+@pytest.mark.thorough
 @needs_library
 @pytest.mark.parametrize("mode", ["end", "begin"])
 def test_nothing_beyond_a_tensor_is_touched(mode: str) -> None:
@@ -1614,6 +1616,7 @@ def test_nothing_beyond_a_tensor_is_touched(mode: str) -> None:
     assert int(done.stdout) > 1000
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["end", "begin"])
 def test_touch_beyond_a_tensor_would_be_noticed(level: str, mode: str) -> None:
     # else the test above proves nothing

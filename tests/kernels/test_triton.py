@@ -353,6 +353,7 @@ def test_labels_mask_and_scales_may_have_any_stride(backend, device):
         assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=100,
     deadline=None,

@@ -188,6 +188,7 @@ def test_parity_is_blind_to_memory_layout(backend, device):
     torch.testing.assert_close(leaf.grad.cpu().double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=25,
     deadline=None,

@@ -612,6 +612,7 @@ def test_autocast_computes_in_half_and_returns_the_parameters_dtype(
     assert abs(output.loss - full.loss) > 1e-6 * full.loss
 
 
+@pytest.mark.thorough
 def test_weight_gradient_of_many_chunks_is_accumulated_in_fp32(backend, device):
     # 256 chunks added up in bf16 lose what is below the running sum's last bit
     lead, width, vocab = (256,), 4, 8
@@ -918,6 +919,7 @@ def test_inputs_are_bit_identical_afterwards(backend, device, inplace):
     assert_same([x.detach() for x in inputs], before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_rows", [7, "auto"])
 def test_two_runs_are_bitwise_the_same(backend, device, chunk_rows):
     student, teacher = sides(device=device, lead=(40,), vocab=300, dtype=BF16)
@@ -941,6 +943,7 @@ def largest_allocation(function):
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
+@pytest.mark.thorough
 def test_whole_logits_are_never_held(backend, device):
     # "never holds (N, V) of anything", not even a byte per logit
     if device != "cpu":
@@ -973,6 +976,7 @@ def test_gradient_is_scaled_before_it_is_rounded(backend, device):
 # torch.compile
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("teachers", "chunk_rows", "reduction", "dtype"),
     [
@@ -1298,6 +1302,7 @@ print(step(n_rows))
 """
 
 
+@pytest.mark.thorough
 def test_peak_memory_is_bounded_at_any_number_of_rows():
     # 30,522 columns: the logits of 4,096 rows would be 238 MiB a side, and again in fp32. Narrow
     # hidden states: without bf16 instructions a product takes minutes.

@@ -842,6 +842,7 @@ def test_parity_of_drawn_calls(backend, device, data):
     )
 
 
+@pytest.mark.thorough
 @modest
 @given(seed=st.integers(0, 1000), keep=st.lists(st.booleans(), min_size=7, max_size=7))
 def test_masked_equals_filtered(backend, device, seed, keep):
@@ -871,6 +872,7 @@ def test_divergence_ignores_a_shift_and_is_never_negative(backend, device, seed,
     assert gradient.sum(-1).abs().max() <= 1e-5
 
 
+@pytest.mark.thorough
 @modest
 @given(seed=st.integers(0, 1000), beta=st.floats(0.1, 0.9), temperature=st.floats(0.5, 10))
 def test_jsd_is_symmetric_and_bounded(backend, device, seed, beta, temperature):
@@ -1007,6 +1009,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_compiled_function_equals_eager(backend, device, divergence):
     def loss(logits, teacher, labels, mask, count):

@@ -845,6 +845,7 @@ def test_gradient_reaches_the_parameters_behind_a_view(backend, device):
     assert (weight.grad[:, :, 9:] == 0).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_two_runs_are_bitwise_the_same(backend, device, divergence, reduction):

@@ -61,6 +61,7 @@ CALLS: dict[str, tuple[Any, str, Callable[..., None]]] = {
 
 
 # PyTorch from 2.14 on warns in its own opcheck.
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

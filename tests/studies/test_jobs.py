@@ -133,6 +133,7 @@ def test_damaged_file_is_named(text: str, tmp_path: Path, log: Path) -> None:
     assert not ran(log)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [ALONE, TWO], ids=["inline", "processes"])
 def test_what_is_done_before_an_error_is_kept(workers: Workers, tmp_path: Path, log: Path) -> None:
     """The dearest job begins first."""
@@ -155,6 +156,7 @@ def test_process_that_dies_is_said_in_one_line(tmp_path: Path, log: Path) -> Non
     assert sorted(f.name for f in tmp_path.rglob("*.json")) == ["done.json"]
 
 
+@pytest.mark.thorough
 def test_progress_that_nobody_has_read_keeps_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_progress_that_nobody_has_read_keeps_no_process(
     assert results == {"a": {"told": 50_000}, "b": {"told": 50_000}}
 
 
+@pytest.mark.thorough
 def test_processes_go_with_their_parent(tmp_path: Path, log: Path) -> None:
     """Killed, so that it cannot tell them: one has nothing to do, one does not tell."""
     code = (
