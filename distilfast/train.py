@@ -15,6 +15,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    # Python puts the folder of a program first on sys.path, where `config`, `data` or `progress`
+    # would be found in place of packages by these names.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
+
 from distilfast import config as configs
 from distilfast import demo
 from distilfast.driver import loop, processes

@@ -180,6 +180,23 @@ def test_no_file_shadows_another_package(path: Path) -> None:
     assert path.stem not in packages_distributions()
 
 
+def test_the_launched_file_takes_its_folder_off_the_path() -> None:
+    """The wings would shadow packages by their names: config, data, tasks."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(LIBRARY)!r})\n"
+        "sys.argv = ['train.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(LIBRARY / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end\n"
+        f"assert {str(LIBRARY)!r} not in sys.path"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--config" in done.stdout
+
+
 def test_the_kernels_folder_does_not_shadow_the_hub_package() -> None:
     """transformers imports Hugging Face's `kernels` where it is installed; from the root of the
     repository a package of ours by that name would be found instead."""
