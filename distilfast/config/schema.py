@@ -58,8 +58,8 @@ class StudentConfig:
             round(linspace(0, L-1, ceil(L/2))); all; or a list such as [0, 2, 4, 7, 9, 11].
         init: copy the weights from the (first) teacher, or draw them at random.
         architecture: same is the teacher's own; auto is distilbert for a BERT teacher, else same.
-        dropout: null keeps the dropout of the teacher's configuration. With 0, the result does not
-            depend on how a batch is split.
+        dropout: null keeps the dropout of the teacher's configuration. With 0, a step computes the
+            same on any split of its batch.
         fold_token_type: add BERT's token-type embedding 0 to the position embeddings, as DistilBERT
             has no token types. The original code drops this embedding.
         copy_mlm_transform: copy the masked-LM transform's weights from the teacher.
@@ -405,7 +405,7 @@ class Config:
         precision: bf16 (weights and activations in bf16; master weights, sums and a step's
             gradients in fp32), fp32, or auto: bf16 if the device has instructions for it, else
             fp32. A resumed run keeps its precision.
-        seed: of masks, order and everything else that is drawn.
+        seed: seed of the masks, the order of examples and everything else that is drawn.
         checkpoint: when checkpoints are written and how many are kept.
         resume: auto resumes from the newest checkpoint in output; never requires an empty output.
         rank_timeout_s: if a rank does not answer for this many seconds, the other ranks name it and

@@ -58,7 +58,7 @@ def philox(seed: int, epoch: int | Tensor, example: Tensor, position: Tensor) ->
 
 
 def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
-    """The order of an epoch's examples, (n_examples,) int64: a pure function of its arguments."""
+    """An epoch's examples in order, (n_examples,) int64. A pure function of the arguments."""
     high, low, *_ = philox(seed, epoch, torch.arange(n_examples), torch.tensor(ORDER_POSITION))
     return ((high >> 1 << 32) | low).argsort(stable=True)
 

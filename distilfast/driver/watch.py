@@ -218,7 +218,7 @@ class _Host(threading.Thread):
                 self.callers[caller.rank] = caller
                 self._note(caller.rank, b"")
             else:
-                said = b""  # a stranger
+                said = b""  # a stranger: close the connection
                 break
         if said:
             return

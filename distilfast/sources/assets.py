@@ -39,7 +39,7 @@ class AssetError(RuntimeError):
 
 
 class Wheel(NamedTuple):
-    """One exact file on the Python package index, and the options that make pip choose it."""
+    """One exact file on the Python package index, and the options with which pip chooses it."""
 
     requirement: str
     filename: str
