@@ -1,6 +1,6 @@
-"""distilfast: distil transformers, fast, with results one can trust.
+"""distilfast: distil transformers fast, with results that can be trusted.
 
-The losses need torch alone; the driver's modules (train, models, data, ...) are imported by name.
+The losses need only torch. Import the driver's modules (train, models, data, ...) by name.
 """
 
 from distilfast._version import __version__

@@ -1,3 +1,3 @@
-"""The version, in a file that a build can read without importing torch."""
+"""The version. A build reads this file without importing torch."""
 
 __version__ = "0.1.0"

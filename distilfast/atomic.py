@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all.
 
-What is written lies beside its place until it is whole, under the name NAME.tmp-PID.
+Until it is whole, a new file or folder lies beside its final place under the name NAME.tmp-PID.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def beside(path: Path) -> Path:
-    """Where this process writes what ``path`` is to become."""
+    """The temporary path, for this process, of something that will become ``path``."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """A path to write to. Afterwards it is ``path``, or gone where writing failed; an earlier file
-    stays until then. Missing folders are made."""
+    """Give a temporary path to write to, and rename it to ``path`` afterwards. If writing fails,
+    the temporary file is removed and an earlier ``path`` stays. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
@@ -38,8 +38,8 @@ def write(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill. Afterwards it is ``path``, in place of an earlier one; or it is gone
-    where something failed."""
+    """Give a new temporary folder to fill. Afterwards it replaces ``path``. If filling it fails,
+    it is removed and ``path`` stays."""
     temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -16,14 +16,14 @@ class Command(NamedTuple):
     module: str  # imported when the command is called
     function: str  # (arguments) -> exit status
     help: str
-    keeps: bool = False  # whether a stopped command goes on where it was
+    keeps: bool = False  # whether a stopped command resumes where it stopped
 
 
 COMMANDS = {
     "train": Command(
-        "train", "main", "distil (as `deepspeed distilfast/train.py`, in one process)"
+        "train", "main", "distil in one process (many: `deepspeed distilfast/train.py`)"
     ),
-    "prepare": Command("driver.commands", "prepare", "make data.prepared from data.source"),
+    "prepare": Command("driver.commands", "prepare", "tokenise data.source into data.prepared"),
     "check": Command(
         "driver.commands", "check", "validate a configuration and print what a run would do"
     ),
@@ -33,7 +33,7 @@ COMMANDS = {
     "replay": Command(
         "driver.commands",
         "replay",
-        "--step N of a run again, micro-batch by micro-batch: where was it not finite?",
+        "compute --step N of a run again, micro-batch by micro-batch, to find what was not finite",
     ),
     "glue": Command(
         "studies.glue", "main", "fine-tune models on GLUE's tasks, over several seeds", True
@@ -41,20 +41,22 @@ COMMANDS = {
     "finetune": Command(
         "studies.finetune",
         "main",
-        "distil on a task: soft targets of one teacher or several, and labels",
+        "distil on a task, from its labels and the soft targets of one or more teachers",
         True,
     ),
     "ablate": Command(
         "studies.ablate",
         "main",
-        "a configuration with parts left out or changed, over several seeds",
+        "train a configuration with parts left out or changed, over several seeds",
         True,
     ),
     "compare": Command(
-        "studies.compare", "main", "parameters, latency, throughput and memory of models"
+        "studies.compare", "main", "measure parameters, latency, throughput and memory of models"
     ),
-    "report": Command("studies.pages", "main", "RUN [RUN ...]: one page that compares runs"),
-    "demo": Command("demo", "command", "a real teacher, real text, three runs, a report [--full]"),
+    "report": Command("studies.pages", "main", "write one page that compares runs: RUN [RUN ...]"),
+    "demo": Command(
+        "demo", "command", "run the demo: real teacher and text, three runs, a report [--full]"
+    ),
 }
 
 
@@ -68,7 +70,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status (2: something in the arguments or inputs)."""
+    """Run a command and return its exit status (2: the arguments or inputs are wrong)."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h"):
         print(usage())
@@ -93,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """`main` as a program of its own."""
-    # An exception, so that a command ends the processes that it has started. `train` has its own.
+    # SIGTERM becomes an exception, so that a command can end the processes that it has started.
+    # `train` installs its own handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = main()
     if "distilfast.driver.processes" in sys.modules:

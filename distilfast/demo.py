@@ -1,8 +1,9 @@
-"""The demo: a real encoder, real text, and what distillation buys.
+"""The demo: what distillation gains, with a real encoder and real text.
 
-Three runs of the driver. `teacher` gives a six-layer encoder a masked-LM head; `distilled` makes a
-three-layer student of it by the triple loss; `undistilled` trains the same student on the same
-batches for as many steps with the labels alone. `report.html` holds the three side by side.
+It makes three runs of the driver. `teacher` trains a masked-LM head on a six-layer encoder.
+`distilled` trains a three-layer student from it with the triple loss. `undistilled` trains the same
+student on the same batches, for the same number of steps, with the labels alone. `report.html`
+shows the three side by side.
 
     make demo            minutes
     make demo FULL=1     the figures of docs/benchmarks.md
@@ -28,7 +29,7 @@ from distilfast.errors import ConfigError
 from distilfast.report import Guess, ModelRow, Report, Sample, write_report
 from distilfast.report.training import train_command
 
-# Optimiser steps of the teacher's stage and of each student, where not those of the recipes.
+# With --full: the optimiser steps of the teacher and of each student, in place of the recipes'.
 FULL = (900, 500)
 UNDISTILLED = ("--loss.kd_weight=0", "--loss.hidden_cos_weight=0", "--loss.ce_weight=1")
 SENTENCES = (
@@ -44,8 +45,10 @@ SENTENCES = (
 
 
 def distil(arguments: Sequence[str] = ()) -> Config | None:
-    """The demo's recipe: the teacher's head where it is missing, then the student. ``arguments``
-    override the student's configuration. None: stopped by a signal."""
+    """Run the demo's recipe: train the teacher's head if it is missing, then the student.
+
+    ``arguments`` override the student's configuration. Returns None if a signal stopped it.
+    """
     config = parse(["--config", str(RECIPES / "demo.yaml"), *arguments])
     first = parse(["--config", str(RECIPES / "demo-teacher.yaml")])
     model = Path(first.output) / "model"
@@ -63,7 +66,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def main(full: bool = False) -> Path | None:
-    """All three runs and the report, whose path is returned. None: stopped by a signal."""
+    """Make all three runs and the report, and return its path. None: stopped by a signal."""
     began = time.monotonic()
     name = "demo-full" if full else "demo"
     root = Path("runs") / name
@@ -99,7 +102,7 @@ def main(full: bool = False) -> Path | None:
 
 
 def compare(teacher: Config, runs: dict[str, Config]) -> Report:
-    """The runs side by side, from the files that they left."""
+    """The report that compares the runs, made from their output files."""
     everything = {"teacher": teacher, **runs}
     summaries = {name: _summary(config) for name, config in runs.items()}
     teacher_summary, distilled = _summary(teacher), summaries["distilled"]

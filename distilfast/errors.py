@@ -1,4 +1,4 @@
-"""What is wrong with a user's input: one line that says the name, what was expected, what came."""
+"""Errors in a user's input, each one line: the name, the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Something the user can put right: one line, exit status 2, nothing written."""
+    """An error that the user can correct: one line, exit status 2, nothing written."""
 
 
 def expect(ok: bool, key: str, expected: str, got: Any) -> None:
-    """A ConfigError naming key, expectation and value unless ``ok``."""
+    """Raise a ConfigError with key, expectation and value unless ``ok``."""
     if not ok:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
 
 
 def positive(key: str, value: float) -> None:
-    """A ConfigError unless ``value`` is a finite number > 0."""
+    """Raise a ConfigError unless ``value`` is a finite number > 0."""
     expect(math.isfinite(value) and value > 0, key, "a number > 0", value)
 
 
 def not_negative(key: str, value: float) -> None:
-    """A ConfigError unless ``value`` is a finite number >= 0."""
+    """Raise a ConfigError unless ``value`` is a finite number >= 0."""
     expect(math.isfinite(value) and value >= 0, key, "a number >= 0", value)
 
 

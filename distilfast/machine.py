@@ -1,4 +1,4 @@
-"""This machine: its processor, and what it computes fast."""
+"""This machine: its processor, and the precision that it computes fast in."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether this machine's CPU has instructions for products of bf16. Without them PyTorch's take
-    up to 200 times as long as those of fp32 (docs/kernels.md)."""
+    """Whether this machine's CPU has instructions for bf16 products. Without them, PyTorch's bf16
+    products take up to 200 times as long as its fp32 products (docs/kernels.md)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def best_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """bf16 where the device computes in it, fp32 elsewhere."""
+    """bf16 if the device has instructions for it, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if multiplies_bf16() else "fp32"
 
 
 def cpu_name() -> str:
-    """The processor, as the system calls it."""
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))

@@ -1,4 +1,5 @@
-"""What a step's loss is made of, a row each: metrics, curves, cards and configuration read this."""
+"""The parts of a step's loss, one row each. Metrics, curves, model cards and the configuration read
+this table."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """A loss of the weighted sum."""
+    """One term of the weighted sum."""
 
-    name: str  # in metrics.jsonl; in the configuration its weight is loss.<name>_weight
+    name: str  # in metrics.jsonl; the key of its weight is loss.<name>_weight
     output: str | None  # its field of DistillationOutput; None: a loss over hidden states
     title: str  # in a model card; {T} is the temperature
     unit: str  # of its curve
@@ -25,8 +26,8 @@ LOSSES = (
     Part("logit_cos", "cos", "logit cosine", "cosine loss of logits"),
     Part("mse", "mse", "logit squared error", "squared error of logits, summed over V"),
 )
-AGREEMENT = "agreement"  # the share of the rows of kd where both have one first choice
-# What is logged, in this order, and what its curve is called: title and unit.
+AGREEMENT = "agreement"  # the share of kd's rows where both models have the same largest logit
+# The logged values in this order, each with the title and unit of its curve.
 LOGGED = {
     "loss": ("Training loss", "weighted sum of its parts"),
     **{part.name: (part.name, part.unit) for part in LOSSES},

@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, lines elsewhere; and the program's messages."""
+"""Progress as a bar on a terminal and as lines elsewhere; and the program's log messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 
 def log_to_stderr() -> None:
-    """The library's warnings, and what the assets' downloads say, as lines of the program."""
+    """Print the library's warnings, and messages about downloads of assets, to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("distilfast: %(message)s"))
     logging.getLogger("distilfast").handlers[:] = [handler]
@@ -18,8 +18,7 @@ def log_to_stderr() -> None:
 
 
 class Bar:
-    """How far something is and how long it will take: a bar on a terminal, a line every ten seconds
-    elsewhere."""
+    """Progress and remaining time: a bar on a terminal, a line every ten seconds elsewhere."""
 
     INTERVAL_S = 10.0
 
@@ -61,7 +60,7 @@ class Bar:
             self.bar.stop()
 
     def update(self, done: float, figures: str = "") -> None:
-        """So much of the total is done."""
+        """Report that ``done`` of the total is done."""
         if not self.shown:
             return
         if self.bar:
@@ -75,7 +74,7 @@ class Bar:
             self.say(f"{self.unit.removeprefix('%')} {share}  {figures}  {left:.0f} s left".strip())
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """Print a line of its own."""
         if not self.shown:
             return
         if self.bar:

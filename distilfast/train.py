@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 2 distilfast/train.py --config configs/X.yaml
     distilfast train --config configs/X.yaml
 
-Without --config it runs the demo's recipe. Exit status: 0 done, or stopped by a signal with a
-checkpoint written; 2 something wrong in the configuration or the inputs, found before training;
-1 anything else. The loop is in `driver/loop.py`.
+Without --config it runs the demo's recipe. The training loop is in `driver/loop.py`.
+
+Exit status: 0, if it is done, or a signal stopped it and a checkpoint was written; 2, if the
+configuration or the inputs were found wrong before training; 1 otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from distilfast.progress import log_to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     log_to_stderr()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -48,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def script() -> None:
     """`main` as a program of its own."""
     status = main()
-    if status != 1:  # after an error the others may not come
+    if status != 1:  # after an error, other ranks may not reach the barrier
         processes.finish()
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    # The module by its name: this one is __main__, whose errors nobody else would recognise.
+    # Import this module by its name: as __main__ it would be a second copy of the module.
     from distilfast import train as this
 
     this.script()

@@ -1,7 +1,6 @@
-"""The schema of a run, and its documentation: one YAML file, every key also on the command line.
+"""The configuration of a run. It is one YAML file; every key can also be set on the command line.
 
-Each class checks its own values; what needs more than one class is checked in `Config`. A wrong
-value is a `ConfigError` of one line: the key, what was expected, what came.
+A wrong value raises a `ConfigError` of one line: the key, the expected value and the given one.
 """
 
 from distilfast.config.parsing import RECIPES, parse, to_yaml

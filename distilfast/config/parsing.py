@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a `Config`, and back: every key stands in both."""
+"""Read a `Config` from YAML files and the command line, which take the same keys, and format it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PACKAGE = Path(__file__).parent.parent
 RECIPES = next(
     folder
     for folder in (PACKAGE / "recipes", PACKAGE.parent / "configs")
-    if folder.name == "configs" or folder.is_dir()  # installed, or in a checkout
+    if folder.name == "configs" or folder.is_dir()  # recipes: installed; configs: in a checkout
 )
 
 
 def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
-    """Command line and YAML into a checked Config.
+    """Make a checked Config from the command line and its YAML files.
 
-    ``--key.sub value`` overrides the file, wherever ``--config FILE`` stands. ``--help`` and
+    ``--key.sub value`` overrides the file, before or after ``--config FILE``. ``--help`` and
     ``--print_config`` print and exit.
 
     Raises:
-        ConfigError: in one line, whatever was wrong.
+        ConfigError: any error, in one line.
     """
     import jsonargparse
 
@@ -45,7 +45,8 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     parser.add_argument("--print_config", action="store_true", help="print the result and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Config, None, fail_untyped=True, sub_configs=False)
-    # The parser takes a made BatchConfig for the defaults; with tokens given, there is no default.
+    # The parser reads the defaults from a BatchConfig(), whose sequences is 4096. A run with
+    # batch.tokens must not get that default.
     parser.set_defaults({"batch.sequences": None})
     files, others = _split(arguments)
     for file in files:
@@ -92,7 +93,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_file(path: Path) -> None:
-    """That a file is YAML with known keys; the parser's own words for this are obscure."""
+    """Check that a file is YAML with known keys. The parser's own messages for this are obscure."""
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(
@@ -111,7 +112,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_entries(where: str, key: str, value: Any) -> None:
-    """The entries of a list of teachers or sources, as far as the parser would be obscure."""
+    """Check a list of teachers or sources, where the parser's messages are obscure."""
     for entry in value if isinstance(value, list) else []:
         if isinstance(entry, dict):
             _check_keys(where, key, entry, TeacherSpec if key == "teacher" else SourceSpec)
@@ -133,7 +134,7 @@ def _check_keys(path: Path | str, where: str, content: Any, kind: Any) -> None:
 
 
 def _explain(message: str) -> str:
-    """The parser's message as "key: expected ..., got ...", in one line."""
+    """Turn the parser's message into one line: "key: expected ..., got ..."."""
     text = " ".join(message.split())
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
     text = re.sub(r"<class '(?:distilfast\.config\.)?(\w+)'>", r"\1", text).replace(
@@ -165,14 +166,14 @@ def _nearest(key: str) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `parse` reads back to an equal Config."""
+    """Format a configuration as YAML that `parse` reads back to an equal Config."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings such as 7e57, which PyYAML takes for text and the parser for a number."""
+    """Quotes strings such as 7e57: text to PyYAML, but a number to the parser."""
 
 
 def _quoted(dumper: _Dumper, text: str) -> Any:

@@ -1,6 +1,6 @@
-"""The schema of a run, and its documentation.
+"""The schema of a run's configuration. The `Args:` sections are the text of `--help`.
 
-Each class checks its own values; what needs more than one class is checked in `Config`.
+Each class checks its own values. `Config` checks what involves more than one class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TeacherSpec:
     Args:
         name: hub name or folder.
         weight: its share of the ensemble; the weights are normalised.
-        revision: commit of the hub's repository, to pin it.
+        revision: commit of the hub's repository, which pins the teacher.
     """
 
     name: str
@@ -36,7 +36,7 @@ class SourceSpec:
 
     Args:
         name: hub name.
-        config: its configuration, such as 20231101.en.
+        config: the data set's configuration, such as 20231101.en.
         revision: commit of its repository.
         split: the split to read.
         column: the column with the text.
@@ -54,15 +54,15 @@ class StudentConfig:
     """The student's shape and where its weights come from.
 
     Args:
-        layers: the teacher's layers to keep: alternate is round(linspace(0, L-1, ceil(L/2))), all,
-            or a list such as [0, 2, 4, 7, 9, 11].
-        init: weights from the (first) teacher, or random.
-        architecture: auto is distilbert for a BERT teacher and the teacher's own otherwise; same
-            is the teacher's own.
-        dropout: null is the family's own; 0 makes a batch exact whatever its split.
-        fold_token_type: add BERT's token-type embedding 0, which DistilBERT has no place for, to
-            the position embeddings. The original code drops it.
-        copy_mlm_transform: start the masked-LM transform from the teacher's.
+        layers: the teacher's layers that the student keeps: alternate, which is
+            round(linspace(0, L-1, ceil(L/2))); all; or a list such as [0, 2, 4, 7, 9, 11].
+        init: copy the weights from the (first) teacher, or draw them at random.
+        architecture: same is the teacher's own; auto is distilbert for a BERT teacher, else same.
+        dropout: null keeps the dropout of the teacher's configuration. With 0, a step computes the
+            same on any split of its batch.
+        fold_token_type: add BERT's token-type embedding 0 to the position embeddings, as DistilBERT
+            has no token types. The original code drops this embedding.
+        copy_mlm_transform: copy the masked-LM transform's weights from the teacher.
     """
 
     layers: Literal["alternate", "all"] | list[int] = "alternate"
@@ -83,18 +83,19 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, and the tokens made of it.
+    """The text and the store of its tokens.
 
     Args:
         source: a file or folder of .txt, .jsonl, .parquet or .csv, a hub name, or a list of them
             (hub entries may be {name, config, revision, split, column}).
-        prepared: folder of the tokens; made from source where it is missing. null: in output.
+        prepared: folder of the tokens; made from source if it is missing. null: in output.
         column: the column with the text, in .jsonl, .parquet and .csv.
-        txt_rows: what one text of a .txt file is.
-        max_length: tokens an example, special tokens included; longer texts are cut into several.
-        min_length: shorter examples are dropped.
-        max_unknown: examples with this share of unknown tokens or more are dropped.
-        heldout: the share of the texts kept for evaluation, whole texts, at least one.
+        txt_rows: the unit of a .txt file that counts as one text.
+        max_length: most tokens in an example, special tokens included. A longer text is cut into
+            several examples.
+        min_length: fewest tokens in an example; shorter ones are dropped.
+        max_unknown: an example is dropped if its share of unknown tokens is this or more.
+        heldout: the share of the texts that is held out for evaluation: whole texts, at least one.
     """
 
     source: str | list[str | SourceSpec] | None = None
@@ -121,14 +122,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Which tokens the model has to guess, drawn afresh at every epoch.
+    """The tokens that the model has to guess. They are drawn anew in every epoch.
 
     Args:
-        probability: expected share of the non-padding tokens.
+        probability: the expected share of the non-padding tokens that is chosen.
         mask: the share of the chosen tokens that become [MASK].
-        random: the share that become a random token.
-        keep: the share that stay as they are. The three sum to 1.
-        smoothing: rare tokens are chosen more often, by the weight count^-smoothing.
+        random: the share of the chosen tokens that become a random token.
+        keep: the share of the chosen tokens that stay as they are. The three shares sum to 1.
+        smoothing: tokens are chosen by the weight count^-smoothing, so rare ones more often.
     """
 
     probability: float = 0.15
@@ -151,16 +152,17 @@ class LossConfig:
 
     Args:
         temperature: T of the soft targets.
-        kd_weight: of T^2 KL(teacher || student) over the vocabulary.
-        ce_weight: of the masked-LM cross entropy at the masked positions.
-        hidden_cos_weight: of the cosine distance between last hidden states.
-        logit_cos_weight: of the cosine distance between logits.
-        mse_weight: of the squared error of the logits, summed over the vocabulary.
-        divergence: what kd measures.
-        jsd_beta: the teacher's share in jsd's mixture.
-        kd_rows: the tokens of kd, logit_cos and mse: all (non-padding) or the masked ones.
-        ensemble: how several teachers become one: the mean of probabilities or of logits.
-        backend: of the losses.
+        kd_weight: weight of kd: T^2 times the divergence over the vocabulary.
+        ce_weight: weight of the masked-LM cross entropy at the masked positions.
+        hidden_cos_weight: weight of the cosine distance between the last hidden states.
+        logit_cos_weight: weight of the cosine distance between the logits.
+        mse_weight: weight of the squared error of the logits, summed over the vocabulary.
+        divergence: the divergence in kd; forward_kl is KL(teacher || student).
+        jsd_beta: the teacher's share in the mixture of jsd.
+        kd_rows: the tokens that kd, logit_cos and mse are computed on: all (except padding), or
+            the masked ones.
+        ensemble: how several teachers become one: by the mean of probabilities or of logits.
+        backend: the implementation of the losses.
     """
 
     temperature: float = 2.0
@@ -190,7 +192,7 @@ class LossConfig:
 
     @property
     def all_rows(self) -> bool:
-        """Whether the losses over the vocabulary are of all tokens, or of the masked ones alone."""
+        """Whether the losses over the vocabulary take all tokens, not only the masked ones."""
         return self.vocabulary and self.kd_rows == "all"
 
     @property
@@ -203,21 +205,21 @@ class OptimizerConfig:
     """AdamW or LAMB, with warm-up, decay and clipping.
 
     Args:
-        name: adamw; or lamb (You et al., arXiv:1904.00962), whose steps are in proportion to each
-            matrix' own norm, for batches so large that AdamW would need a rate at which some
-            layers diverge (theirs: up to 32,768 sequences of 512 tokens).
-        learning_rate: the peak; of lamb, the share of its norm that a matrix changes by in a step.
-            Rules of thumb for a batch k times as large: times sqrt(k) for adamw and lamb
-            (Krizhevsky, arXiv:1404.5997; Hoffer et al., arXiv:1705.08741; You et al.), where SGD
+        name: adamw or lamb (You et al., arXiv:1904.00962). A LAMB step is proportional to each
+            matrix's own norm. It is for batches so large that AdamW would need a rate at which
+            some layers diverge (in the paper, up to 32,768 sequences of 512 tokens).
+        learning_rate: the peak rate. With lamb, a step changes a matrix by this share of its norm.
+            Rule of thumb for a batch k times as large: multiply the rate by sqrt(k) for adamw and
+            lamb (Krizhevsky, arXiv:1404.5997; Hoffer et al., arXiv:1705.08741; You et al.). SGD
             would take k (Goyal et al., arXiv:1706.02677). Warm-up keeps its number of steps, so
-            warmup_ratio is times k over as many epochs. From 4,096 sequences, 5e-4 and 0.05 to
-            16,384: k is 4, so 1e-3 and 0.2.
-        weight_decay: not applied to biases and LayerNorms.
+            multiply warmup_ratio by k if the number of epochs stays the same. Example: 4,096
+            sequences with 5e-4 and 0.05 become 16,384 (k = 4) with 1e-3 and 0.2.
+        weight_decay: decay of the weights; biases and LayerNorms have none.
         betas: Adam's decay rates.
-        epsilon: Adam's.
+        epsilon: Adam's epsilon.
         warmup_ratio: the share of the steps over which the rate rises from 0.
-        decay: what it does after that, down to 0 after the last step.
-        max_grad_norm: gradients are scaled down to this norm; 0: never.
+        decay: the rate after warm-up: linear falls to 0 after the last step.
+        max_grad_norm: gradients with a larger norm are scaled down to it; 0: never.
     """
 
     name: Literal["adamw", "lamb"] = "adamw"
@@ -241,19 +243,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimiser step, all ranks together.
+    """The batch of one optimiser step, over all ranks. Set sequences or tokens.
 
     Args:
-        sequences: examples a step, 4096 if tokens is null, too; or
-        tokens: tokens a step, padding aside. An example belongs to the step in which its first
-            token falls.
-        micro_sequences: at most so many examples a forward. How often a rank accumulates follows
-            from this, the step and the ranks, and changes no gradient.
-        warmup_from: the first step's sequences or tokens; they rise linearly from there. Small
-            batches learn more from each example at first, and later on a larger batch does what a
+        sequences: examples in a step; 4096 if both this and tokens are null.
+        tokens: tokens in a step, without padding. An example belongs to the step that its first
+            token falls into.
+        micro_sequences: most examples in a forward. A rank accumulates as many micro-batches as
+            this, the batch and the number of ranks require; the gradient does not depend on it.
+        warmup_from: sequences or tokens of the first step; they rise linearly from there. Early in
+            training, small batches learn more from each example; later, a larger batch does what a
             lower learning rate would (Smith et al. 2018, "Don't decay the learning rate, increase
-            the batch size", arXiv:1711.00489). null: every step is whole.
-        warmup_steps: the first whole step; 0 without warmup_from.
+            the batch size", arXiv:1711.00489). null: every step has the whole batch.
+        warmup_steps: the first step with the whole batch; 0 without warmup_from.
     """
 
     sequences: int | None = None
@@ -286,19 +288,19 @@ class BatchConfig:
 
     @property
     def unit(self) -> str:
-        """What a step is measured in: sequences or tokens."""
+        """The unit of a step's size: sequences or tokens."""
         return "sequences" if self.tokens is None else "tokens"
 
     @property
     def size(self) -> int:
-        """Of a whole step, in its unit."""
+        """The size of a whole step, in its unit."""
         size = self.sequences if self.tokens is None else self.tokens
         assert size is not None
         return size
 
     def before(self, step: int) -> int:
-        """The sizes of all steps before this one, summed: a function of the step alone, so that a
-        run can go on anywhere. Sizes are within 1 of the line from warmup_from to the whole."""
+        """The sum of the sizes of all steps before this one. It depends on the step alone, so a run
+        can resume anywhere. Sizes are within 1 of the line from warmup_from to the whole size."""
         if self.warmup_from is None:
             return step * self.size
         rising = min(step, self.warmup_steps)
@@ -307,10 +309,10 @@ class BatchConfig:
         return rising * self.warmup_from + rise + (step - rising) * self.size
 
     def check(self, ranks: int, max_length: int) -> None:
-        """That every step has an example for each rank.
+        """Check that every step has an example for each rank.
 
         Raises:
-            ConfigError: the smallest step may have fewer.
+            ConfigError: the smallest step may have fewer examples than ranks.
         """
         key = self.unit if self.warmup_from is None else "warmup_from"
         least, what = ranks, "the number of ranks"
@@ -322,11 +324,11 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation on the held-out part, at the first, each ``every``-th and the last step.
+    """Evaluation on held-out text: before the first step, each ``every`` steps and after the last.
 
     Args:
-        every: steps between evaluations; 0: the first and last only.
-        max_examples: at most this many held-out examples; null: all.
+        every: steps between evaluations; 0: only before the first step and after the last.
+        max_examples: most held-out examples to evaluate on; null: all.
     """
 
     every: int = 500
@@ -343,13 +345,14 @@ class ZeroConfig:
     """DeepSpeed's partitioning over the ranks.
 
     Args:
-        stage: 0 keeps everything on every rank, 1 splits the optimiser's state, 2 the gradients
+        stage: 0 keeps everything on every rank, 1 partitions the optimiser's state, 2 the gradients
             too, 3 the weights too.
-        offload: what is kept in the host's memory, and the optimizer's step taken there: none,
-            the optimizer's state (stages 1 to 3), or the parameters and that state (stage 3).
-        shard_teacher: split the teachers' weights, too, but for a copy of their heads (stage 3).
-            Each layer is gathered at every forward; with offload parameters, from the host's
-            memory. At start each device has to hold all teachers once.
+        offload: the state that is kept in the host's memory, where the optimiser then takes its
+            step: none; optimizer, its state (stages 1 to 3); parameters, these and the optimiser's
+            state (stage 3).
+        shard_teacher: partition the teachers' weights too, except a copy of their heads (stage 3).
+            Each layer is gathered in every forward, with offload parameters from the host's memory.
+            At the start, each device must have room for all teachers.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
@@ -367,11 +370,11 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a killed run goes on from.
+    """The checkpoints that a stopped or killed run resumes from.
 
     Args:
         every: steps between checkpoints; 0: only when stopped by a signal.
-        keep: the newest so many are kept.
+        keep: how many of the newest checkpoints are kept.
     """
 
     every: int = 1000
@@ -387,25 +390,26 @@ class Config:
     """A run.
 
     Args:
-        teacher: hub name or folder, or a list of names or {name, weight, revision}: an ensemble.
-        student: the student.
-        data: text and tokens.
-        masking: what has to be guessed.
-        loss: what is learned from.
-        optimizer: how.
-        batch: one step.
-        steps: optimiser steps; or
-        epochs: passes over the data (whole steps, rounded down).
-        evaluate: on held-out text.
+        teacher: hub name or folder; or, for an ensemble, a list of names or of
+            {name, weight, revision}.
+        student: the student's shape and initial weights.
+        data: the text and its tokens.
+        masking: the tokens that the model has to guess.
+        loss: the loss that the student is trained with.
+        optimizer: the optimiser and its schedule.
+        batch: the batch of one step.
+        steps: optimiser steps. Set this or epochs.
+        epochs: passes over the data, rounded down to whole steps. Set this or steps.
+        evaluate: evaluation on held-out text.
         zero: DeepSpeed's partitioning.
-        precision: bf16 (weights and activations; masters, sums and gradients of a step in fp32),
-            fp32, or auto: bf16 where the device has instructions for it, else fp32. A run that is
-            resumed keeps its own.
-        seed: of masks, order and whatever else is drawn.
-        checkpoint: what a killed run goes on from.
-        resume: auto goes on from the newest checkpoint in output; never wants an empty output.
-        rank_timeout_s: a rank that does not answer for so many seconds ends the others, which name
-            it. What a rank computes or waits for is no silence.
+        precision: bf16 (weights and activations in bf16; master weights, sums and a step's
+            gradients in fp32), fp32, or auto: bf16 if the device has instructions for it, else
+            fp32. A resumed run keeps its precision.
+        seed: seed of the masks, the order of examples and everything else that is drawn.
+        checkpoint: when checkpoints are written and how many are kept.
+        resume: auto resumes from the newest checkpoint in output; never requires an empty output.
+        rank_timeout_s: if a rank does not answer for this many seconds, the other ranks name it and
+            end. A rank that computes or waits still answers.
         tensorboard: write TensorBoard's event files beside metrics.jsonl.
         output: folder of the run.
     """
@@ -461,7 +465,7 @@ class Config:
 
     @property
     def teachers(self) -> list[TeacherSpec]:
-        """The teachers as a list of specs, whatever form the key had."""
+        """The teachers as a list of specs, from any form that the key may have."""
         value: Sequence[str | TeacherSpec] = (
             [self.teacher] if isinstance(self.teacher, str) else self.teacher
         )
@@ -469,12 +473,12 @@ class Config:
 
     @property
     def token_folder(self) -> Path:
-        """Where the tokens are, or are to be made."""
+        """The folder where the tokens are, or will be made."""
         return Path(self.data.prepared or Path(self.output) / "tokens")
 
     @property
     def sources(self) -> list[SourceSpec]:
-        """The sources as a list of specs, whatever form the key had."""
+        """The sources as a list of specs, from any form that the key may have."""
         source = self.data.source
         value = [] if source is None else [source] if isinstance(source, str) else source
         return [SourceSpec(s, column=self.data.column) if isinstance(s, str) else s for s in value]

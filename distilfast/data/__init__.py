@@ -1,9 +1,9 @@
-"""Text to tokens to batches.
+"""From text to tokens to batches.
 
 `prepare` turns text into a store: two `datasets` folders of token ids (train and held out), the
-tokens' counts, and a record of what it was made from. A `Store` opens one. `Batches` deals a step's
-examples to ranks and micro-batches; the counts of a step are known before its first forward, so
-that every loss can be divided by them, and its micro-batches are made one at a time.
+tokens' counts, and a record of the source and settings. `Store` opens one. `Batches` distributes a
+step's examples over ranks and micro-batches. A step is counted before its first forward, so that
+every loss can be divided by the counts; its micro-batches are then made one at a time.
 """
 
 from distilfast.data.batches import Batches, MicroBatch, Share, copy_to, on_device, prefetch

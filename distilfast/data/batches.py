@@ -1,4 +1,4 @@
-"""From a store to the micro-batches of a step."""
+"""The micro-batches of a step, made from a store."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from distilfast.data.masking import (
 )
 from distilfast.data.store import Store
 
-PAD_TO = 8  # widths of a batch are multiples of this
-# At most so many tokens are drawn for at once when a step is counted: they stay in a core's cache,
-# and PyTorch leaves them to one thread.
+PAD_TO = 8  # the width of a batch is a multiple of this
+# Most tokens to draw random numbers for at once while a step is counted. So many stay in a core's
+# cache, and PyTorch processes them in one thread.
 COUNTED = 2**15 - 1
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward sees. Row numbers count the B x L positions, row by row."""
+    """The input of one forward. Row numbers count the B x L positions, sequence by sequence."""
 
     input_ids: Tensor  # (B, L) int64, masked
-    attention_mask: Tensor | None  # (B, L) int64; None where nothing is padding
-    tokens: Tensor  # (n,) int64, rows that are no padding
-    masked: Tensor  # (m,) int64, rows with a label
-    labels: Tensor  # (B * L,) int64, IGNORE_INDEX where there is none
+    attention_mask: Tensor | None  # (B, L) int64; None if there is no padding
+    tokens: Tensor  # (n,) int64, the rows that are not padding
+    masked: Tensor  # (m,) int64, the rows with a label
+    labels: Tensor  # (B * L,) int64, IGNORE_INDEX in rows without a label
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``. A GPU's copy is queued on the current stream, and nobody waits
-        for it; its tensors are views of one piece of memory."""
+        """The same on ``device``. To a GPU, one copy is queued on the current stream and the host
+        does not wait for it; the tensors are views of one piece of memory."""
         if device.type == "cpu":
             return self
         fields = {name: x for name, x in vars(self).items() if x is not None}
@@ -49,7 +49,7 @@ class MicroBatch:
         return dataclasses.replace(self, **dict(zip(fields, moved, strict=True)))
 
     def without_rows(self) -> MicroBatch:
-        """The same forward, of which nothing counts."""
+        """The same forward without any rows, so that it adds nothing to a loss."""
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return dataclasses.replace(
             self, tokens=self.tokens[:0], masked=self.masked[:0], labels=labels
@@ -57,11 +57,11 @@ class MicroBatch:
 
 
 class Batches:
-    """The micro-batches of a step: a pure function of (seed, step), whatever ran before it.
+    """The micro-batches of each step, a pure function of (seed, step).
 
-    Step after step takes the next examples of an endless sequence of epochs, each in an order of
-    its own: those that begin between the step's borders. Within a step the examples are sorted by
-    length, which leaves its gradient as it is and saves padding.
+    The steps divide an endless sequence of epochs, each in its own order, at their borders. A step
+    takes the examples that begin between its borders. Within a step, examples are sorted by length:
+    this saves padding and does not change the gradient.
     """
 
     def __init__(self, store: Store, masker: Masker, pad_token: int, batch: BatchConfig):
@@ -72,7 +72,7 @@ class Batches:
         self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def examples(self, step: int) -> tuple[Tensor, Tensor]:
-        """The examples of step 0, 1, ... and their epochs, int64 each."""
+        """The examples of a step (0, 1, ...) and their epochs, both int64."""
         borders = self.batch.before(step), self.batch.before(step + 1)
         first, last = borders[0] // self.epoch_size, (borders[1] - 1) // self.epoch_size
         examples, epochs = [], []
@@ -85,7 +85,7 @@ class Batches:
         return torch.cat(examples), torch.cat(epochs)
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """An epoch's examples, and how far into it each begins."""
+        """An epoch's examples in order, and each one's start within the epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             order = permutation(self.masker.seed, epoch, len(self.sizes))
             sizes = self.sizes[order]
@@ -93,9 +93,12 @@ class Batches:
         return self._epoch[1:]
 
     def step(self, step: int, rank: int, ranks: int, micro_sequences: int) -> Share:
-        """This rank's micro-batches of a step, as many as every other's: of at most
-        ``micro_sequences`` examples, and of sizes that differ by at most one. Neighbours in length
-        share a micro-batch, and the ranks take turns, so that they finish together."""
+        """This rank's micro-batches of a step. Every rank has the same number of them.
+
+        Each has at most ``micro_sequences`` examples, and sizes differ by at most one. A
+        micro-batch holds examples of similar length. In order of length, micro-batches go to the
+        ranks in turn, so that the ranks finish together.
+        """
         examples, epochs = self.examples(step)
         by_length = self.lengths["train"][examples].argsort(stable=True)
         turns = -(-len(examples) // (micro_sequences * ranks))
@@ -110,8 +113,8 @@ class Batches:
     ) -> Iterator[MicroBatch]:
         """This rank's share of the held-out examples, masked the same way every time.
 
-        Under ZeRO-3 the ranks go through a forward together, so all get as many micro-batches:
-        whoever has no share left gets one example again, without labels.
+        Under ZeRO-3 all ranks run each forward together, so every rank gets the same number of
+        micro-batches. A rank that has none left gets one example again, without labels.
         """
         by_length = self.lengths["heldout"][:limit].argsort(stable=True)
         parts = by_length.split(micro_sequences)
@@ -130,7 +133,7 @@ class Batches:
         input_ids = torch.full(real.shape, self.pad_token)
         input_ids[real] = self.store.tokens(split, examples).long()
         masker = self.masker
-        if split == "heldout":  # runs of different seeds are asked the same questions
+        if split == "heldout":  # the same masks for runs of different seeds
             masker = dataclasses.replace(masker, seed=EVALUATION_SEED)
         masked_ids, labels = masker.apply(input_ids, examples, epochs)
         labels = labels.flatten()
@@ -145,8 +148,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of a step: its counts, and its micro-batches one after the other. What it
-    holds are the numbers of its examples, so that a batch may be of any size."""
+    """A rank's share of a step: it counts the tokens and yields the micro-batches one by one. It
+    holds only the numbers of its examples, so a batch may have any size."""
 
     batches: Batches
     examples: Tensor  # (n,) int64
@@ -163,15 +166,15 @@ class Share:
     def __iter__(self) -> Iterator[MicroBatch]:
         begin = 0
         for size in self.sizes:
-            # Where gradients or weights are split (ZeRO 2 and 3) the ranks go through a turn
-            # together, so whoever has no example left takes one again.
+            # With ZeRO 2 and 3 all ranks run each forward and backward together, so a rank that
+            # has no example left takes one again.
             part = slice(begin, begin + size) if size else slice(1)
             begin += size
             batch = self.batches._micro_batch("train", self.examples[part], self.epochs[part])
             yield batch if size else batch.without_rows()
 
     def counts(self) -> tuple[int, int]:
-        """Its tokens and its masked ones."""
+        """The number of its tokens, and of its masked tokens."""
         store, masker = self.batches.store, self.batches.masker
         lengths = self.batches.lengths["train"][self.examples]
         at_once = max(1, COUNTED // int(lengths.max()))
@@ -184,12 +187,12 @@ class Share:
 
 
 def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """CPU tensors of one dtype on ``device``, by one copy that the host does not wait for.
+    """Copy CPU tensors of one dtype to ``device`` in one copy that the host does not wait for.
 
-    From pageable memory it would wait until the copy is done, and so for all that the GPU was told
-    to do before. The pinned memory is given back on return: PyTorch hands it out again when the
-    copy is done, and not before. The GPU's memory belongs to the current stream, on which the copy
-    comes before whatever is queued later; another stream would have to wait for it.
+    From pageable memory the host would wait for the copy, and so for all work queued on the GPU
+    before it. The pinned memory is released on return, but PyTorch reuses it only after the copy is
+    done. The GPU's memory belongs to the current stream, where later work runs after the copy;
+    another stream would have to wait for it.
     """
     sizes = [x.numel() for x in tensors]
     pinned = device.type == "cuda"
@@ -200,8 +203,8 @@ def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """The batches on ``device``, for the stream that is current here, whichever thread takes them:
-    a thread has a current stream of its own."""
+    """Move the batches to ``device`` on the caller's current stream. The thread that iterates may
+    be another one, which has its own current stream."""
     if device.type != "cuda":
         return (batch.to(device) for batch in batches)
     stream = torch.cuda.current_stream(device)
@@ -216,8 +219,8 @@ def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[M
 
 
 def prefetch(items: Iterable[Item], ahead: int = 2) -> Generator[Item]:
-    """``items`` in their order, made by a thread that is up to ``ahead`` of whoever takes them. An
-    error in making one is raised in its place; close the generator to be rid of the thread."""
+    """Yield ``items`` in order; a thread makes up to ``ahead`` of them in advance. An error in
+    making one is raised in its place. Closing the generator ends the thread."""
     source, end = iter(items), cast(Item, object())
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

@@ -1,4 +1,4 @@
-"""From text to a store of tokens."""
+"""Turn text into a store of tokens."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 
 
 def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
-    """Make the store in ``folder``, unless a valid one is there, and open it.
+    """Make the store in ``folder`` if no valid one is there, and open it.
 
     Raises:
         ConfigError: no source, a missing file or column, an empty corpus, or a folder that holds
-            something else. Nothing is left behind.
+            something else. Then nothing is left behind.
     """
     record = _record(config, tokenizer)
     if (folder / "store.json").is_file():
         store = Store.open(folder)
-        # A source that is gone since then is no matter; one that has changed is.
+        # A source may have been removed since then, but it must not have changed.
         gone = {name for name, size in record["bytes"].items() if size is None}
         store.record.setdefault("bytes", {}).update(dict.fromkeys(gone))
         differing = [k for k, v in record.items() if store.record.get(k) != v]
@@ -69,14 +69,14 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         for parent in made:
-            with contextlib.suppress(OSError):  # not there, or no longer only ours
+            with contextlib.suppress(OSError):  # missing, or another process uses it too
                 parent.rmdir()
         raise
     return Store.open(folder)
 
 
 def check(config: Config, folder: Path) -> None:
-    """That a store can be made in ``folder``, as far as can be told without reading the text."""
+    """Check that a store can be made in ``folder``, as far as possible without reading the text."""
     for parent in (folder, *folder.parents):
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"data.prepared: expected a folder, got the file {str(parent)!r}")
@@ -89,7 +89,7 @@ def check(config: Config, folder: Path) -> None:
 
 
 def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
-    """What a store is made from: equal records, equal tokens."""
+    """The record of what a store is made from. Equal records mean equal tokens."""
     settings = asdict(config.data)
     del settings["prepared"], settings["source"]
     return {
@@ -102,7 +102,7 @@ def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> int | None:
-    """The size of a local source's files, by which it is seen to have changed; None: not local."""
+    """The size of a local source's files, to notice a change; None: the source is not local."""
     if not path.exists():
         return None
     return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
@@ -119,7 +119,7 @@ def _tokenize(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    # Every source is looked at before the first is tokenised.
+    # Read every source before tokenising the first, so that errors show early.
     texts = datasets.concatenate_datasets([_read(spec, data) for spec in sources])
     if len(texts) == 0:
         raise ConfigError(f"data.source: expected text, got none in {_names(sources)}")
@@ -175,10 +175,10 @@ def _tokenize(
 
 
 def locate(spec: SourceSpec) -> list[Path] | None:
-    """A source's files, or None for a data set of the hub; reads none of them.
+    """List a source's files without reading them; None for a data set of the hub.
 
     Raises:
-        ConfigError: there is nothing by that name, or nothing of a known type.
+        ConfigError: nothing has that name, or no file has a known type.
     """
     path = names.local_path("data.source", spec.name)
     if path is None:
@@ -194,7 +194,7 @@ def locate(spec: SourceSpec) -> list[Path] | None:
 
 
 def _read(spec: SourceSpec, data: DataConfig) -> Any:
-    """One source as a data set of the one column "text"."""
+    """Load one source as a data set whose only column is "text"."""
     import datasets
     import huggingface_hub
 
@@ -202,7 +202,7 @@ def _read(spec: SourceSpec, data: DataConfig) -> Any:
     if files is not None:
         parts = [_read_file(file, spec.column, data.txt_rows) for file in files]
         return datasets.concatenate_datasets(parts)
-    # `locate` may have found that the hub does not answer; datasets keeps a copy of the setting.
+    # `locate` may have switched to offline mode; `datasets` has its own copy of that setting.
     datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         loaded = datasets.load_dataset(
@@ -224,7 +224,7 @@ def _read_file(file: Path, column: str, txt_rows: str) -> Any:
         return empty
     options = {"sample_by": txt_rows} if reader == "text" else {}
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs an error, then raises it
     try:
         loaded = datasets.load_dataset(reader, data_files=str(file), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
@@ -240,7 +240,7 @@ def _read_file(file: Path, column: str, txt_rows: str) -> Any:
 
 
 def _text_column(loaded: Any, column: str, source: str) -> Any:
-    """The one column, named "text", of strings."""
+    """Reduce a data set to one column of strings, named "text"."""
     import datasets
 
     if column not in loaded.column_names:
@@ -264,8 +264,10 @@ def _names(sources: Sequence[SourceSpec]) -> str:
 
 
 def _held_out(texts: np.ndarray, share: float) -> np.ndarray:
-    """Which examples are held out, from the number of each one's text: whole texts, at least one,
-    so that no piece of a text that is evaluated was trained on."""
+    """Choose the examples to hold out, given the number of each example's text.
+
+    Whole texts are held out, at least one, so that no piece of an evaluated text is trained on.
+    """
     numbers, text_of_example = np.unique(texts, return_inverse=True)
     count = min(max(1, round(share * len(numbers))), len(numbers) - 1) if len(numbers) > 1 else 0
     chosen = np.zeros(len(numbers), dtype=bool)
@@ -274,6 +276,6 @@ def _held_out(texts: np.ndarray, share: float) -> np.ndarray:
 
 
 def _token_arrays(dataset: Any) -> Iterator[np.ndarray]:
-    """All token ids of a data set, an array for each of its Arrow chunks."""
+    """All token ids of a data set, one array for each of its Arrow chunks."""
     for chunk in dataset.data.column("input_ids").chunks:
         yield chunk.flatten().to_numpy(zero_copy_only=False)

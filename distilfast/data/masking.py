@@ -1,12 +1,13 @@
-"""Dynamic masking: which tokens the model has to guess, and what it sees in their place.
+"""Dynamic masking: the tokens that the model has to guess, and what replaces them in its input.
 
-Each position is masked independently with probability 1 - exp(-c w), w = max(count, 1)^-smoothing
-of its token and 0 for special tokens (the published recipe's weights, Sanh et al. 2019's code). c
-is solved once so that the expected share of non-padding tokens is exactly the one asked for.
+Each position is masked independently with probability 1 - exp(-c w). The weight w is
+max(count, 1)^-smoothing of its token, and 0 for special tokens (the published recipe's weights, in
+the code of Sanh et al. 2019). The constant c is solved for once, so that the expected share of
+masked non-padding tokens is exactly the configured one.
 
-The random numbers are a pure function of (seed, epoch, example, position): the counter-based
-generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in
-integers, so that every rank, device and resumed run draws the same bits.
+The random numbers are a pure function of (seed, epoch, example, position), from the counter-based
+generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). It uses
+only integers, so every rank, device and resumed run draws the same bits.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from distilfast.config import MaskingConfig
 from distilfast.errors import ConfigError
 
 IGNORE_INDEX = -100
-# Held-out text is masked the same way every time, whatever the seed of the run.
+# Held-out text is masked the same way in every run, independently of its seed.
 EVALUATION_SEED, EVALUATION_EPOCH = 56, 0xFFFFFFFF
-ORDER_POSITION = 0xFFFFFFFF  # no position of a text: the stream that shuffles the examples
+ORDER_POSITION = 0xFFFFFFFF  # not a position in a text: these draws shuffle the examples
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -31,23 +32,24 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(seed: int, epoch: int | Tensor, example: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """Four independent uniform 32-bit integers for each (epoch, example, position).
+    """Draw four independent uniform 32-bit integers for each (epoch, example, position).
+
+    The counter is (position, low word of example, high word of example, epoch).
 
     Args:
-        seed: 0 to 2^64 - 1, the key.
-        epoch, example, position: int64 of shapes that broadcast, values >= 0; epoch and position
-            < 2^32. An epoch may be a plain int.
+        seed: the key, 0 to 2^64 - 1.
+        epoch, example, position: int64 tensors whose shapes broadcast, with values >= 0; epoch and
+            position < 2^32. The epoch may be a plain int.
 
     Returns:
-        Four int64 tensors of values 0 to 2^32 - 1. The counter is (position, example's low and
-        high word, epoch).
+        Four int64 tensors with values from 0 to 2^32 - 1.
     """
     numbers = torch.as_tensor(epoch, device=position.device), example, position
     epochs, example, position = torch.broadcast_tensors(*numbers)
     counter = [position, example & _LOW, (example >> 32) & _LOW, epochs]
     key = [seed & _LOW, seed >> 32]
     for _ in range(10):
-        # int64 products wrap, and their bits are those of the unsigned product.
+        # int64 products wrap around, so their bits equal those of the unsigned product.
         products = [counter[0] * _MULTIPLIERS[0], counter[2] * _MULTIPLIERS[1]]
         high, low = [(p >> 32) & _LOW for p in products], [p & _LOW for p in products]
         counter = [high[1] ^ counter[1] ^ key[0], low[1], high[0] ^ counter[3] ^ key[1], low[0]]
@@ -56,7 +58,7 @@ def philox(seed: int, epoch: int | Tensor, example: Tensor, position: Tensor) ->
 
 
 def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
-    """The order of an epoch's examples, (n_examples,) int64: a pure function of its arguments."""
+    """An epoch's examples in order, (n_examples,) int64. A pure function of the arguments."""
     high, low, *_ = philox(seed, epoch, torch.arange(n_examples), torch.tensor(ORDER_POSITION))
     return ((high >> 1 << 32) | low).argsort(stable=True)
 
@@ -65,7 +67,7 @@ def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
 class Masker:
     """Masks batches of token ids.
 
-    ``thresholds``: (V,) int64, a token is masked where a uniform 32-bit integer is below its own.
+    ``thresholds``: (V,) int64. A token is masked if a uniform 32-bit integer is below its own.
     """
 
     thresholds: Tensor
@@ -77,15 +79,15 @@ class Masker:
     def from_counts(
         cls, counts: Tensor, special: list[int], mask_token: int, config: MaskingConfig, seed: int
     ) -> Masker:
-        """Solve for c from the corpus.
+        """Make a Masker whose c fits the corpus.
 
         Args:
-            counts: (V,) how often each token stands in the training text.
+            counts: (V,), how often each token occurs in the training text.
             special: ids that are never masked.
             mask_token: the id of [MASK].
 
         Raises:
-            ConfigError: the share asked for cannot be reached.
+            ConfigError: the configured share cannot be reached.
         """
         counts = counts.double()
         weights = counts.clamp_min(1) ** -config.smoothing
@@ -111,16 +113,16 @@ class Masker:
     def apply(
         self, input_ids: Tensor, examples: Tensor, epochs: Tensor | int
     ) -> tuple[Tensor, Tensor]:
-        """Masked ids and labels.
+        """Mask a batch.
 
         Args:
             input_ids: (B, L) int64; padding is a special token and so never masked.
-            examples: (B,) int64, each row's number in the data set.
-            epochs: (B,) int64 or one number.
+            examples: (B,) int64, each sequence's number in the data set.
+            epochs: (B,) int64, or one number.
 
         Returns:
-            (B, L) ids with 80/10/10 (or as configured) of the chosen positions replaced, and
-            (B, L) labels: the original id there, IGNORE_INDEX elsewhere.
+            The (B, L) ids, with the chosen positions replaced 80/10/10 or as configured; and the
+            (B, L) labels: the original id at chosen positions, IGNORE_INDEX elsewhere.
         """
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         epochs = torch.as_tensor(epochs).view(-1, 1)
@@ -135,11 +137,11 @@ class Masker:
         return torch.where(random, (replacement * vocab) >> 32, masked), labels
 
     def count(self, tokens: Tensor, lengths: Tensor, examples: Tensor, epochs: Tensor) -> int:
-        """How many positions `apply` masks, without making the batch.
+        """Count the positions that `apply` masks, without making the batch.
 
         Args:
             tokens: (n,) ids, one example after the other, without padding.
-            lengths, examples, epochs: (B,) int64 of each example; the lengths sum to n.
+            lengths, examples, epochs: (B,) int64, one entry for each example. The lengths sum to n.
         """
         starts = lengths.cumsum(0) - lengths
         position = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)

@@ -1,4 +1,4 @@
-"""The tokens of a corpus, on disk."""
+"""The store: the tokens of a corpus on disk."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from distilfast.config import BatchConfig, ConfigError
 
-FORMAT = 1  # of the store; raised when its files change meaning
+FORMAT = 1  # the store's format; raised when the meaning of its files changes
 
 
 @dataclass(frozen=True)
 class Store:
-    """Tokens on disk, memory-mapped by `datasets`."""
+    """The tokens of a corpus, memory-mapped by `datasets`."""
 
     train: Any
     heldout: Any
-    counts: Tensor  # (V,) int64, of the training part
+    counts: Tensor  # (V,) int64, each token's count in the training texts
     record: dict[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Raises ConfigError where ``folder`` holds no store, or a damaged one."""
+        """Open the store in ``folder``; ConfigError if there is none or it is damaged."""
         import datasets
 
         try:
@@ -48,19 +48,19 @@ class Store:
             ) from error
 
     def lengths(self, split: str) -> Tensor:
-        """(n,) tokens of each example."""
+        """(n,), the number of tokens in each example."""
         chunks = getattr(self, split).data.column("input_ids").chunks
         parts = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
 
     def sizes(self, batch: BatchConfig) -> Tensor:
-        """(n,) what each training example takes of a step: its tokens, or 1."""
+        """(n,), each training example's size in the unit of the batch: its tokens, or 1."""
         lengths = self.lengths("train")
         return torch.ones_like(lengths) if batch.tokens is None else lengths
 
     @functools.cached_property
     def _chunks(self) -> dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
-        """Of each split, the first example of each Arrow chunk, and the chunks' (offsets, ids)."""
+        """For train and held out: each Arrow chunk's first example and its (offsets, ids)."""
         found = {}
         for split in ("train", "heldout"):
             chunks = getattr(self, split).data.column("input_ids").chunks
@@ -72,7 +72,7 @@ class Store:
         return found
 
     def rows(self, split: str, examples: Tensor) -> list[np.ndarray]:
-        """The token ids of some examples, int32: read-only views of the file."""
+        """The token ids of the given examples, int32, as read-only views of the file."""
         starts, chunks = self._chunks[split]
         numbers = examples.numpy()
         places = np.searchsorted(starts, numbers, side="right") - 1
@@ -83,5 +83,5 @@ class Store:
         return rows
 
     def tokens(self, split: str, examples: Tensor) -> Tensor:
-        """The token ids of some examples, (n,) int32, one example after the other."""
+        """The token ids of the given examples, (n,) int32, one example after the other."""
         return torch.from_numpy(np.concatenate(self.rows(split, examples)))

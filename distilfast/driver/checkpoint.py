@@ -1,12 +1,12 @@
 """Checkpoints: the state of a run by parameter name, in one format for every layout.
 
-A checkpoint is a folder step-N. Each rank writes what it holds, fp32 weights and both moments of
-its part of each parameter, to a safetensors file of its own; manifest.json says which elements are
-where, and has the size and the SHA-256 of every file. So another number of ranks, another ZeRO
-stage or another machine can read it, and nothing in it is executed.
+A checkpoint is a folder step-N. Each rank writes the fp32 weights and both moments of its part of
+each parameter to its own safetensors file. manifest.json says which elements are in which file, and
+has the size and SHA-256 of every file. So a run with another number of ranks, another ZeRO stage or
+on another machine can read it, and nothing in it is executed.
 
-A folder gets its name when it is complete and on disk, and not before. What is saved is copied in
-memory first, and written by a thread while training goes on.
+A folder gets its name only when it is complete and on disk. The state is first copied in memory;
+then a thread writes the copy while training continues.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from distilfast.errors import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 16 << 20  # written and hashed at a time
+CHUNK_BYTES = 16 << 20  # bytes written and hashed at a time
 POLL_S = 0.02
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. Those before it are whole."""
+    """A checkpoint could not be written. Earlier ones are intact."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank holds of a parameter, as views of the state itself.
+    """A rank's part of a parameter, as views of the state itself.
 
-    ``tensors``: by kind ("weight", "exp_avg", "exp_avg_sq"), 1-D fp32 of one length: the elements
-    of the flattened parameter from ``start``. A rank has one piece of a parameter at most.
+    ``tensors``: by kind ("weight", "exp_avg", "exp_avg_sq"), 1-D fp32 tensors of one length. They
+    hold the elements of the flattened parameter from ``start`` on. A rank has at most one piece of
+    a parameter.
     """
 
     name: str
@@ -61,64 +62,64 @@ class Piece:
 
 
 def mark(point: str) -> None:
-    """Called at every point of a save at which being killed must do no harm. Tests kill here."""
+    """Marks a point of a save where a kill must do no harm. Tests kill the process here."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
 class Checkpoints:
-    """The checkpoints of a run, as one of its ranks writes them.
+    """Writes one rank's part of a run's checkpoints.
 
-    `save` returns when the state is copied. The copy's memory is kept for the next one; a save
+    `save` returns once the state is copied. The copy's memory is kept for the next save. A save
     waits until the one before it is on disk.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, keep: int, start: int = 0):
         self.folder, self.rank, self.ranks, self.keep = folder, rank, ranks, keep
-        self.saved = start  # the step of the last save, perhaps still being written
+        self.saved = start  # the step of the last save, which may still be being written
         self._copy: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def reserve(self, n_bytes: int, pinned: bool) -> None:
-        """Make the copy's memory in the background: new pages take longer than the copy itself,
-        and the first save would wait for them."""
+        """Allocate the copy's memory in the background. New pages take longer than the copy itself,
+        and the first save would have to wait for them."""
         self._thread = threading.Thread(target=self._make_copy, args=(n_bytes, pinned), daemon=True)
         self._thread.start()
 
     def _make_copy(self, n_bytes: int, pinned: bool) -> None:
         copy = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
-        copy.numpy()[:: mmap.PAGESIZE] = 0  # a page is there once it is written to
+        copy.numpy()[:: mmap.PAGESIZE] = 0  # the system provides a page at the first write to it
         self._copy = copy
 
     def save(self, step: int, pieces: Sequence[Piece]) -> None:
-        """Save the state after ``step`` steps. Every rank has to.
+        """Save the state after ``step`` steps. Every rank must call this.
 
         Raises:
-            CheckpointError: the save before this one could not be written.
+            CheckpointError: the previous save could not be written.
         """
         self.wait()
         self.saved = step
         header, data = self._snapshot(pieces)
         parts = {p.name: [p.start, p.start + p.length] for p in pieces}
         manifest = {"format": FORMAT, "step": step, "ranks": self.ranks}
-        # A daemon: the program may end in the middle of a write as it may be killed there.
+        # A daemon: ending the program in the middle of a write does no more harm than a kill.
         self._thread = threading.Thread(
             target=self._write, args=(manifest, parts, header, data), daemon=True
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raise a CheckpointError where a save is known to have failed; does not wait."""
+        """Raise a CheckpointError if a save is known to have failed. Does not wait."""
         if self._error:
             raise CheckpointError(f"step-{self.saved} could not be saved: {self._error}")
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is on disk; on rank 0, until all of it is.
+        """Wait until this rank's part of the last save is on disk; on rank 0, until all of it is.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the save could not be written.
         """
         if self._thread:
             self._thread.join()
@@ -126,7 +127,7 @@ class Checkpoints:
         self.check()
 
     def _snapshot(self, pieces: Sequence[Piece]) -> tuple[bytes, Tensor]:
-        """The header of a safetensors file, and a copy of the tensors: its data, as bytes."""
+        """Make the header of a safetensors file, and its data as bytes: a copy of the tensors."""
         entries, end = {}, 0
         for piece in pieces:
             for kind in piece.tensors:
@@ -147,7 +148,7 @@ class Checkpoints:
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text, self._copy[:end]
 
-    # --- In the thread: it talks to no other rank but through files -------------------------------
+    # --- In the thread: ranks communicate only through files --------------------------------------
 
     def _write(
         self, manifest: dict[str, Any], parts: dict[str, Any], header: bytes, data: Tensor
@@ -174,14 +175,14 @@ class Checkpoints:
             mark("said")
         except Exception as error:
             reason = f"rank {self.rank}: {error}"
-            # A disk that is full has room for the reason once the part is gone.
+            # A full disk has room for the reason once the part is deleted.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 _replace(said, json.dumps({"error": reason}))
             raise OSError(reason) from error
 
     def _publish(self, scratch: Path, manifest: dict[str, Any]) -> None:
-        """Wait for every rank's file, and give the folder its name."""
+        """Wait for every rank's file, then give the folder its name."""
         files: dict[str, Any] = {}
         for rank in range(self.ranks):
             said = scratch / f"rank-{rank}.json"
@@ -196,13 +197,13 @@ class Checkpoints:
         manifest["sha256"] = _digest(manifest)
         _replace(scratch / MANIFEST, json.dumps(manifest))
         mark("manifest")
-        _sync(scratch)  # or the name could be on disk before what it stands for
+        _sync(scratch)  # otherwise the new name could be on disk before the folder's content
         target = self.folder / f"step-{manifest['step']}"
         os.rename(scratch, target)
         mark("renamed")
         _sync(self.folder)
         for step in _steps(self.folder)[: -self.keep]:
-            # Removed under another name: half of it must not look like a damaged one.
+            # Rename it before removing it: a half-removed checkpoint must not look damaged.
             doomed = self.folder / f"tmp-old-step-{step}"
             os.rename(self.folder / f"step-{step}", doomed)
             mark("pruning")
@@ -210,7 +211,7 @@ class Checkpoints:
 
 
 def _write_hashed(path: Path, header: bytes, data: Tensor) -> dict[str, Any]:
-    """Header and data to disk; size and hash of the file."""
+    """Write header and data to disk. Return the file's size and hash."""
     digest, n_bytes = hashlib.sha256(), 0
     with path.open("wb") as file:
         for piece in (header, *map(_view, data.split(CHUNK_BYTES))):
@@ -228,7 +229,7 @@ def _view(data: Tensor) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The whole text on disk, or what was there before."""
+    """Write a file to disk so that it has either the whole text or its former content."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -246,13 +247,13 @@ def _sync(folder: Path) -> None:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of everything in a manifest but this."""
+    """The hash of a manifest's content, without its own key sha256."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _steps(folder: Path) -> list[int]:
-    """Of all checkpoints, sound or not, oldest first."""
+    """The steps of all checkpoints, sound or damaged, oldest first."""
     names = (re.fullmatch(r"step-([1-9][0-9]*)", p.name) for p in folder.glob("step-*"))
     return sorted(int(name[1]) for name in names if name)
 
@@ -261,15 +262,15 @@ def _steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest sound checkpoint, 0 where there is none. Damaged ones are named and
-    set aside. One rank decides this for all.
+    """Return the step of the newest sound checkpoint, 0 if there is none. Newer damaged ones are
+    renamed, with a warning. One rank calls this for all.
 
     Raises:
-        ConfigError: all are damaged, or the newest is of an unknown format.
+        ConfigError: all are damaged, or the newest has an unknown format.
     """
     step, damaged = find(folder)
     if damaged and not step:
-        # They stay where they are: set aside, the next start would find none and begin anew.
+        # Do not rename them: the next start would find no checkpoint and train from the beginning.
         raise ConfigError(
             f"resume: expected a sound checkpoint in {str(folder)!r}, got damaged ones only: "
             + ", ".join(f"step-{step} ({wrong})" for step, wrong in damaged.items())
@@ -284,8 +285,10 @@ def newest(folder: Path) -> int:
 
 
 def find(folder: Path, before: int | None = None) -> tuple[int, dict[int, str]]:
-    """The step of the newest sound checkpoint (of fewer than ``before`` steps), 0 where there is
-    none, and what is wrong with those after it. Changes nothing."""
+    """Find the newest sound checkpoint (before step ``before``). Changes nothing.
+
+    Returns its step, 0 if there is none, and for each newer one, by step, what is wrong with it.
+    """
     damaged: dict[int, str] = {}
     for step in reversed(_steps(folder)):
         if before is None or step < before:
@@ -324,12 +327,12 @@ def _what_is_wrong(path: Path, step: int) -> str | None:
 
 
 class Saved:
-    """A checkpoint that is there to be read; `newest` has said that it is sound.
+    """Reads a checkpoint that `newest` or `find` has found sound.
 
-    ``sizes``: the elements of each parameter, by name.
+    ``sizes``: the number of elements of each parameter, by name.
 
     Raises:
-        ConfigError: elements are missing, or there twice.
+        ConfigError: elements are missing or duplicated.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -352,7 +355,7 @@ class Saved:
                 self.sizes[name] = stop
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of a flattened parameter's weight or moment: fp32.
+        """Read elements ``start`` to ``stop`` of a flattened parameter's weight or moment, fp32.
 
         Raises:
             ConfigError: the checkpoint does not hold them.

@@ -1,4 +1,4 @@
-"""Before training: whatever can be found wrong is found here, and said in one line."""
+"""Set up and check a run before training. Each error is one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distilfast.errors import ConfigError
 from distilfast.machine import best_precision, multiplies_bf16
 
 log = logging.getLogger("distilfast")
-# A run may be gone on with under other values of these; every other key decides what it computes.
+# Keys that may change when a run is resumed. Every other key affects the result.
 FREE_KEYS = (
     "checkpoint.",
     "evaluate.",
@@ -42,7 +42,7 @@ FREE_KEYS = (
 
 @dataclass
 class Setup:
-    """What a run is made of."""
+    """The loaded and checked parts of a run."""
 
     teachers: list[models.Teacher]
     tokenizer: Any
@@ -52,7 +52,7 @@ class Setup:
 
 
 def settled(config: Config, world: World) -> Config:
-    """The configuration with its precision chosen, for all ranks alike."""
+    """The configuration with its precision chosen, the same on all ranks."""
     precision = world.first(lambda: chosen_precision(config, world.device))
     slow = world.device.type == "cpu" and precision == "bf16" and not multiplies_bf16()
     if slow and world.rank == 0:
@@ -63,22 +63,22 @@ def settled(config: Config, world: World) -> Config:
 
 
 def chosen_precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
-    """What `auto` stands for: the precision of the run that goes on, else what suits the device."""
+    """The precision; for `auto`, that of the run to be resumed, else the best for the device."""
     if config.precision != "auto":
         return config.precision
     before = Path(config.output) / "config.yaml"
     if config.resume == "auto" and before.is_file():
-        with contextlib.suppress(ConfigError):  # `check_output` says what is wrong with it
+        with contextlib.suppress(ConfigError):  # `check_output` will report the error
             kept = configs.parse(["--config", str(before)]).precision
             return kept if kept != "auto" else best_precision(device)
     return best_precision(device)
 
 
 def prepare(config: Config, world: World) -> Setup:
-    """Load and check everything. Writes the tokens where they are missing, and nothing else.
+    """Load and check everything. Writes the tokens if they are missing, and nothing else.
 
     Raises:
-        ConfigError: the first thing found wrong.
+        ConfigError: the first error that is found.
     """
     config.batch.check(world.ranks, config.data.max_length)
     world.first(lambda: check_output(config, Path(config.output)))
@@ -96,7 +96,7 @@ def prepare(config: Config, world: World) -> Setup:
 
 
 def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
-    """The teachers, their tokenizer and the student, checked against the configuration."""
+    """Load the teachers, their tokenizer and the student, and check them."""
     teachers, tokenizer = models.load_teachers(config.teachers)
     check_teachers(config, teachers)
     student = models.make_student(teachers[0].model, config.student, config.seed)
@@ -107,8 +107,10 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
 
 
 def count_steps(config: Config, epoch_size: int) -> int:
-    """Optimiser steps: as configured, or of the epochs, whole steps and at least one. An epoch's
-    size is in the unit of the batch."""
+    """The number of optimiser steps: as configured, or the whole steps in the epochs, at least one.
+
+    ``epoch_size`` is in the unit of the batch.
+    """
     if config.steps:
         return config.steps
     total = int((config.epochs or 0) * epoch_size)
@@ -116,7 +118,7 @@ def count_steps(config: Config, epoch_size: int) -> int:
 
 
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
-    """That the teachers can give what the losses and the data ask for."""
+    """Check that the teachers fit the losses and the data."""
     for teacher in teachers:
         positions = teacher.model.config.max_position_embeddings
         if config.data.max_length > positions:
@@ -142,11 +144,11 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 
 def check_output(config: Config, output: Path) -> None:
-    """That the folder is empty, or holds this very run."""
+    """Check that the folder is empty or holds this run."""
     for parent in (output, *output.parents):
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
-    # What a run writes before config.yaml is there; it may have been killed then.
+    # A run writes these before config.yaml, and may have been killed then.
     first = (config.token_folder.name, "config.yaml.tmp")
     if not output.exists() or all(p.name.startswith(first) for p in output.iterdir()):
         return
@@ -181,8 +183,8 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[s
 
 
 def claim(config: Config, output: Path) -> int:
-    """Make the folder this run's, clear away what a killed one left half-written, and return the
-    step to go on from."""
+    """Write config.yaml, remove half-written files of a killed run, and return the step to resume
+    from."""
     checkpoints = output / "checkpoints"
     start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
     output.mkdir(parents=True, exist_ok=True)
@@ -196,10 +198,10 @@ def claim(config: Config, output: Path) -> int:
 
 
 def check_shared(config: Config, output: Path) -> None:
-    """On every rank, that it sees the folder that the first has claimed: the ranks save together.
+    """Check on every rank that it sees the first rank's folder, as all ranks save there.
 
     Raises:
-        ConfigError: it sees another, or none.
+        ConfigError: this rank sees another folder, or none.
     """
     try:
         shared = (output / "config.yaml").read_text(encoding="utf-8") == configs.to_yaml(config)

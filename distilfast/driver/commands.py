@@ -18,7 +18,7 @@ from distilfast.errors import ConfigError
 
 
 def prepare(arguments: Sequence[str]) -> int:
-    """Tokenise and count."""
+    """Make the store, and print its size."""
     config = parse(arguments, prog="distilfast prepare")
 
     _, tokenizer, _ = checks.load_models(config)
@@ -28,7 +28,7 @@ def prepare(arguments: Sequence[str]) -> int:
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Everything that `train` checks, and what it would do. Writes nothing."""
+    """Check everything that `train` checks, and print what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,7 +60,7 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def recipes(arguments: Sequence[str]) -> int:
-    """List the configs with their first comment."""
+    """List the recipes, each with its first comment."""
     for path in sorted(RECIPES.glob("*.yaml")):
         comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{path}\n    {comment}")
@@ -68,7 +68,7 @@ def recipes(arguments: Sequence[str]) -> int:
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """A step of a run again. Exit status 1 where something in it is not finite."""
+    """Replay a step of a run. Exit status 1 if something in it is not finite."""
     numbers: dict[str, int | None] = {"--step": None, "--ranks": None}
     others = []
     rest = iter(arguments)

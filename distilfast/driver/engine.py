@@ -1,12 +1,14 @@
 """DeepSpeed, made exact: the optimiser step and its state.
 
-What is done here and nowhere else:
+Only this module does the following:
 
-- DeepSpeed's averages over micro-batches and ranks are cancelled. The losses arrive divided by the
-  counts of the whole step, so gradients are to be summed.
-- Gradients accumulate in fp32, whatever the precision.
-- Nothing is compiled: a first run neither waits for a build nor hangs on a stale lock.
-- Masters and moments are found by parameter name in every layout, and put back into any other.
+- It cancels DeepSpeed's averages over micro-batches and ranks. The losses are already divided by
+  the counts of the whole step, so gradients have to be summed.
+- It accumulates gradients in fp32 at any precision.
+- It keeps DeepSpeed from compiling anything. A first run neither waits for a build nor hangs on a
+  stale lock.
+- It finds master weights and moments by parameter name in every layout, and restores them into any
+  other.
 """
 
 from __future__ import annotations
@@ -30,32 +32,32 @@ from distilfast.driver.processes import World, alone, import_deepspeed
 from distilfast.errors import ConfigError
 from distilfast.losses import backends
 
-# At ZeRO 3, weights of no more elements than this stay whole on every rank: DeepSpeed's default.
+# At ZeRO 3, a weight of at most this many elements stays whole on every rank. DeepSpeed's default.
 PERSISTENT = 100_000
-NORM_OF = 4096  # elements to add up in fp32
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
+NORM_OF = 4096  # elements that are summed in fp32 at a time
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's moments
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# DeepSpeed neither prints nor measures. Its throughput timer is on unless told otherwise, and from
-# the third step on it waits for the GPU in every forward.
+# DeepSpeed must neither print nor measure. Its throughput timer is on by default. From the third
+# step on it waits for the GPU in every forward.
 QUIET = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}
 
 
 class Engine:
     """A module and its optimiser under DeepSpeed.
 
-    A step is any number of backward(loss), then step(rate). ``loss`` is a share of the step's
-    loss: gradients add up over micro-batches and ranks. At stages 2 and 3 every rank has to come
-    as often.
+    A step is any number of calls of backward(loss), then one of step(rate). ``loss`` is a share of
+    the step's loss: gradients add up over micro-batches and ranks. At stages 2 and 3, every rank
+    must call backward equally often.
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World):
         self.config, self.world = config, world
         dtype = DTYPES[config.precision]
-        # One process has nothing to split, and ZeRO would copy every gradient for it; in bf16 its
-        # first stage is that of the fp32 masters and sums.
+        # One process has nothing to partition, and ZeRO would copy every gradient for it. In bf16
+        # it uses stage 1 for the fp32 master weights and sums.
         alone = world.ranks == 1 and config.zero.offload == "none"
         self.stage = config.zero.stage if not alone else 0 if dtype == torch.float32 else 1
-        # Where every rank has the whole fp32 gradient it is reduced, measured and clipped here:
+        # If every rank has the whole fp32 gradient, we reduce, measure and clip it ourselves.
         # DeepSpeed would take its norm in fp32, which on a CPU is off by 1e-3 for an embedding.
         split = self.stage > 1 or config.zero.offload != "none"
         self.whole = self.stage == 0 or (dtype == torch.bfloat16 and not split)
@@ -63,20 +65,20 @@ class Engine:
         ranks = world if self.stage else None
         self.adam = optimizers.make(module, options, ranks)
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
-            "managed_gradient_accumulation": False,  # a step is over when we say so
+            "train_micro_batch_size_per_gpu": 1,  # required, but of no effect here
+            "managed_gradient_accumulation": False,  # we decide when a step ends
             "gradient_clipping": 0.0 if self.whole else options.max_grad_norm,
             "zero_optimization": _partitioning(self.stage, config.zero.offload),
             "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": False},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
-            "zero_force_ds_cpu_optimizer": False,  # its own Adam would have to be compiled
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own Adam would have to be compiled
             **QUIET,
         }
         self.deepspeed, self.optimizer = _initialize(module, world, settings, self.adam)
 
-        # One process has nothing to send. But at stages 2 and 3 and with offload this is also how
-        # gradients get to where they are added up.
+        # One process has nothing to send. But at stages 2 and 3, and with offload, the same call
+        # also brings gradients to the place where they are added up.
         if self.whole or (world.ranks == 1 and not split):
             self.deepspeed.enable_backward_allreduce = False
 
@@ -84,14 +86,16 @@ class Engine:
             _sum_in_one_pass(self.optimizer, world.device)
 
     def __call__(self, *arguments: Any) -> Any:
-        # At ZeRO 3 it reads LOCAL_RANK in every forward.
+        # At ZeRO 3, DeepSpeed reads LOCAL_RANK in every forward.
         with alone() if self.stage == 3 else contextlib.nullcontext():
             return self.deepspeed(*arguments)
 
     @torch.no_grad()
     def predict(self, batch: Any) -> Any:
-        """What the module makes of a batch alone, in eval mode. Every rank has to ask as often:
-        at ZeRO 3 the weights are gathered on the way."""
+        """Call the module with a batch alone, in eval mode.
+
+        Collective: every rank must call this equally often, as ZeRO 3 gathers the weights.
+        """
         self.deepspeed.eval()
         try:
             return self(batch)
@@ -99,12 +103,12 @@ class Engine:
             self.deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
-        # The ranks' gradients will be averaged; we want their sum.
+        # DeepSpeed averages the ranks' gradients; we want their sum.
         self.deepspeed.backward(loss * self.world.ranks, scale_wrt_gas=False)
 
     def step(self, rate: float) -> float:
-        """Apply the gradients and return their norm before clipping. Where it is not finite,
-        nothing is applied (with ZeRO, DeepSpeed sees to that)."""
+        """Apply the gradients and return their norm before clipping. If the norm is not finite,
+        nothing is applied (with ZeRO, DeepSpeed ensures this)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if not self.whole:
@@ -113,7 +117,7 @@ class Engine:
         if self.stage == 0:
             for weight in self.deepspeed.module.parameters():
                 if weight.requires_grad and weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)  # ZeRO's; weight decay goes with it
+                    weight.grad = torch.zeros_like(weight)  # as in ZeRO, so that it still decays
         if self.world.ranks > 1:
             self.deepspeed.buffered_allreduce_fallback()
         gradients = self._whole_gradients()
@@ -132,7 +136,7 @@ class Engine:
         return gradients
 
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights by name, on the CPU; every rank has to ask."""
+        """The fp32 weights by name, on the CPU. Collective: every rank must call this."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = self.deepspeed.module.named_parameters(remove_duplicate=False)
@@ -143,8 +147,8 @@ class Engine:
     # --- The state of training, in pieces ---------------------------------------------------------
 
     def pieces(self) -> list[Piece]:
-        """What this rank holds of masters and moments: the ranks' pieces together are all of it,
-        once. Views, for use between two steps."""
+        """This rank's pieces of the master weights and moments, as views to use between two steps.
+        Over all ranks, each element is in exactly one piece."""
         made = []
         for name, at in self._own_slices():
             state = self.adam.state[at.flat]
@@ -153,15 +157,15 @@ class Engine:
         return made
 
     def piece_bytes(self) -> int:
-        """The size of `pieces`, which are there after the first step."""
+        """The size of `pieces`, known before the first step creates them."""
         return sum(4 * at.length * (1 + len(MOMENTS)) for _, at in self._own_slices())
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """The state that was saved, whatever the layout. For an engine that has not stepped yet.
+        """Restore a saved state of any layout. The engine must not have taken a step yet.
 
         Raises:
-            ConfigError: it is of other parameters.
+            ConfigError: the saved state has other parameters.
         """
         named = self.deepspeed.module.named_parameters()
         sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in named if p.requires_grad}
@@ -178,7 +182,7 @@ class Engine:
             tensors = {"weight": at.flat, **self.adam.state[at.flat]}
             for kind in ("weight", *MOMENTS):
                 at.of(tensors[kind]).copy_(saved.read(name, kind, at.start, at.start + at.length))
-        # The weights that are computed with are copies, but at stage 0.
+        # Except at stage 0, the weights that the module computes with are copies of the masters.
         for name, weight in self.deepspeed.module.named_parameters():
             if not weight.requires_grad:
                 continue
@@ -191,7 +195,7 @@ class Engine:
         slices = [(name, at) for name, _, at in self._slices()]
         if self.stage > 0:
             return slices
-        # Everybody holds everything: a share of each parameter is this rank's to save.
+        # Every rank holds everything, so each saves a share of every parameter.
         rank, ranks = self.world.rank, self.world.ranks
         shares = []
         for name, at in slices:
@@ -201,7 +205,7 @@ class Engine:
         return shares
 
     def _slices(self) -> Iterator[tuple[str, nn.Parameter, Slice]]:
-        """Every trained parameter that this rank has optimiser state of, and where that is."""
+        """Each trained parameter that this rank has optimiser state of, and that state's place."""
         zero = self.deepspeed.optimizer
         for name, weight in self.deepspeed.module.named_parameters():
             if not weight.requires_grad:
@@ -211,7 +215,7 @@ class Engine:
             elif self.stage == 3:
                 group, offset, length = zero.grad_position[zero.get_param_id(weight)]
                 start = length * self.world.rank
-                length = min(length, weight.ds_numel - start)  # what is beyond is padding
+                length = min(length, weight.ds_numel - start)  # the rest is padding
                 if length > 0:
                     flat = zero.fp32_partitioned_groups_flat[group]
                     yield name, weight, Slice(flat, offset, length, start)
@@ -223,20 +227,20 @@ class Engine:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where elements of a parameter are in one of the tensors that the optimiser is given."""
+    """The place of a parameter's elements in one of the tensors that the optimiser updates."""
 
-    flat: Tensor  # masters, fp32
-    offset: int  # in it
+    flat: Tensor  # master weights, fp32
+    offset: int  # of the first element in flat
     length: int
-    start: int  # in the flattened parameter
+    start: int  # of the first element in the flattened parameter
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The elements, 1-D, of ``flat`` or of something of its shape."""
+        """The elements, 1-D, of ``flat`` or of another tensor of its shape."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
 def _set_partition(weight: Any, saved: Saved, name: str) -> None:
-    """This rank's part of a weight that ZeRO 3 has partitioned."""
+    """Restore this rank's part of a weight that ZeRO 3 has partitioned."""
     part = weight.ds_tensor
     start = part.ds_numel * torch.distributed.get_rank()
     length = min(part.ds_numel, weight.ds_numel - start)
@@ -245,9 +249,11 @@ def _set_partition(weight: Any, saved: Saved, name: str) -> None:
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all together, 0-d fp64, of fp32 norms of pieces: PyTorch's norm of 23 million
-    normal numbers on a CPU, added one by one in fp32, is off by 1.3e-3. On a GPU it adds up in
-    pieces itself, and takes those of all tensors at once."""
+    """The norm of all gradients together, 0-d fp64, computed from fp32 norms of pieces.
+
+    On a CPU, PyTorch adds one by one in fp32: its norm of 23 million normal numbers is off by
+    1.3e-3. On a GPU, PyTorch sums in pieces itself and takes the norms of all tensors at once.
+    """
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(list(gradients))).double().norm()
     norms = []
@@ -259,12 +265,15 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def shard(module: nn.Module, config: Config, world: World) -> Callable[..., Any]:
-    """A frozen module partitioned over the ranks as ZeRO 3 does: its forward. Every rank has to
-    call it as often: each layer's weights are gathered when it is their turn."""
+    """Partition a frozen module over the ranks as in ZeRO 3, and return its forward.
+
+    The forward is collective: every rank must call it equally often, as it gathers each layer's
+    weights in turn.
+    """
     partitioning = _partitioning(3, config.zero.offload)
-    partitioning.pop("offload_optimizer", None)  # there is none
+    partitioning.pop("offload_optimizer", None)  # a frozen module has no optimiser
     settings = {
-        "train_micro_batch_size_per_gpu": 1,  # it asks, and has no use for the answer
+        "train_micro_batch_size_per_gpu": 1,  # required, but of no effect here
         "zero_optimization": partitioning,
         "bf16": {"enabled": config.precision == "bf16"},
         **QUIET,
@@ -284,9 +293,9 @@ def _initialize(
     settings: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimiser."""
+    """Make DeepSpeed's engine and its optimiser."""
     deepspeed = import_deepspeed()
-    # It prints its memory at every turn, and imports what warns of its own deprecation.
+    # It prints its memory use again and again, and imports modules that warn of being deprecated.
     with alone(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         engine, wrapped, _, _ = deepspeed.initialize(
@@ -299,14 +308,15 @@ def _initialize(
 
 
 def _sum_in_one_pass(optimizer: Any, device: torch.device) -> None:
-    """DeepSpeed's bf16 optimiser copies each gradient to fp32 before it adds it to the sum."""
+    """Make DeepSpeed's bf16 optimiser add gradients to the fp32 sums in one pass. By itself it
+    first copies each gradient to fp32."""
     if device.type == "cuda":
         optimizer.update_hp_grads = functools.partial(_add_gradients, optimizer)
         return
     accumulate = backends.BACKENDS[backends.choose("auto", device, ())].accumulate
 
     def add(weight: nn.Parameter, group: int, index: int, clear: bool) -> None:
-        assert not clear  # backward() drops the gradient before the next
+        assert not clear  # backward() drops the gradient before the next one
         if weight.grad is None:
             return
         share, total = weight.grad.contiguous(), optimizer.fp32_groups_gradients[group][index]
@@ -320,9 +330,12 @@ def _sum_in_one_pass(optimizer: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def _add_gradients(optimizer: Any, clear_lp_grads: bool = False) -> None:
-    """The gradients of all weights to their sums, in one call: a GPU would wait for Python to add
-    them one by one. A kernel converts to fp32 as it adds. Gradients are dropped, where DeepSpeed
-    sets them to 0 before the next backward, which then has to add to that."""
+    """Add the gradients of all weights to their sums, in one call.
+
+    If Python added them one by one, the GPU would wait for Python. The kernel converts to fp32 as
+    it adds. The gradients are then dropped. DeepSpeed would set them to 0, and the next backward
+    would have to add to them.
+    """
     sums, shares = [], []
     for group, weights in enumerate(optimizer.bf16_groups):
         for index, weight in enumerate(weights):
@@ -338,7 +351,7 @@ def _add_gradients(optimizer: Any, clear_lp_grads: bool = False) -> None:
 
 
 def _partitioning(stage: int, offload: str) -> dict[str, Any]:
-    """DeepSpeed's zero_optimization."""
+    """DeepSpeed's setting zero_optimization."""
     settings: dict[str, Any] = {"stage": stage}
     if stage == 3:
         settings["stage3_param_persistence_threshold"] = PERSISTENT

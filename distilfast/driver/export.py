@@ -1,4 +1,4 @@
-"""The distilled model as plain transformers loads it, with a card that says how it was made."""
+"""Export the distilled model so that plain transformers loads it, with a model card."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def export(
     summary: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Write ``folder`` (safetensors, config, tokenizer, README.md), complete or not at all.
+    """Write ``folder`` (safetensors, config, tokenizer, README.md), whole or not at all.
 
     Args:
-        model: the student, whose config and names are used.
+        model: the student. Only its class and config are used.
         weights: its fp32 weights by name.
-        summary: the run's measured figures, as `train` writes them to summary.json.
+        summary: the run's measured figures, as in summary.json.
     """
-    # A model of its own: the trained one may be bf16, and its config would say so.
+    # Make a new model: the trained one may be bf16, and its config would say so.
     exported = type(model)(copy.deepcopy(model.config)).float()
     exported.load_state_dict(weights)
     with atomic.folder(folder) as scratch:
@@ -77,7 +77,7 @@ def export(
 
 
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
-    """The model card."""
+    """Format the model card."""
     loss = config.loss
     weights = {part.title.format(T=loss.temperature): getattr(loss, part.weight) for part in LOSSES}
     return CARD.format(

@@ -1,9 +1,12 @@
-"""Gradients that PyTorch 2.13 sums in bf16 on a CPU, row after row: half is lost of 4,096 rows that
-point one way, whatever is done with the sum.
+"""LayerNorms and embeddings in bf16 that sum their gradients in fp32 on a CPU.
 
-By its source it does not do so on a GPU. A LayerNorm's are summed in fp32 (layer_norm_kernel.cu; of
-more than 65,536 rows the sums of blocks are rounded to bf16 once). An embedding's are, too, of more
-than 3,072 tokens; of fewer, 32 tokens at a time, whose sums are added up in bf16 (Embedding.cu).
+On a CPU, PyTorch 2.13 sums these gradients in bf16, row after row. Of 4,096 rows that point one
+way, it loses half of the sum, and nothing done with the sum later can bring that back.
+
+According to its source, PyTorch does not do so on a GPU. There, a LayerNorm's gradients are summed
+in fp32 (layer_norm_kernel.cu; for more than 65,536 rows, sums of blocks are rounded to bf16 once).
+An embedding's gradients are summed in fp32 for more than 3,072 tokens. For fewer, 32 tokens at a
+time are, and their sums are added up in bf16 (Embedding.cu).
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from torch import Tensor, nn
 
 
 def use_fp32_sums(model: nn.Module) -> None:
-    """Have the LayerNorms and embeddings of a model in bf16 sum their gradients in fp32."""
+    """Make the LayerNorms and embeddings of a bf16 model sum their gradients in fp32."""
     for module in model.modules():
         if type(module) in REPLACED:
             module.__class__ = REPLACED[type(module)]
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in fp32, whatever its input's dtype."""
+    """A LayerNorm that computes in fp32, for an input of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = (None if x is None else x.float() for x in (self.weight, self.bias))
@@ -32,7 +35,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embedding(nn.Embedding):
-    """Whose gradient is summed in fp32 where a row was looked up more than once."""
+    """An embedding that sums the gradients of a row in fp32 if it was looked up more than once."""
 
     def forward(self, input: Tensor) -> Tensor:
         looked_up: Tensor = _Lookup.apply(self.weight, input, self.padding_idx)

@@ -1,4 +1,5 @@
-"""How well a model guesses the masked tokens of the held-out text, and how often as its teacher."""
+"""Evaluate how well a model guesses the masked tokens of held-out text, and how often it agrees
+with its teacher."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ Predict = Callable[[MicroBatch], Tensor]  # the logits at the masked positions, 
 
 @dataclass(frozen=True)
 class Scores:
-    """Over all masked held-out tokens.
+    """Scores over all masked held-out tokens.
 
-    eval_loss: cross entropy, nats. eval_accuracy: share guessed right at the first guess.
-    eval_agreement: share where the first guess is the teacher's; None without a teacher.
+    eval_loss: cross entropy in nats.
+    eval_accuracy: the share of tokens that the first guess gets right.
+    eval_agreement: the share of tokens where the first guess is the teacher's; None without one.
     """
 
     eval_loss: float
@@ -29,7 +31,8 @@ class Scores:
 
 
 class Evaluator:
-    """The held-out batches of this rank, made once, with the teacher's guesses."""
+    """Scores models on this rank's held-out batches, which are made once. Keeps the teacher's
+    guesses."""
 
     def __init__(self, batches: Batches, world: World, micro_sequences: int, limit: int | None):
         self.world = world
@@ -48,7 +51,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _score(self, predict: Predict, keep: list[Tensor] | None) -> Scores:
-        """Every rank scores its own batches; the sums are everybody's."""
+        """Score this rank's batches and sum over the ranks. Collective."""
         device = self.world.device
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, agreeing, tokens
         for i, batch in enumerate(self.batches):

@@ -1,7 +1,7 @@
 """The training loop: read this first.
 
-One optimiser step is `optimiser_step`; `train` takes one after the other, with checkpoints and
-evaluations between them.
+`optimiser_step` is one step. `train` calls it once for each step, with checkpoints and evaluations
+in between.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from distilfast.parts import AGREEMENT
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The weights are those of the last whole step."""
+    """Training cannot continue. The weights are those after the last whole step."""
 
 
 def run(config: Config) -> bool:
-    """Train as configured, or go on where a run was stopped. False: stopped by a signal again."""
+    """Train as configured, or resume a stopped run. False: stopped by a signal."""
     world = processes.start()
     with guard(world.patient, config.rank_timeout_s, advice(config)):
         return distil(config, world)
 
 
 def distil(config: Config, world: World) -> bool:
-    """`run`, in processes that have found each other."""
+    """`run`, once the processes are connected."""
     config = settled(config, world)
     setup = prepare(config, world)
     output = Path(config.output)
@@ -65,7 +65,7 @@ def distil(config: Config, world: World) -> bool:
 
 
 def advice(config: Config) -> str:
-    """How to go on."""
+    """Tell the user how to resume."""
     how = "" if config.resume == "auto" else " with resume auto"
     return f"the same command{how} goes on from {config.output}"
 
@@ -74,8 +74,8 @@ def advice(config: Config) -> str:
 
 
 def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> bool:
-    """Train from step ``start`` to the last and write the results. False: stopped by a signal, and
-    saved."""
+    """Train from step ``start`` to the last and write the results. False: a signal stopped training
+    and a checkpoint was written."""
     teacher = teacher_side(config, world, setup.teachers)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
     folder, keep = output / "checkpoints", config.checkpoint.keep
@@ -90,7 +90,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     )
     scores = {}
     if setup.teachers[0].has_head:
-        # Of an ensemble, agreement and figures are those of its first teacher, by name.
+        # For an ensemble, agreement and scores are those of its first teacher, shown by name.
         shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
         scores[shown] = asdict(evaluator.teacher(teacher.predict))
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
@@ -110,7 +110,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             evaluate(0)
 
         def save(step: int) -> None:
-            if step == checkpoints.saved:  # what it started from, which may be nothing
+            if step == checkpoints.saved:  # nothing is new since the start or the last save
                 return
             if metrics:
                 metrics.sync()
@@ -123,7 +123,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
                 try:
                     save(step)  # for `distilfast replay`
                     world.together(checkpoints.wait)
-                except RuntimeError as failure:  # not what went wrong first
+                except RuntimeError as failure:  # only a warning: the first error is raised
                     logging.getLogger("distilfast").warning(failure)
                 raise
             if line is None:
@@ -151,12 +151,12 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
         results.write(config, world, setup, output, scores, metrics.lines(), weights)
-    world.first(lambda: None)  # nobody leaves before the results are written
+    world.first(lambda: None)  # no rank leaves before the results are written
     return True
 
 
 def teacher_side(config: Config, world: World, teachers: Sequence[models.Teacher]) -> TeacherSide:
-    """The teachers, whole on every rank or partitioned over them."""
+    """The teacher side, whole on every rank or partitioned over the ranks."""
     things = teachers, config.loss, world.device, engine.DTYPES[config.precision]
     if not config.zero.shard_teacher:
         return TeacherSide(*things)
@@ -172,14 +172,15 @@ def optimiser_step(
     step: int,
     stop: Stop,
 ) -> tuple[dict[str, Any] | None, bool]:
-    """One step: its line of metrics, and whether some rank was told to stop. Without a line, the
-    step was given up on the way, and nothing has changed.
+    """Take one step. Return its line of metrics, and whether any rank was told to stop.
 
-    The step is counted before its first forward: each loss is divided by the count of the whole
-    step, so the gradient does not depend on how the step is split.
+    The line is None if the step was given up on the way; then nothing has changed.
+
+    Rows and tokens are counted before the first forward. Each loss is divided by the count of the
+    whole step, so the gradient does not depend on how the step is split.
 
     Raises:
-        TrainingError: a loss or the gradient is not finite; no weight has been touched.
+        TrainingError: a loss or the gradient is not finite. No weight was changed.
     """
     began = time.perf_counter()
     share = setup.batches.step(step, world.rank, world.ranks, config.batch.micro_sequences)
@@ -189,7 +190,7 @@ def optimiser_step(
     on_device = data.on_device(share, world.device)
     with contextlib.closing(data.prefetch(on_device)) as micro_batches:
         for i, batch in enumerate(micro_batches):
-            # At stages 2 and 3 the other ranks wait for this one in every backward.
+            # Not at stages 2 and 3, where the other ranks wait for this one in every backward.
             if stop.requested and runner.stage < 2:
                 break
             torch.manual_seed(dropout_seed(config.seed, step, i, world.rank))
@@ -202,7 +203,7 @@ def optimiser_step(
     if given_up:
         return None, True
     sums = world.sum(torch.stack(parts).double().sum(0))
-    # The step's one wait for the device, but for the norm that DeepSpeed hands out below.
+    # The step waits for the device only here, and for the gradient norm below.
     *values, tokens = torch.cat([sums, counts[2:]]).tolist()
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
@@ -224,18 +225,18 @@ def optimiser_step(
 
 
 def count(config: Config, world: World, share: data.Share) -> Tensor:
-    """The whole step's rows of the vocabulary losses, masked tokens and tokens: (3,) int64."""
+    """Count the whole step: rows of the vocabulary losses, masked tokens, tokens; (3,) int64."""
     tokens, masked = share.counts()
     rows = tokens if config.loss.all_rows else masked
     (counts,) = data.copy_to(world.device, [torch.tensor([rows, masked, tokens])])
     return world.sum(counts)
 
 
-SHOWN = 16  # examples, of a rank, in an error
+SHOWN = 16  # most examples of one rank that an error lists
 
 
 def _where(world: World, share: data.Share, parts: list[Tensor]) -> str:
-    """The ranks and examples of the micro-batches whose loss is not finite."""
+    """Name the ranks and examples of the micro-batches whose parts are not finite."""
     mine: list[int] = []
     for (examples, _), shares in zip(share.parts(), parts, strict=True):
         if not shares.isfinite().all():
@@ -262,13 +263,14 @@ def _is_computed(config: Config, part: str) -> bool:
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Dropout's draws belong to a split of the batch; nothing else in a run does."""
+    """The seed of a micro-batch's dropout. Only dropout draws depend on how a batch is split."""
     high, low, *_ = philox(seed, step, torch.tensor(rank), torch.tensor(micro_batch))
     return int(high) << 31 | int(low)
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop as soon as all ranks can; a second SIGINT does not wait."""
+    """Inside, SIGTERM and SIGINT request a stop at the next point where all ranks can stop. A
+    second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False

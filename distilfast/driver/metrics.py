@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, the progress bar."""
+"""The metrics of a run while it trains: metrics.jsonl, TensorBoard and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distilfast.progress import Bar
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl, without a last line that was cut off while written.
+    """Read the lines of a metrics.jsonl, except a half-written last line.
 
-    Raises ValueError, naming the file and the line number, for any other line that is not a JSON
-    object. NaN and Infinity are accepted: they are what a run that diverged has to say.
+    Raises ValueError, with the file and the line number, for any other line that is not a JSON
+    object. NaN and Infinity are accepted, as a run that diverged writes them.
     """
     complete, newline, tail = path.read_bytes().rpartition(b"\n")
     lines = []
@@ -27,7 +27,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 shown = shortened(raw.decode("utf-8", "replace"))
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown!r}")
             lines.append(line)
-    # Only a line without its newline can be half-written; it still counts where it is whole.
+    # Only a last line without its newline can be half-written. If it is whole, it still counts.
     last = _json_object(tail)
     return lines if last is None else [*lines, last]
 
@@ -41,10 +41,10 @@ def _json_object(raw: bytes) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """metrics.jsonl, a line a step and a line an evaluation, and the same for TensorBoard.
+    """Writes metrics.jsonl, one line for each step and each evaluation, and TensorBoard's files.
 
-    A resumed run goes on behind the line of its checkpoint: what a killed run wrote after that is
-    cut off, so that no step stands there twice.
+    A resumed run continues after the line of its checkpoint. Later lines of the killed run are cut
+    off, so that no step is there twice.
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool):
@@ -57,7 +57,7 @@ class Metrics:
         self.writer = _tensorboard(folder / "tensorboard", start) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        """A line with its step; the time of writing is no part of it."""
+        """Write a line, which holds its step. It gets no timestamp."""
         self.file.write(json.dumps(line) + "\n")
         if self.writer:
             for name, value in line.items():
@@ -65,7 +65,7 @@ class Metrics:
                     self.writer.add_scalar(name, value, line["step"])
 
     def sync(self) -> None:
-        """Everything written so far to the disk: a checkpoint must not be ahead of its lines."""
+        """Force all lines to disk: a checkpoint must not be on disk before its lines."""
         os.fsync(self.file.fileno())
 
     def lines(self) -> list[dict[str, Any]]:
@@ -84,9 +84,9 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 
 class Progress(Bar):
-    """The driver's, of the first rank alone.
+    """The driver's progress bar, shown on the first rank only.
 
-    It shows figures that the step has on the host already, and so never waits for a device.
+    It shows only figures that the step already has on the host, so it never waits for a device.
     """
 
     def __init__(self, name: str, steps: int, start: int, shown: bool):

@@ -1,8 +1,8 @@
 """Optimisers and the learning rate's schedule.
 
-LAMB needs the norm of each matrix. ZeRO hands an optimiser flat slices, one a parameter group and
-rank: an ordinary LAMB would take the norms of those and never notice. Here each matrix has a group
-of its own, so that a slice is of one matrix, and the squares are summed over the ranks.
+LAMB needs the norm of each matrix. But ZeRO gives an optimiser flat slices, one for each parameter
+group and rank, and an ordinary LAMB would take the norms of those without an error. Here each
+matrix has its own group, so a slice belongs to one matrix. The squares are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distilfast.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 0, 1, ...: a pure function, so that a resumed run needs no scheduler."""
+    """The rate of a step (0, 1, ...): a pure function, so resuming needs no scheduler state."""
     warmup = round(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
@@ -26,7 +26,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Ranks(Protocol):
-    """The processes that hold a slice each of every parameter, in the order of their ranks."""
+    """The processes among which each parameter is sliced, in the order of their ranks."""
 
     @property
     def rank(self) -> int: ...
@@ -35,18 +35,18 @@ class Ranks(Protocol):
     def device(self) -> torch.device: ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, of values on ``device``."""
+        """The sum of ``values`` over all ranks. They must be on ``device``."""
 
 
 def make(
     module: nn.Module, config: OptimizerConfig, ranks: Ranks | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser of a module's trainable parameters.
+    """Make the optimiser of a module's trainable parameters.
 
     Args:
-        module: not partitioned yet.
-        config: which, and its constants. The rate is to be set before each step, in every group.
-        ranks: those over which ZeRO is going to partition the parameters; None: they stay whole.
+        module: the module, not yet partitioned.
+        config: the optimiser and its constants. Before each step, set the rate in every group.
+        ranks: the ranks over which ZeRO will partition the parameters; None: they stay whole.
     """
     rate, betas, eps = config.learning_rate, config.betas, config.epsilon
     groups = _groups(module, config.weight_decay)
@@ -56,7 +56,7 @@ def make(
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: vectors (biases, LayerNorms) have none."""
+    """Group parameters by weight decay. Vectors (biases, LayerNorms) have none."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -66,8 +66,8 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _a_group_a_matrix(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each matrix in a group of its own with its size, which a padded slice no longer tells; the
-    vectors, which are not adapted, in one of size None."""
+    """Put each matrix into its own group, with its size, as a padded slice does not show it. The
+    vectors are not adapted and share a group of size None."""
     split: list[dict[str, Any]] = []
     for group in groups:
         if group["params"][0].ndim > 1:
@@ -80,14 +80,15 @@ def _a_group_a_matrix(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Lamb(torch.optim.AdamW):
     """LAMB: You et al. 2020, arXiv:1904.00962, algorithm 2, with phi(x) = x.
 
-    A matrix takes a step of ``lr * |w| / |u|`` times u, its AdamW direction with the decay added;
-    where w or u is 0, of ``lr`` times u. Vectors take AdamW's steps, as in the authors' code. State
-    and its names are AdamW's. A step needs one more copy of what it updates.
+    Let u be a matrix w's AdamW direction with the decay added. The matrix takes a step of
+    ``lr * |w| / |u|`` times u, or of ``lr`` times u if w or u is 0. Vectors take AdamW's steps, as
+    in the authors' code. The state and its names are AdamW's. A step needs memory for one more copy
+    of the parameters that it updates.
 
     Args:
-        groups: parameter groups with the key numel: the elements of the group's one matrix, or None
-            for parameters that are not adapted.
-        ranks: those that hold a slice each of every parameter; None: parameters are whole.
+        groups: parameter groups with the key numel: the number of elements of the group's one
+            matrix, or None for parameters that are not adapted.
+        ranks: the ranks that each hold a slice of every parameter; None: parameters are whole.
     """
 
     def __init__(
@@ -104,15 +105,16 @@ class Lamb(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of the groups that have parameters: DeepSpeed may empty the others, and step
-        often. All ranks have to step the same groups, also where a slice is nothing but padding."""
+        """Take a step of the groups that hold parameters. DeepSpeed may empty the others and call
+        this several times. Collective: all ranks must step the same groups, even if a slice is only
+        padding."""
         held = [
             (group, parameter, parameter.data)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        # From zero weights at a rate of -1 AdamW arrives at its direction, without rounding.
+        # From zero weights, at a rate of -1, AdamW's result is its direction, without rounding.
         groups = self.param_groups
         self.param_groups = [{**group, "lr": -1.0, "weight_decay": 0.0} for group in groups]
         for _, parameter, weight in held:
@@ -142,7 +144,7 @@ class Lamb(torch.optim.AdamW):
         """|w| / |u| of each pair, 0-d; 1 where either is 0."""
         if not adapted:
             return []
-        # Not vector_norm, which adds one by one: 1.5e-3 off for 30,522 x 768 elements on a CPU.
+        # Not vector_norm: on a CPU it adds one by one, 1.5e-3 off for 30,522 x 768 elements.
         squares = torch.stack([x.square().sum() for pair in adapted for x in pair])
         if self.ranks is not None:
             squares = self.ranks.sum(squares.to(self.ranks.device)).to(squares.device)
@@ -151,7 +153,7 @@ class Lamb(torch.optim.AdamW):
         return list(torch.where((weight > 0) & (update > 0), weight / update, one).unbind())
 
     def _own(self, tensor: Tensor, numel: int) -> Tensor:
-        """A slice without its padding, which at ZeRO 3 is whatever was in memory."""
+        """A slice without its padding. At ZeRO 3, the padding is uninitialised memory."""
         if self.ranks is None:
             return tensor
         return tensor[: max(0, numel - self.ranks.rank * len(tensor))]

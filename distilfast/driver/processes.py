@@ -1,4 +1,4 @@
-"""The processes of a run, and what they do together."""
+"""The processes of a run: how they start, communicate and end."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and what they do together."""
+    """The processes of a run. Its methods are collective: all ranks must make the same calls."""
 
     rank: int
     ranks: int
     device: torch.device
-    patient: Any = None  # a process group in which to wait for hours: for text to be tokenised, say
+    patient: Any = None  # a process group for waits of hours, such as for tokenising
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -39,26 +39,27 @@ class World:
         return values
 
     def count(self, flags: Sequence[bool]) -> list[int]:
-        """How many ranks say so, for each flag, however long the last of them takes."""
+        """For each flag, the number of ranks where it is set. Waits for hours if a rank takes so
+        long."""
         counts = torch.tensor(flags, dtype=torch.int64)
         if self.ranks > 1:
             torch.distributed.all_reduce(counts, group=self.patient)
         return [int(count) for count in counts]
 
     def gather(self, said: Any) -> list[Any]:
-        """What every rank says, plain objects, in their order."""
+        """The objects of all ranks, in the order of the ranks."""
         everyone: list[Any] = [said] * self.ranks
         if self.ranks > 1:
             torch.distributed.all_gather_object(everyone, said, group=self.patient)
         return everyone
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """``work`` on the first rank while the others wait. Its result, or its error, is
-        everybody's: no rank decides by itself and leaves the others waiting."""
+        """Do ``work`` on the first rank while the others wait. All ranks return its result or raise
+        its error, so none goes its own way and leaves the others waiting."""
         return self._agree(work if self.rank == 0 else None)
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """``work``, which talks to no other rank, on each. An error on one is everybody's."""
+        """Do ``work``, which must not communicate, on every rank. If one fails, all ranks raise."""
         return self._agree(work)
 
     def _agree(self, work: Callable[[], Result] | None) -> Result:
@@ -81,7 +82,8 @@ class World:
 
 
 def _portable(said: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
-    """What can be sent: plain results, and an error of a kind that any rank can make."""
+    """Reduce a result and an error to what can be sent: a plain value, and an error of a type that
+    every rank can unpickle."""
     result, failure = said
     plain = result if isinstance(result, (bool, int, float, str, type(None))) else None
     if failure is None or isinstance(failure, ConfigError):
@@ -90,17 +92,18 @@ def _portable(said: tuple[Any, Exception | None]) -> tuple[Any, Exception | None
 
 
 def start() -> World:
-    """Join the processes of `deepspeed` or torchrun, or be one alone. May be called again."""
+    """Join the processes of `deepspeed` or torchrun, or run alone. May be called again."""
     deepspeed = import_deepspeed()
-    # DeepSpeed calls these once a step and more, and torch says each time that they have new names.
+    # DeepSpeed calls these at least once a step. Each time, torch warns that they were renamed.
     renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).* deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     if not torch.distributed.is_initialized():
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks))
-        # No operator of its own is worth compiling: its shared-memory collectives alone would take
-        # most of a minute at the first run. Said before it looks, which calls the linker.
+        # Keep DeepSpeed from compiling operators: its shared-memory collectives alone would take
+        # most of a minute in the first run. Set this before DeepSpeed looks for operators, which
+        # calls the linker.
         deepspeed.ops.__compatible_ops__ = {}
         with alone():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -112,7 +115,7 @@ def start() -> World:
 
 
 def own_device() -> torch.device:
-    """Where this process computes."""
+    """The device of this process."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -124,7 +127,7 @@ def _patient_group() -> Any:
 
 
 def finish() -> None:
-    """Leave together: a rank that is still talking to one that left can be brought down by it."""
+    """Leave together. A rank that leaves early can bring down another that still talks to it."""
     if torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()
@@ -133,8 +136,8 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """The variables of a launcher, for one process without one; gone again afterwards, or the next
-    program started from here would take itself for a part of this one."""
+    """Set a launcher's environment variables if there is no launcher, and remove them afterwards.
+    A program started from here would otherwise take itself for a part of this run."""
     ours = {}
     if "WORLD_SIZE" not in os.environ:
         ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -151,10 +154,10 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports, none about what we do
+        warnings.simplefilter("ignore")  # its imports warn, but not about our code
         import deepspeed
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-    if optimizers.Lamb not in ZERO_SUPPORTED_OPTIMIZERS:  # of exact types
+    if optimizers.Lamb not in ZERO_SUPPORTED_OPTIMIZERS:  # DeepSpeed compares exact types
         ZERO_SUPPORTED_OPTIMIZERS.append(optimizers.Lamb)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
@@ -167,7 +170,7 @@ def free_port() -> int:
 
 
 def describe(world: World) -> Sequence[str]:
-    """Device and versions, for reports."""
+    """The device and torch's version, for reports."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name()
     unit = "GPU" if world.device.type == "cuda" else "process"
     plural = "es" if unit == "process" and world.ranks > 1 else "s" if world.ranks > 1 else ""

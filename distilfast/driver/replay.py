@@ -1,7 +1,7 @@
-"""One step of a run again, taken apart: which micro-batch, which example, which part, which weight.
+"""Replay a step of a run, to find the micro-batch, example, part or weight that was not finite.
 
-It starts from the newest checkpoint before the step, in one process and whatever the run's layout
-was, draws the same dropout for the same micro-batches, and writes nothing.
+The replay starts from the newest checkpoint before the step. It runs in one process, for a run of
+any layout. It draws the same dropout for the same micro-batches, and writes nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from distilfast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Found:
-    """What some examples add to a step."""
+    """The parts and the gradient that some examples add to a step."""
 
     parts: dict[str, float]
     grad_norm: float
-    not_finite: list[str]  # the weights whose gradient is not
+    not_finite: list[str]  # the weights whose gradient is not finite
 
     @property
     def finite(self) -> bool:
@@ -47,20 +47,20 @@ class Found:
 
 
 def replay(config: Config, step: int, ranks: int | None = None) -> bool:
-    """Recompute step 1, 2, ... and print what it is made of. True: all of it is finite.
+    """Recompute a step (1, 2, ...) and print its micro-batches. True: everything is finite.
 
     Args:
-        ranks: over which its micro-batches were dealt, which matters to dropout alone; None: as
-            many as saved the checkpoint, or 1.
+        ranks: the number of ranks of the run, on which only dropout depends. None: as many as saved
+            the checkpoint, or 1.
 
     Raises:
         TrainingError: a step between the checkpoint and this one is not finite.
-        ConfigError: no such step, or no run in config.output.
+        ConfigError: there is no such step, or no run in config.output.
     """
     output = Path(config.output)
     if not (output / "config.yaml").is_file():
         raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
-    # In one process there is nothing to split, and the run's folder is to be looked at.
+    # One process partitions nothing, and resume never would refuse the run's folder.
     config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
     config = checks.settled(config, world := processes.start())
     setup = checks.prepare(config, world)
@@ -84,7 +84,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
     for before in range(start, step - 1):
         line, _ = loop.optimiser_step(config, world, setup, runner, teacher, before, loop.Stop())
-        assert line is not None  # nobody stops it
+        assert line is not None  # no signal stops it
         print(f"step {before + 1}: loss {line['loss']:.6g}")
 
     micro = config.batch.micro_sequences
@@ -114,7 +114,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
 
 
 class Pieces:
-    """The micro-batches of a step one by one, and their sum."""
+    """Computes the micro-batches of a step one by one, and their sum."""
 
     def __init__(self, module: Distillation, teacher: TeacherSide, normalizers: Normalizers):
         self.module, self.teacher, self.normalizers = module, teacher, normalizers
@@ -123,17 +123,17 @@ class Pieces:
         self.gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self.weights.values()]
 
     def take(self, batch: MicroBatch) -> tuple[Found, Tensor, list[Tensor]]:
-        """A micro-batch, its parts and its gradient by weight."""
+        """Compute a micro-batch. Return what was found, its parts and its gradient by weight."""
         config = self.module.config
         targets = self.teacher(batch) if config.needs_teacher else None
-        # Of the module itself: DeepSpeed, which adds gradients up, is not to see them.
+        # Call the module itself, not DeepSpeed, which would accumulate the gradients.
         loss, parts = self.module(batch, targets, self.normalizers)
         weights = list(self.weights.values())
         gradient = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return self._found(parts, list(gradient)), parts, list(gradient)
 
     def add(self, batch: MicroBatch) -> Found:
-        """`take`, and add to the total."""
+        """`take` a micro-batch and add it to the total."""
         found, parts, gradient = self.take(batch)
         self.parts += parts.double().cpu()
         for total, share in zip(self.gradient, gradient, strict=True):

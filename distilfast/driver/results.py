@@ -1,4 +1,4 @@
-"""After training: model/, report.html and summary.json."""
+"""Write a run's results after training: model/, report.html and summary.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(
     lines: list[dict[str, Any]],
     weights: dict[str, Tensor],
 ) -> None:
-    """model/, report.html and, last, summary.json, which says that the run is complete."""
+    """Write model/, report.html and, last, summary.json, which marks the run as complete."""
     evaluations = [line for line in lines if "eval_loss" in line]
     steps = [line for line in lines if "loss" in line]
     taken = [
@@ -61,10 +61,10 @@ def _scores(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(model: Any) -> int:
-    # A partitioned parameter is empty, and keeps its size by this name.
+    # A partitioned parameter is empty; ds_numel is its size.
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _distinct(model: Any, weights: dict[str, Tensor]) -> list[Tensor]:
-    """The weights once each: a tied one has two names."""
+    """Each weight once. A tied weight has two names."""
     return [weights[name] for name, _ in model.named_parameters()]

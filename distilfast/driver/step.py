@@ -1,8 +1,8 @@
-"""What one forward computes: the teacher's side, and the student's with its loss.
+"""The two forwards of a micro-batch: the teacher side's, and the student's with the loss.
 
-`Distillation` is the module that DeepSpeed is given. Its forward runs the student's body and calls
-the fused loss with the head's weight read there: under ZeRO-3 a weight exists only inside the
-forward of the module that was handed over.
+`Distillation` is the module that DeepSpeed gets. Its forward runs the student's body, reads the
+head's weight and calls the fused loss. It must read the weight there: under ZeRO-3 a weight exists
+only inside the forward of the module that DeepSpeed got.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from distilfast.losses.linear import linear_distillation_loss
 from distilfast.models import Teacher
 from distilfast.parts import AGREEMENT, LOGGED, LOSSES
 
-PARTS = tuple(LOGGED)  # what is summed over a step
+PARTS = tuple(LOGGED)  # the values that are summed over a step
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teachers say about a micro-batch, one entry a teacher."""
+    """The teachers' outputs for a micro-batch, one entry a teacher."""
 
     hidden: list[Tensor]  # (tokens, D)
     features: list[Tensor]  # (rows of the vocabulary loss, D)
@@ -42,9 +42,9 @@ class Targets:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """The counts of the whole step, all ranks and micro-batches: 0-d tensors on the device.
+    """The counts of the whole step, over all ranks and micro-batches: 0-d tensors on the device.
 
-    A plain object, so that DeepSpeed does not cast them to bf16 as it does tensor arguments.
+    They are in a plain object because DeepSpeed casts tensor arguments to bf16.
     """
 
     rows: Tensor  # of kd, logit_cos and mse
@@ -53,15 +53,16 @@ class Normalizers:
 
 
 def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
-    """The rows that any loss over the vocabulary needs; no other is projected."""
+    """The rows that the losses over the vocabulary need. The head is applied to no others."""
     return batch.tokens if config.all_rows else batch.masked
 
 
 class Bodies(nn.Module):
-    """The teachers up to their heads.
+    """The teachers without their heads.
 
-    forward(batch, tokens, rows, n) -> of each of the first n teachers the hidden states at
-    ``tokens``, and the features at ``rows``; of none where that is None.
+    forward(batch, tokens, rows, n) -> two lists with an entry for each of the first n teachers: the
+    hidden states at ``tokens``, and the features at ``rows``. If ``tokens`` or ``rows`` is None,
+    its list is empty.
     """
 
     def __init__(self, teachers: Sequence[nn.Module]):
@@ -83,12 +84,14 @@ class Bodies(nn.Module):
 
 
 class TeacherSide:
-    """The teachers on the device, in the dtype to run in. No module: it is never trained, saved
-    with the student, or partitioned with it.
+    """The teachers on the device, in the dtype to run in.
+
+    This is not a module, so it is never trained, saved or partitioned with the student.
 
     Args:
-        shard: what partitions the teachers over the ranks and returns their forward. Their heads
-            are copied before, as the student's forward reads them whole. None: each rank has all.
+        shard: partitions the teachers over the ranks and returns their forward. Their heads are
+            copied before that, as the student's forward reads them whole. None: every rank holds
+            all of the teachers.
     """
 
     def __init__(
@@ -123,20 +126,20 @@ class TeacherSide:
 
 
 class Distillation(nn.Module):
-    """The student with the loss it learns from.
+    """The student and its loss.
 
-    forward(batch, targets, normalizers) -> the loss, 0-d, and the (7,) detached PARTS. Summed over
-    the micro-batches of a step, on all ranks, they are the loss of the step.
+    forward(batch, targets, normalizers) -> the loss, 0-d, and the (7,) detached PARTS. Their sums
+    over the micro-batches of a step on all ranks are the loss and parts of the step.
 
-    forward(batch) -> the student's logits at the masked positions, (masked, V): evaluation, too,
-    has to read the head in here.
+    forward(batch) -> the student's logits at the masked positions, (masked, V). Evaluation calls
+    this, because it has to read the head in here, too.
     """
 
     def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
         super().__init__()
         self.student = student
         self.config = config
-        self.teacher = teacher  # no module, so no part of this one
+        self.teacher = teacher  # not a module, so its weights are not this module's
 
     def forward(
         self,
@@ -176,7 +179,7 @@ class Distillation(nn.Module):
         rows, head = vocabulary_rows(batch, config), parts.head(self.student)
         soft = self._soft(targets) if config.vocabulary else {}
         scale, softcap = models.logit_scaling(self.student)
-        # One for all: `checks.check_teachers`.
+        # All teachers have the same: see `checks.check_teachers`.
         teacher_scale, teacher_softcap = models.logit_scaling(self.teacher.models[0])
         widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(
@@ -198,13 +201,13 @@ class Distillation(nn.Module):
             kd_normalizer=normalizers.rows,
             ce_normalizer=normalizers.masked,
             statistics=bool(config.kd_weight),
-            vocab_size=min(widths),  # what is beyond is some head's padding
+            vocab_size=min(widths),  # columns beyond this are padding in some head
             backend=config.backend,
             **soft,
         )
 
     def _soft(self, targets: Targets | None) -> dict[str, Any]:
-        """The teachers' side of the vocabulary loss."""
+        """The teachers' arguments of the vocabulary loss."""
         assert targets is not None
         return {
             "teacher_hidden": targets.features,
@@ -221,7 +224,7 @@ class Distillation(nn.Module):
         targets: Targets | None,
         normalizers: Normalizers,
     ) -> Tensor:
-        """The cosine distance of the last hidden states, the weighted mean over the teachers."""
+        """The cosine distance of the last hidden states, as the weighted mean over teachers."""
         assert targets is not None
         states, backend = hidden[batch.tokens], self.config.backend
         losses = [

@@ -1,18 +1,21 @@
-"""Nobody waits for a rank that is gone: one that dies, falls silent or fails alone ends the others,
-which name it.
+"""End a run when one of its ranks is gone, so that no rank waits for it.
 
-Rank 0 asks every rank, itself included, every few seconds whether it is there. Questions and
-answers have connections and threads of their own, so that hours of tokenising are no silence; nor,
-though, is a main thread that hangs: that is for the process group's own timeout. A process that
-dies closes its connection and is missed at once; one that is stopped, or whose host has lost its
-power, when it has not answered for the timeout. Each side counts by its own monotonic clock.
+If a rank dies, falls silent, or fails while others go on, every other rank prints its name and
+ends. Every few seconds, rank 0 asks every rank, itself included, whether it is there. Questions and
+answers use their own connections and threads, so a rank that tokenises for hours still answers. A
+rank whose main thread hangs also still answers: that is left to the process group's own timeout.
 
-torch's store would not do: a client of a `TCPStore` whose host is stopped stays in `get` for ever,
-whatever its timeout.
+A process that dies closes its connection and is missed at once. A process that is stopped, or whose
+host has lost power, is missed when it has not answered for the timeout. Each side uses its own
+monotonic clock.
 
-All that is said are lines. A rank says who it is, by a token that is known to this run alone; then
-an empty line, an answer, for every question; at last LEFT, or FAILED and why, or MISSED: rank 0.
-Rank 0 says empty lines, questions; at last LEAVE, or what to end with.
+torch's store is no alternative: if the host of a `TCPStore` is stopped, a client stays in `get` for
+ever, even with a timeout.
+
+The protocol is made of lines. A rank first sends a token that identifies it and that only this run
+knows. It answers each question with an empty line. Its last line is LEFT, FAILED with the reason,
+or MISSED if it misses rank 0. Rank 0 sends empty lines as questions. Its last line is LEAVE, or the
+message that the rank prints before it ends.
 """
 
 from __future__ import annotations
@@ -34,23 +37,23 @@ from typing import Any
 import torch
 
 LEFT, FAILED, MISSED, LEAVE = b"left", b"failed: ", b"missed", b"leave"
-INTERVAL_S = 5.0  # between questions; a tenth of the timeout at most
-# From the first rank that died or failed to the verdict: a dead rank brings others down, which may
-# be heard of first, and an error that is everybody's does not reach all at the same moment.
+INTERVAL_S = 5.0  # between questions; at most a tenth of the timeout
+# The wait between the first death or failure and the verdict. A dead rank brings others down, and
+# their news may arrive before its own. An error of all ranks does not reach them all at once.
 GRACE_S = 3.0
 
 
 @contextlib.contextmanager
 def guard(group: Any, timeout_s: float, advice: str) -> Iterator[None]:
-    """Inside, a rank that is missed ends every other process with status 1 and a line on stderr.
+    """Inside, when a rank is missed, every other process ends with status 1 and a line on stderr.
 
-    The ranks enter and leave together. Where all of them fail, as with a setting that is wrong,
-    each leaves with its own error; where some do, these leave with theirs and the others are ended.
+    The ranks enter and leave together. If all of them fail, as with a wrong setting, each raises
+    its own error. If only some fail, these raise their errors and the others are ended.
 
     Args:
-        group: a process group for objects on the CPU, in which the ranks introduce themselves.
-        timeout_s: a rank is missed when it has not answered for so many seconds.
-        advice: the end of the line: what to do now.
+        group: a process group for objects on the CPU, used to exchange names and tokens.
+        timeout_s: a rank is missed when it has not answered for this many seconds.
+        advice: the end of the line, which tells the user what to do.
     """
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     if ranks == 1:
@@ -66,7 +69,7 @@ def guard(group: Any, timeout_s: float, advice: str) -> Iterator[None]:
     tokens = [token.encode() for _, _, token in everyone]
     if listener:
         _Host(listener, tokens, names, timeout_s, advice).start()
-    # Rank 0 runs on this host, or the ranks would not have found each other.
+    # MASTER_ADDR is rank 0's host, as the ranks could not have connected otherwise.
     address = (os.environ["MASTER_ADDR"], port)
     member = _Member(address, tokens[rank], names[0], timeout_s, advice)
     member.start()
@@ -79,21 +82,21 @@ def guard(group: Any, timeout_s: float, advice: str) -> Iterator[None]:
 
 
 def _listen() -> socket.socket:
-    """On every address: by which of them the other hosts come is not known here."""
+    """Listen on every address: we do not know which one the other hosts use."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
 
 
 def _say(connection: socket.socket, line: bytes = b"") -> None:
-    """Short, so it goes out in one piece, whichever thread says it. That nobody is there to hear it
-    is found in reading."""
+    """Send a line. It is short enough to be sent in one piece by any thread. If the other side is
+    gone, the next read will notice, so errors are ignored."""
     with contextlib.suppress(OSError):
         connection.sendall(line + b"\n")
 
 
 class _Member(threading.Thread):
-    """Any rank's side: answers, and ends the process when told to or when rank 0 is missed."""
+    """The side of each rank: it answers, and ends the process when rank 0 says so or is missed."""
 
     def __init__(
         self, address: tuple[str, int], token: bytes, host: str, timeout_s: float, advice: str
@@ -118,9 +121,9 @@ class _Member(threading.Thread):
             _end(last.strip() or _last_line(f"{self.host} died", self.advice))
 
     def leave(self, word: bytes) -> None:
-        """Say so, and wait until everybody does. In the main thread."""
+        """Send the last line, and wait until all ranks leave. Call it in the main thread."""
         _say(self.connection, word)
-        # With this a launcher that saw a rank die ends the others; they are to name it first.
+        # A launcher that saw a rank die sends SIGTERM. The others must name that rank first.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.join()
         signal.signal(signal.SIGTERM, before)
@@ -135,15 +138,18 @@ def _silence(names: str, timeout_s: float) -> str:
 
 
 def _end(line: bytes) -> None:
-    """From a thread, whatever the main one waits for. There is nothing to put in order: a
-    checkpoint appears when it is complete, and what the metrics are ahead of it is cut off."""
+    """Print a line and end the process from a thread, even while the main thread waits.
+
+    No clean-up is needed: a checkpoint appears only when it is complete, and a resumed run cuts off
+    the metrics after it.
+    """
     os.write(2, line + b"\n")
     os._exit(1)
 
 
 @dataclass
 class _Caller:
-    """A connection to rank 0; of no rank before the token has come."""
+    """A connection to rank 0. Its rank is None until the token has arrived."""
 
     connection: socket.socket
     rank: int | None = None
@@ -151,7 +157,7 @@ class _Caller:
 
 
 class _Host(threading.Thread):
-    """Rank 0's side: asks, and finds the verdict, so that it is the same on all ranks."""
+    """The host's side, in rank 0: it asks, and alone decides, so that all ranks end alike."""
 
     def __init__(
         self,
@@ -167,13 +173,13 @@ class _Host(threading.Thread):
         self.interval_s = min(INTERVAL_S, timeout_s / 10)
         self.selector = selectors.DefaultSelector()
         self.callers: dict[int, _Caller] = {}
-        # Since when a rank owes an answer. Not when it was last heard of: if this process was
-        # stopped for a while, nobody was asked.
+        # When each rank was asked, if it has not answered yet. The time of its last answer would
+        # not do: if this process was stopped for a while, it asked nobody.
         self.owing = dict.fromkeys(range(len(names)), time.monotonic())
         self.left: set[int] = set()
         self.died: set[int] = set()
-        self.failed: dict[int, str] = {}  # the reason; the first to fail is the first
-        self.since = math.inf  # when the first died or failed
+        self.failed: dict[int, str] = {}  # the reasons, in the order of the failures
+        self.since = math.inf  # the time of the first death or failure
 
     def run(self) -> None:
         asked = -math.inf
@@ -194,7 +200,7 @@ class _Host(threading.Thread):
             if key.data:
                 self._read(key.data)
             else:
-                with contextlib.suppress(OSError):  # it hung up before it was taken
+                with contextlib.suppress(OSError):  # the caller hung up before it was accepted
                     connection, _ = self.listener.accept()
                     self.selector.register(connection, selectors.EVENT_READ, _Caller(connection))
 
@@ -212,7 +218,7 @@ class _Host(threading.Thread):
                 self.callers[caller.rank] = caller
                 self._note(caller.rank, b"")
             else:
-                said = b""  # a stranger
+                said = b""  # a stranger: close the connection
                 break
         if said:
             return
@@ -232,11 +238,11 @@ class _Host(threading.Thread):
         elif line.startswith(FAILED):
             self.failed[rank] = line.removeprefix(FAILED).decode()
             self.since = min(self.since, time.monotonic())
-        elif line == MISSED:  # this process was stopped, and the others have ended
+        elif line == MISSED:  # this process was stopped for so long that the others have ended
             _end(_last_line(_silence(self.names[0], self.timeout_s), self.advice))
 
     def _parted(self) -> bool:
-        """Whether there was a last word to say."""
+        """Decide whether the ranks have to end or may leave; if so, tell them and return True."""
         everyone = range(len(self.names))
         if len(self.left) == len(everyone):
             self._part(b"", leaving=everyone)
@@ -250,7 +256,7 @@ class _Host(threading.Thread):
         if silent or self.died:
             what = [f"{self._named(self.died)} died"] if self.died else []
             if silent:
-                # And those that fell silent with it, but had been asked a little later.
+                # Include ranks that fell silent at the same time but were asked a little later.
                 silent = [r for r, since in self.owing.items() if now - since > self.timeout_s / 2]
                 what.append(_silence(self._named(silent), self.timeout_s))
         else:
@@ -263,8 +269,8 @@ class _Host(threading.Thread):
         return ", ".join(self.names[rank] for rank in sorted(ranks))
 
     def _part(self, line: bytes, leaving: Collection[int] = (), silent: Iterable[int] = ()) -> None:
-        """The last word to each: rank 0 when the others have hung up, as what has not reached them
-        may be lost with its process."""
+        """Send each rank its last line. Rank 0 gets its own after the others have hung up: when its
+        process ends, lines that have not arrived may be lost."""
         words = {rank: LEAVE if rank in leaving else line for rank in self.callers}
         first = words.pop(0, None)
         for rank, word in words.items():

@@ -1,7 +1,7 @@
-"""Teachers and students: what differs between model families, and how a student is made.
+"""Teachers and students: the model families, loading a teacher and making a student.
 
-A new family is one row in FAMILIES: where a masked-LM model of it keeps its body, its head and its
-layers. Everything else about a model is transformers'.
+A new family is one row in FAMILIES. It says where a masked-LM model of that family keeps its body,
+its head and its layers. Everything else about a model is left to transformers.
 """
 
 from distilfast.models.families import (

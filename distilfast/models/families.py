@@ -1,4 +1,4 @@
-"""The families of encoders: where hidden states, features and head of a model are."""
+"""The families of encoders: how to get a model's hidden states, features and head."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from distilfast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Family:
-    """How a masked-LM model of a family is taken apart.
+    """How to take a masked-LM model of one family apart.
 
     hidden: (model, input_ids, attention_mask) -> (B, L, D), the last hidden states. The mask is
-        (B, L), or None where nothing is padding; `attend` is for bodies without other masks.
-    features: (model, (n, D)) -> (n, D), what the head's product over the vocabulary is applied to.
-    head: the nn.Linear of that product; its weight may be tied to the embeddings.
+        (B, L), or None if there is no padding. `attend` suits bodies that use no other mask.
+    features: (model, (n, D)) -> (n, D), the input of the head's product with the vocabulary.
+    head: the nn.Linear of that product. Its weight may be tied to the embeddings.
     layers: prefix of the layers' names in the state dict.
-    head_prefix: prefix of the head's own names.
+    head_prefix: prefix of the names of the head's own weights.
+    transform: names of the head's dense layer and LayerNorm before the product.
     n_layers, dropouts: names in the model's config.
-    logit_scale, logit_softcap: of the model's config; the product is multiplied by the scale, and
-        with a softcap c becomes c tanh(product / c).
+    logit_scale, logit_softcap: functions of the model's config. The product is multiplied by the
+        scale; with a softcap c it then becomes c tanh(product / c).
     """
 
     hidden: Callable[[Any, Tensor, Tensor | None], Tensor]
@@ -41,13 +42,13 @@ class Family:
 
 
 def attend(model: Any, mask: Tensor | None) -> Tensor | None:
-    """The attention mask to give to a body in which every token attends to every other.
+    """The attention mask for a body in which every token attends to every other.
 
-    transformers reads a (B, L) mask to see whether anything is padding, and waits for the GPU to do
-    so, in every forward. It takes a (B, 1, L, L) one as it is.
+    In every forward, transformers reads a (B, L) mask to see whether there is padding, and waits
+    for the GPU to do so. It uses a (B, 1, L, L) mask as it is.
 
     Args:
-        mask: (B, L), 0 at the padding; None: nothing is padding.
+        mask: (B, L), 0 at padding; None if there is none.
     """
     if mask is None or mask.device.type == "cpu":
         return mask
@@ -58,7 +59,7 @@ def attend(model: Any, mask: Tensor | None) -> Tensor | None:
 
 
 def spread(mask: Tensor) -> Tensor:
-    """(B, 1, L, L) bool, what transformers makes of a (B, L) mask for PyTorch's fused attention."""
+    """A (B, L) mask as (B, 1, L, L) bool, as transformers has it for PyTorch's fused attention."""
     batch, length = mask.shape
     return mask.bool()[:, None, None, :].expand(batch, 1, length, length)
 
@@ -98,22 +99,24 @@ def family(model: Any) -> Family:
 
 
 def logit_scaling(model: Any) -> tuple[float, float | None]:
-    """The scale and the softcap of its logits."""
+    """The scale and the softcap of a model's logits."""
     parts = family(model)
     return parts.logit_scale(model.config), parts.logit_softcap(model.config)
 
 
 def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor) -> Tensor:
-    """The logits at some of the B x L positions, (n, V), by way of `Family`: what
-    `linear_distillation_loss` computes chunk by chunk, with the head's weight read as it is
-    there."""
+    """The (n, V) logits at ``rows`` of the B x L positions, computed by way of `Family`.
+
+    `linear_distillation_loss` computes the same chunk by chunk. The head's weight is read here, as
+    it is there.
+    """
     parts = family(model)
     hidden = parts.hidden(model, input_ids, attention_mask).flatten(0, 1)
     return logits(model, parts.features(model, hidden[rows]), parts.head(model))
 
 
 def logits(model: Any, features: Tensor, head: nn.Linear) -> Tensor:
-    """What a model makes of (n, D) features with its head, or a copy of that, (n, V)."""
+    """A model's (n, V) logits for (n, D) features. ``head`` is the model's own, or a copy."""
     product = nn.functional.linear(features, head.weight, head.bias)
     scale, softcap = logit_scaling(model)
     if scale != 1:
@@ -121,21 +124,23 @@ def logits(model: Any, features: Tensor, head: nn.Linear) -> Tensor:
     return product if softcap is None else softcap * torch.tanh(product / softcap)
 
 
-# Of the largest logit. The same head in another order of summation differs by 6e-7 (measured up to
-# 768 wide); a softcap c shows once the largest logit is beyond c / 180.
+# As a share of the largest logit. The same head differs by 6e-7 in another order of summation
+# (measured up to width 768). A softcap c shows once the largest logit is above c / 180.
 HEAD_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
 def check_head(what: str, model: Any, tokenizer: Any) -> None:
-    """That `logits_at` gives the model's own logits, tried on 13 tokens (0.14 s for a BERT-base on
-    one core): a head that does more would be distilled wrongly, in silence.
+    """Check on 13 tokens that `logits_at` gives the model's own logits.
+
+    A head that does more than `Family` says would otherwise be distilled wrongly without an error.
+    The check takes 0.14 s for a BERT-base on one core.
 
     Args:
         what: the model's name in the error.
 
     Raises:
-        ConfigError: they differ by more than rounding.
+        ConfigError: the logits differ by more than rounding.
     """
     width = min(8, model.config.max_position_embeddings)
     input_ids = torch.linspace(0, len(tokenizer) - 1, 2 * width).long().view(2, width)
@@ -159,13 +164,13 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
 
 
 def _difference(own: Tensor, ours: Tensor) -> float:
-    """The largest, over the largest logit."""
+    """The largest difference, as a share of the largest logit."""
     smallest = torch.finfo(own.dtype).tiny
     return float((own - ours).abs().max() / own.abs().max().clamp_min(smallest))
 
 
 def _cause(own: Tensor, ours: Tensor) -> str:
-    """What explains the difference."""
+    """Name what explains the difference."""
     scale = float((own * ours).sum() / (ours * ours).sum())
     softcap = _softcap(own, ours)
     explained = {
@@ -180,8 +185,8 @@ def _cause(own: Tensor, ours: Tensor) -> str:
 
 
 def _softcap(own: Tensor, ours: Tensor) -> float:
-    """The c for which c tanh(product / c) is the model's own logit where the product is largest,
-    by bisection: it rises with c."""
+    """Find the softcap c at the largest product, where c tanh(product / c) has to be the model's
+    own logit. Bisection works because this value rises with c."""
     place = ours.abs().argmax()
     product, logit = float(ours.abs().flatten()[place]), float(own.abs().flatten()[place])
     low, high = 1e-3 * product, 1e3 * product

@@ -1,4 +1,4 @@
-"""A student made of layers of its teacher."""
+"""Make a student from layers of its teacher."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distilfast.models.families import FAMILIES, family
 
 
 def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
-    """The teacher's layers that the student keeps. Of 12, alternate is [0, 2, 4, 7, 9, 11].
+    """The teacher's layers that the student keeps. For 12 layers, alternate is [0, 2, 4, 7, 9, 11].
 
     Raises:
-        ConfigError: an index outside the teacher.
+        ConfigError: an index is outside the teacher.
     """
     if config.layers == "all":
         return list(range(n_layers))
@@ -33,15 +33,15 @@ def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
 
 
 def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
-    """A student of the teacher's family (a DistilBERT for a BERT), fp32.
+    """Make an fp32 student of the teacher's family, or a DistilBERT for a BERT.
 
     Args:
         teacher: a masked-LM model.
-        config: layers, where the weights come from, and so on.
-        seed: of a random initialisation.
+        config: the student's layers, architecture and initial weights.
+        seed: seed of a random initialisation.
 
     Raises:
-        ConfigError: a layer outside the teacher, or an architecture that cannot hold it.
+        ConfigError: a layer is outside the teacher, or the architecture does not fit it.
     """
     kind = teacher.config.model_type
     layers = layers_of(config, getattr(teacher.config, family(teacher).n_layers))
@@ -112,7 +112,7 @@ def _distilbert(config: Any) -> Any:
 
 
 def _keep_layers(state: dict[str, Tensor], prefix: str, layers: list[int]) -> dict[str, Tensor]:
-    """The state dict with the chosen layers alone, numbered anew."""
+    """The state dict with only the chosen layers, renumbered from 0."""
     kept = {}
     for name, value in state.items():
         if name.startswith(prefix):
@@ -124,7 +124,7 @@ def _keep_layers(state: dict[str, Tensor], prefix: str, layers: list[int]) -> di
     return kept
 
 
-# BERT's names, in the order in which they are replaced, and DistilBERT's.
+# Pairs of BERT's and DistilBERT's names, in the order of replacement.
 _RENAMED = (
     ("bert.encoder.layer.", "distilbert.transformer.layer."),
     ("bert.embeddings.", "distilbert.embeddings."),
@@ -143,11 +143,14 @@ _RENAMED = (
 
 
 def _bert_to_distilbert(state: dict[str, Tensor], fold_token_type: bool) -> dict[str, Tensor]:
-    """A BERT's weights under DistilBERT's names. DistilBERT has no token types: embedding 0, which
-    BERT adds to every token of a single text, moves into the position embeddings."""
+    """A BERT's weights under DistilBERT's names.
+
+    DistilBERT has no token types. BERT adds token-type embedding 0 to every token of a single text;
+    ``fold_token_type`` adds it to the position embeddings.
+    """
     state = dict(state)
     token_type = state.pop("bert.embeddings.token_type_embeddings.weight")
-    state.pop("cls.predictions.bias", None)  # the decoder's, under its second name
+    state.pop("cls.predictions.bias", None)  # a second name of the decoder's bias
     position = "bert.embeddings.position_embeddings.weight"
     if fold_token_type:
         state[position] = state[position] + token_type[0]

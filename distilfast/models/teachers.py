@@ -1,4 +1,4 @@
-"""Teachers and tokenizers, from a folder or the hub."""
+"""Load teachers and tokenizers from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from distilfast.sources import lookup as names
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher as loaded: fp32, in eval mode, without gradients."""
+    """A loaded teacher: fp32, in eval mode, without gradients."""
 
     name: str
-    weight: float  # its share of the ensemble, as given
+    weight: float  # its share of the ensemble, not normalised
     model: Any
-    has_head: bool  # whether the checkpoint came with a masked-LM head
+    has_head: bool  # whether its files hold a masked-LM head
 
 
 def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
-    """The teachers and the tokenizer that they share.
+    """Load the teachers and the tokenizer that they share.
 
     Raises:
-        ConfigError: a folder that is missing, a hub that does not answer, a family or tokenizer
-            that does not fit.
+        ConfigError: a folder is missing, the hub does not answer, or a family or tokenizer does not
+            fit.
     """
     from distilfast.models.tokenizers import fingerprint
 
@@ -88,7 +88,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """While transformers loads ``what``: it is quiet, and whatever it raises is a ConfigError of
+    """Keep transformers quiet while it loads ``what``, and turn its errors into a ConfigError of
     one line."""
     try:
         with quiet():
@@ -101,7 +101,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
-    """What transformers raises over files that are damaged or do not fit together."""
+    """The errors that transformers raises for files that are damaged or do not fit together."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -111,7 +111,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' load report and progress bars; what matters in them is checked here."""
+    """Hide transformers' load report and progress bars. We check ourselves what matters in them."""
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -123,20 +123,23 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-# Up to this length, on a CPU, the backward of PyTorch's fused attention takes longer than plain
-# products do (a three-layer student, 32 x 128 tokens, bf16: 380 ms a step with it, 228 without).
+# On a CPU and up to this length, the backward of PyTorch's fused attention takes longer than plain
+# products (a three-layer student, 32 x 128 tokens, bf16: 380 ms a step with it, 228 ms without).
 SHORT = 128
 
 
 def choose_attention(model: Any, device: torch.device, max_length: int) -> None:
-    """The attention that is faster to train with."""
+    """Choose the attention implementation that trains faster."""
     if device.type == "cpu" and max_length <= SHORT:
         model.set_attn_implementation("eager")
 
 
 def start_transform(model: Any) -> None:
-    """A masked-LM transform that was never trained starts at the identity: an encoder whose hidden
-    states already resemble its embeddings then starts far ahead of a random one."""
+    """Set a masked-LM transform that was never trained to the identity.
+
+    If an encoder's hidden states already resemble its embeddings, it then starts far ahead of one
+    with a random transform.
+    """
     dense, norm = (model.get_submodule(name) for name in family(model).transform)
     with torch.no_grad():
         nn.init.eye_(dense.weight)

@@ -1,4 +1,4 @@
-"""What a tokenizer is."""
+"""Identify a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of all that makes tokens of a text: tokenizers of one hash give the same ids."""
+    """A hash of everything that decides a text's tokens. Equal hashes mean equal ids."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding", "post_processor"):  # ours, not the tokenizer's
         parts.pop(setting, None)

