@@ -434,8 +434,8 @@ class Config:
     output: str = "runs/distilfast"
 
     def __post_init__(self) -> None:
-        given = (self.steps is None) + (self.epochs is None)
-        expect(given == 1, "steps, epochs", "one of the two", (self.steps, self.epochs))
+        missing = (self.steps is None) + (self.epochs is None)
+        expect(missing == 1, "steps, epochs", "one of the two", (self.steps, self.epochs))
         if self.steps is not None:
             expect(self.steps >= 1, "steps", "at least 1", self.steps)
         if self.epochs is not None:

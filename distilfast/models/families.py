@@ -159,7 +159,8 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
         raise ConfigError(
             f"{what}: expected the logits of a {model.config.model_type} to be its head's product, "
             f"got a difference of {difference:.1e} of the largest logit, probably "
-            f"{_cause(own, ours)}; its row of FAMILIES in distilfast/models.py has to say so"
+            f"{_cause(own, ours)}; its row of FAMILIES in distilfast/models/families.py has to say "
+            "so"
         )
 
 
