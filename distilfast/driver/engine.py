@@ -55,7 +55,7 @@ class Engine:
         dtype = DTYPES[config.precision]
         # One process has nothing to partition, and ZeRO would copy every gradient for it. In bf16
         # it uses stage 1 for the fp32 master weights and sums.
-        whole = world.ranks == 1 and config.zero.offload == "none"  # there is nothing to split
+        whole = world.ranks == 1 and config.zero.offload == "none"
         self.stage = config.zero.stage if not whole else 0 if dtype == torch.float32 else 1
         # If every rank has the whole fp32 gradient, we reduce, measure and clip it ourselves.
         # DeepSpeed would take its norm in fp32, which on a CPU is off by 1e-3 for an embedding.
