@@ -160,8 +160,8 @@ def positions(chars: np.ndarray, answer: Answer) -> tuple[int, int]:
 
 class Span(NamedTuple):
     score: float  # the sum of its logits
-    start: int  # a character of the context, like end
-    stop: int
+    start: int  # the first character in the context
+    stop: int  # the character after the last one
 
 
 def best_span(start: np.ndarray, end: np.ndarray, chars: np.ndarray) -> Span | None:
