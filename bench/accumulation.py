@@ -2,15 +2,17 @@
 
     python bench/accumulation.py [--quick]
 
-A step of 1 to 4,096 micro-batches of two short sequences in bf16, in every layout (ZeRO stage and
-offload), on 1 and 2 ranks. The gradient that the optimiser is handed is held against the fp64 sum
-of the very bf16 gradients that autograd made of the micro-batches: the norm of the difference over
-the norm, all parameters together. More than 2e-3 is an error, and exit status 1. Beside it the
-error of a sum in bf16 of the same gradients. Once of different micro-batches and once, aligned, of
-one again and again, where a sum in bf16 comes to a stop.
+Runs a step of 1 to 4,096 micro-batches of two short sequences in bf16, in every layout (ZeRO stage
+and offload), on 1 and 2 ranks. It compares the gradient that the optimiser receives with the fp64
+sum of the bf16 gradients that autograd computed for the micro-batches. The error is the norm of the
+difference over the norm, all parameters together; with more than 2e-3 the exit status is 1. For
+comparison, the table also shows the error of a bf16 sum of the same gradients.
 
-Three losses (kd, ce, hidden cosine); a student of one layer of 64. Appends to
-bench/results/accumulation.csv. docs/exactness.md quotes it.
+Every case runs twice: with different micro-batches, and "aligned", with one micro-batch repeated,
+where a sum in bf16 stops growing.
+
+There are three losses (kd, ce, hidden cosine) and a student of one layer of 64. Appends to
+bench/results/accumulation.csv, which docs/exactness.md quotes.
 """
 
 from __future__ import annotations

@@ -2,17 +2,22 @@
 
     OMP_NUM_THREADS=1 python bench/accumulation_cost.py [--steps 4] [--micro_batches 6]
 
-Forward and backward of a micro-batch of 32 x 128 tokens (configs/demo.yaml's student; what the
-teacher says is at hand) under the engine, whose sums are fp32, against the same module's
-`loss.backward()` into gradients of its own precision, which bf16 should not be used for, and then
-added up in fp32 by hand. One process, a micro-batch of each in turn; an overhead is the median of
-the engine's ratios to one less 1. Times are the process's, of all its threads: of a machine that is
-shared, too.
+Times forward and backward of a micro-batch of 32 x 128 tokens in three ways:
 
-Then the collectives of two ranks, a micro-batch and at the end of a step, in every layout: stages 0
-and 1 have to reduce at the end alone; more is an error, and exit status 1.
+- engine: sums gradients in fp32;
+- plain: `loss.backward()` of the same module, which sums gradients in the module's own precision
+  (not to be used in bf16);
+- fp32 sum, for bf16 alone: the same, with each gradient added to an fp32 sum by hand.
 
-Appends to bench/results/accumulation_cost.csv and collectives.csv. docs/exactness.md quotes them.
+The student is that of configs/demo.yaml; the teacher's outputs are computed beforehand. All run in
+one process, a micro-batch each in turn. An overhead is the median of the engine's ratios to another
+way, less 1. Times are CPU times of the process, all threads together, so that they hold on a shared
+machine too.
+
+Then it counts the collectives of two ranks, in a micro-batch and at the end of a step, in every
+layout. Stages 0 and 1 have to reduce only at the end; if they do more, the exit status is 1.
+
+Appends to bench/results/accumulation_cost.csv and collectives.csv, which docs/exactness.md quotes.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from distilfast.driver.step import Distillation
 from distilfast.sources import assets
 
 RESULTS = Path(__file__).parent / "results"
-COSTS = [("fp32", 0), ("bf16", 1)]  # where one process is, whatever is asked for
+COSTS = [("fp32", 0), ("bf16", 1)]  # one process runs at these stages, whatever is requested
 SEQUENCES = 32
 
 
@@ -69,7 +74,7 @@ output: {folder / "run"}
 def cost(
     recipe: Path, precision: str, stage: int, steps: int, micro_batches: int
 ) -> dict[str, float | None]:
-    """Medians in ms, and the overheads with their 20 and 80 percentiles."""
+    """Return medians in ms, and the overheads with their 20th and 80th percentiles."""
     world = processes.start()
     run = parallel.Run(world, recipe, f"--precision={precision}", f"--zero.stage={stage}")
     student = checks.prepare(run.config, world).student.to(engine.DTYPES[precision])
@@ -204,8 +209,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--steps", type=int, default=4)
-    add("--micro_batches", type=int, default=6, help="of a step; a multiple of 6 is fair")
-    add("--only", choices=("time", "collectives"), help="of the two")
+    add("--micro_batches", type=int, default=6, help="in a step; a multiple of 6 is fair")
+    add("--only", choices=("time", "collectives"), help="measure only this")
     add("--results", type=Path, default=RESULTS, help="folder of the CSVs")
     add("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()

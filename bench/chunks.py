@@ -3,11 +3,13 @@
     python bench/chunks.py [--rows N] [--width 768] [--vocab 30522] [--device cpu|cuda]
 
 Times `linear_distillation_loss` (KL at T = 2, CE on 15 % of the rows, heads with a bias, bf16,
-forward and backward) at several chunk_rows, in turns with the four products alone (products.py) in
-chunks of the same size; then what each decision is worth: sums in fp32, scratch memory that is
-kept, logits that are not computed a second time. The error is that of the weight's gradient, the
-norm of the difference over the norm, against the same loss on fp32 copies of the inputs. Appends to
-bench/results/chunks.csv. docs/kernels.md quotes it.
+forward and backward) at several chunk_rows. In turns with it, it times the four products alone
+(products.py) in chunks of the same size. Then it shows what each design decision gains: sums in
+fp32, scratch memory that is kept, logits that are not computed a second time.
+
+The error is that of the weight's gradient, the norm of the difference over the norm, against the
+same loss on fp32 copies of the inputs. Appends to bench/results/chunks.csv, which docs/kernels.md
+quotes.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def main() -> None:
     add("--width", type=int, default=768)
     add("--vocab", type=int, default=30522)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=90.0, help="for the rounds, at most")
+    add("--seconds", type=float, default=90.0, help="time limit for the rounds")
     add("--csv", type=Path, default=CSV)
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -2,18 +2,20 @@
 
     python bench/exactness.py [--quick] [--precision fp32 bf16]
 
-The same 64 sequences, of 6 to 62 tokens, as micro-batches of all there are for a rank, of 8 and of
-1, on 1, 2 and 4 ranks, in every layout (ZeRO stage and offload), padded to multiples of 8 and to
-the longest there can be. For each: the gradient at the first step and the parameters after five,
-the norm of the difference over the norm, all parameters together, against one process that takes
-the 64 at once at the lowest stage. In fp32 more than 1e-5 is an error, and exit status 1; bf16 is
-held against bf16 and has no limit: it rounds every micro-batch's gradient.
+Trains on the same 64 sequences of 6 to 62 tokens in many splits: on 1, 2 and 4 ranks; in
+micro-batches of 1, of 8, and of all that a rank has; in every layout (ZeRO stage and offload);
+padded to multiples of 8 and to the longest possible length. The reference is one process that takes
+all 64 at once at the lowest stage.
 
-Beside it the mean per micro-batch that is usual: each loss divided by the counts of its own
+For each split it compares the gradient at the first step and the parameters after five: the norm of
+the difference over the norm, all parameters together. If one is above 1e-5 in fp32, the exit status
+is 1. bf16 is compared with bf16 and has no limit, because it rounds every micro-batch's gradient.
+
+For comparison it runs the usual mean per micro-batch: each loss is divided by the counts of its own
 micro-batch, then averaged over micro-batches and ranks.
 
-Three losses (kd, ce, hidden cosine), AdamW, dropout 0, no clipping; a student of two layers of 64.
-Appends to bench/results/exactness.csv. docs/exactness.md quotes it.
+There are three losses (kd, ce, hidden cosine), AdamW, dropout 0, no clipping, and a student of two
+layers of 64. Appends to bench/results/exactness.csv, which docs/exactness.md quotes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How long a fine-tuning takes, and what the harness adds to a bare loop.
+"""How long does a fine-tuning take, and what does the harness add to a bare loop?
 
     python bench/finetuning.py --data FOLDER [--task SST-2] [--steps 20] [--rounds 5]
 
-First the loop alone: `finetuning.fine_tune` and a plain PyTorch loop over the same batches, made
-beforehand, in turn in one process. Then all of `distilfast glue`, from the start of the process to
-the report, for one seed of the whole task: its wall time, and that of the training in it. The model
-is all-MiniLM-L6-v2 by default: 6 layers, 384 wide. FOLDER is in GLUE's official layout. Appends to
-bench/results/finetuning.csv.
+First it times the loop alone: `finetuning.fine_tune` and a plain PyTorch loop, in turn in one
+process, over the same batches, made beforehand. Then it times a whole `distilfast glue`, from the
+start of the process to the report, for one seed of the whole task: its wall time, and that of the
+training in it. The default model is all-MiniLM-L6-v2: 6 layers, 384 wide. FOLDER is in GLUE's
+official layout. Appends to bench/results/finetuning.csv.
 """
 
 from __future__ import annotations

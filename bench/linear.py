@@ -1,26 +1,31 @@
-"""How fast is the fused head, next to the bare matrix products and to everybody else's?
+"""How fast is the fused head, compared with the bare matrix products and with other libraries?
 
     python bench/linear.py [--quick] [--device cuda|cpu] [--csv FILE] [--json [FILE]] [--plot FILE]
     python bench/linear.py --loss kl_ce --width 768 --vocab 30522 --rows 4096 --only distilfast
     python bench/linear.py --memory [--rows 4096 262144]    # does the peak depend on the rows?
 
-From hidden states and weights to the loss and the gradients of hidden states, weight and bias. The
-yardstick is the products that the loss needs and nothing else: the student's logits, the teacher's
-unless the loss is CE alone, and the two gradients; in chunks of rows into outputs that are there
-already, nothing added up, at the chunk size that is best here. `gemm_ratio` is a contestant's time
-over that of these products in the same rounds. CE alone needs only the rows with a label.
+A call goes from hidden states and weights to the loss and the gradients of hidden states, weight
+and bias.
+
+The yardstick is the products that the loss needs, and nothing else: the student's logits, the
+teacher's unless the loss is CE alone, and the two gradients. They run in chunks of rows, at the
+chunk size that is fastest here, into existing outputs; nothing is added up. `gemm_ratio` is a
+contestant's time over the time of these products in the same rounds. CE alone needs only the rows
+with a label.
 
 The peak is the memory that a call needs above the inputs, less the bytes of the gradients that it
-gives back; scratch that ours would keep from an earlier call is given up before. Loss and gradients
-of that very call are compared with a reference: fp32 products and the fp64 loss on its rows, in
-blocks; 64 rows of each gradient. Data are random, so a contestant which skips negligible gradients
-finds few to skip.
+returns. Scratch that ours keeps from an earlier call is released first. Loss and gradients of the
+measured call are compared with a reference: fp32 products and the fp64 loss, in blocks of rows;
+of each gradient, 64 rows are compared. Data are random, so a contestant that skips negligible
+gradients finds few to skip.
 
-Heads have a bias at V = 30,522, as BERT's have, and none at other V; --bias and --no-bias make it
-so everywhere. Without --loss, --vocab, --width, --rows or --labels a plan is measured, the most
-telling first, and nothing new is begun after SECONDS: a run ends within eight minutes on a CPU,
-which may leave out the largest heads (--seconds 1200 does not), two on a GPU, with --quick one and
-a half. Every run appends to bench/results/linear.csv, from which --plot draws.
+Heads have a bias at V = 30,522, as BERT's have, and none at other V. --bias and --no-bias override
+that for all.
+
+Without --loss, --vocab, --width, --rows or --labels it measures a plan, the most telling cases
+first, and begins nothing new after SECONDS. A run then ends within eight minutes on a CPU, two on a
+GPU, and one and a half with --quick. On a CPU that may leave out the largest heads; --seconds 1200
+includes them. Every run appends to bench/results/linear.csv, from which --plot draws.
 """
 
 from __future__ import annotations
@@ -557,20 +562,20 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--loss", nargs="+", choices=heads.LOSSES)
     add("--vocab", nargs="+", type=int)
-    add("--width", nargs="+", type=int, help="of the student's hidden states")
-    add("--teacher-width", type=int, help="as the student's")
+    add("--width", nargs="+", type=int, help="width of the student's hidden states")
+    add("--teacher-width", type=int, help="width of the teacher's; if not given, the student's")
     add("--rows", nargs="+", type=int)
-    add("--labels", nargs="+", choices=("some", "all"), help="some is 15 %%: kl_ce; all: ce")
-    add("--bias", action=argparse.BooleanOptionalAction, help=f"as it is: where V is {BERT}")
+    add("--labels", nargs="+", choices=("some", "all"), help="some (15 %%) for kl_ce; all for ce")
+    add("--bias", action=argparse.BooleanOptionalAction, help=f"if not given: only at V = {BERT}")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--temperature", type=float, default=2.0)
     add("--only", nargs="+", metavar="NAME", help="contestants whose name contains one of these")
     add("--quick", action="store_true", help="few rows, two cases, in about a minute")
-    add("--memory", action="store_true", help=f"peaks alone, at {', '.join(map(str, MEMORY_ROWS))}")
+    add("--memory", action="store_true", help=f"only peaks, at {', '.join(map(str, MEMORY_ROWS))}")
     add("--seconds", type=float, help=f"begin nothing new after: {SECONDS}, quick {QUICK_SECONDS}")
     add("--csv", type=Path, default=CSV, help="append to this file")
-    add("--json", nargs="?", const="-", metavar="FILE", help="also as JSON; alone: not as a table")
-    add("--plot", type=Path, metavar="FILE", help="draw this run from the CSV")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write JSON; no FILE: print only JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw the latest run in the CSV")
     return parser
 
 

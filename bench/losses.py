@@ -1,4 +1,4 @@
-"""How fast are the losses over the vocabulary, next to the machine and to everybody else's?
+"""How fast are the losses over the vocabulary, compared with the machine and with other libraries?
 
     python bench/losses.py [--quick] [--device cuda|cpu] [--csv FILE] [--json [FILE]]
     python bench/losses.py --loss kl_ce jsd --vocab 30528 --rows 8192 --labels none some all
@@ -6,17 +6,19 @@
     TRITON_INTERPRET=1 python bench/losses.py --device cpu --rows 8 --vocab 96    # agreement alone
     python -m triton.profiler.proton -n NAME -k triton bench/losses.py ...        # Proton's profile
 
-From the logits to their gradient, forward and backward. Beside the time stand the memory above the
-inputs; the bytes that the loss has to move (declared in peers.py: two reads and one write for a KL)
-over that time, as a fraction of what a copy of the logits reaches in the same rounds; and how far
-loss and gradient of that very call are from the fp64 reference, so that a contestant which computes
-something else is seen.
+A call goes from the logits to their gradient, forward and backward. For each it reports:
 
-Without --loss, --vocab, --rows or --labels a plan of cases is measured, the most telling first: on
-a GPU V = 30,522, then 128,256. Nothing new is begun after SECONDS: a run ends within five minutes,
-with --quick within one and a half. Contestants that are slow to get ready take part in one case of
-the plan, the first one measured again, so that nothing important waits for them. Every run appends
-to bench/results/losses.csv, from which --plot draws.
+- the time, and the memory above the inputs;
+- the bytes that the loss has to move over that time, as a fraction of the rate of a copy of the
+  logits in the same rounds. peers.py declares the bytes: two reads and one write for a KL;
+- the error of the call's loss and gradient against the fp64 reference, which exposes a contestant
+  that computes something else.
+
+Without --loss, --vocab, --rows or --labels it measures a plan of cases, the most telling first: on
+a GPU V = 30,522, then 128,256. It begins nothing new after SECONDS: a run ends within five minutes,
+with --quick within one and a half. Contestants that take long to get ready join only one case: the
+plan's first, which is measured again later, so that nothing important waits for them. Every run
+appends to bench/results/losses.csv, from which --plot draws.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Every loss is measured at the first of each. Most rows of 30,522 (BERT) and of 50,257 (GPT-2)
 # begin at no 16-byte boundary. 30,528 is BERT's, padded.
 VOCABULARIES = {"cuda": [30522, 128256, 50257, 30528, 151936], "cpu": [30522]}
-EARLY = 2  # vocabularies that are measured with most of the plan to come
+EARLY = 2  # the number of vocabularies measured at the plan's beginning
 ROWS = {"cuda": [8192, 2048, 32768], "cpu": [512]}
 QUICK_ROWS = {"cuda": 8192, "cpu": 128}
 WIDTH, LAYERS, TEACHERS = 768, 6, 3  # of hidden_cosine and combine
@@ -65,14 +67,14 @@ RESULT = (  # the columns beside the environment's and the case's
 
 
 class Planned(NamedTuple):
-    """A case, and whether the contestants that are slow to get ready take part in it."""
+    """A case, and whether contestants that take long to get ready take part in it."""
 
     case: Case
     slow: bool
 
 
 def plan(options: argparse.Namespace, kind: str) -> list[Planned]:
-    """What is measured, the most telling first: a run that is out of time leaves out the rest."""
+    """Return the cases, the most telling first: a run that is out of time leaves out the rest."""
     labels = options.labels or ["none", "some"] + ([] if options.quick else ["all"])
     found: list[Planned] = []
 
@@ -138,7 +140,7 @@ def plan(options: argparse.Namespace, kind: str) -> list[Planned]:
 
 
 def skip(contestant: Contestant, planned: Planned, device: torch.device) -> str | None:
-    """Why a contestant does not take part in a case, or None."""
+    """Return why a contestant does not take part in a case, or None."""
     if device.type in contestant.slow and not planned.slow:
         # Asked before anything is imported, which can be slow, too.
         return "slow to get ready: in one case of the plan, or with --vocab, --rows or --only"
@@ -278,7 +280,7 @@ class Oracle:
 def measure_case(
     planned: Planned, field: Sequence[Contestant], device: torch.device, ends: float
 ) -> list[dict[str, Any]]:
-    """A row a contestant."""
+    """Return a row for each contestant."""
     case = planned.case
     field = [c for c in field if case.loss in c.computes or c.unable]
     rows = {c.name: result_row(case, c) for c in field}
@@ -477,9 +479,9 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few cases, in about a minute")
     add("--seconds", type=float, help=f"begin nothing new after: {SECONDS}, quick {QUICK_SECONDS}")
     add("--csv", type=Path, default=CSV, help="append to this file")
-    add("--json", nargs="?", const="-", metavar="FILE", help="also as JSON; alone: not as a table")
-    add("--profile", type=Path, metavar="FILE", help="a Chrome trace of the first case")
-    add("--plot", type=Path, metavar="FILE", help="draw this run from the CSV")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write JSON; no FILE: print only JSON")
+    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the first case")
+    add("--plot", type=Path, metavar="FILE", help="draw the latest run in the CSV")
     return parser
 
 

@@ -4,18 +4,18 @@
     python bench/near.py --noise 0.003 0.5 --only distilfast TRL
     TRITON_INTERPRET=1 python bench/near.py --rows 64 --width 32 --vocab 300    # Triton on a CPU
 
-The student's hidden states are the teacher's plus noise, in bf16, and both have the same head
-(--own-heads adds the noise to the head too). The last case, "far", is a student with hidden states
-and a head of its own. A logit has a standard deviation of 3; T = 1; the loss is a mean over rows.
+The student's hidden states are the teacher's plus noise, in bf16. Both have the same head;
+--own-heads adds noise to the student's head too. The last case, "far", is a student with its own
+hidden states and head. Logits have a standard deviation of 3; T = 1; the loss is a mean over rows.
 
-Two softmaxes nearly cancel near the teacher. So a contestant's errors are relative: of the loss to
-the loss, of a gradient the norm of the difference to the norm. They are errors against float64 of
-the same bf16 inputs. A result that is exact until it is rounded to bf16 is off by about 0.17%.
+Near the teacher two softmaxes nearly cancel, so errors are relative: that of the loss to the loss,
+that of a gradient as the norm of the difference over the norm. The reference is float64 on the
+same bf16 inputs. A result that is exact until it is rounded to bf16 has an error of about 0.17%.
 
-Times are taken in rounds, a call of each contestant in turn. A contestant is timed once where a
-call is too long for the rounds, and left out where it is longer still. The peak is what one call
-needs above inputs and gradients. Nothing new is begun after --seconds. Every run appends to
-bench/results/near.csv.
+Times are taken in rounds, a call of each contestant in turn. A contestant whose call is too long
+for the rounds is timed once; one whose call is longer still is left out. The peak is the memory
+that one call needs above inputs and gradients. Nothing new is begun after --seconds. Every run
+appends to bench/results/near.csv.
 """
 
 from __future__ import annotations
@@ -381,15 +381,15 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rows", type=int, default=1024)
-    add("--width", type=int, default=512, help="of the hidden states")
+    add("--width", type=int, default=512, help="width of the hidden states")
     add("--vocab", type=int, default=16000)
-    add("--noise", nargs="+", type=float, default=NOISES, help="of the hidden states' entries")
+    add("--noise", nargs="+", type=float, default=NOISES, help="standard deviations of the noise")
     add("--loss", nargs="+", choices=LOSSES, default=LOSSES)
-    add("--own-heads", action="store_true", help="the noise is in the student's head too")
+    add("--own-heads", action="store_true", help="add noise to the student's head too")
     add("--only", nargs="+", metavar="NAME", help="contestants whose name contains one of these")
     add("--seconds", type=float, help=f"begin nothing new after: {SECONDS}")
     add("--csv", type=Path, default=CSV, help="append to this file")
-    add("--json", nargs="?", const="-", metavar="FILE", help="also as JSON; alone: not as a table")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write JSON; no FILE: print only JSON")
     return parser
 
 

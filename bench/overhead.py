@@ -1,11 +1,11 @@
-"""What the driver costs over a plain PyTorch loop that does the same.
+"""What does the driver cost, compared with a plain PyTorch loop that does the same?
 
     python bench/overhead.py [--steps 20] [--micro_sequences 16] [--accumulation 1 4]
 
-The same student, teacher, batches, losses, clipping and AdamW, in fp32 and in bf16 with fp32
-masters and fp32 accumulation. Both sides run in one process, a step of one and a step of the other
-in turn, so that a noisy machine disturbs both alike; the figure is the ratio of their medians.
-Appends to bench/results/overhead.csv.
+Both sides have the same student, teacher, batches, losses, clipping and AdamW, in fp32 and in bf16
+with fp32 masters and fp32 accumulation. They run in one process, a step each in turn, so that a
+noisy machine affects both alike. The figure is the ratio of their medians. Appends to
+bench/results/overhead.csv.
 """
 
 from __future__ import annotations

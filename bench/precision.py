@@ -1,18 +1,19 @@
-"""How far is the gradient of a bf16 step from that of fp32, first and last in a distillation?
+"""How far is the gradient of a bf16 step from that of fp32, at the start and end of a distillation?
 
     distilfast train                                  # the demo's run, or any other
     python bench/precision.py [--config configs/demo.yaml] [--step 0] [--csv FILE]
 
-One micro-batch of the run's step, its loss and its gradient, of the student as it began and of the
-one that the run left. The reference is the same in fp32. In order:
+Computes loss and gradient of one micro-batch of the run's step, for the student as the run began
+and as it ended. The reference is the same in fp32. The lines of the table are:
 
 - bf16: teacher and student in bf16 and fp32 logits, as a run with `precision: bf16`;
 - bf16 logits: the same with logits in bf16;
-- fp32 bodies: everything in fp32 but the inputs of the fused head, which are rounded to bf16;
+- fp32 bodies: everything in fp32 except the inputs of the fused head, which are rounded to bf16;
 - fp32 bodies, bf16 logits: the same with logits in bf16.
 
-An error is the norm of the difference over the norm, all parameters together; of kd the difference
-over kd. "kd alone" has the other losses' weights at 0. Appends to bench/results/precision.csv.
+The error of a gradient is the norm of the difference over the norm, all parameters together; that
+of kd is the difference over kd. "kd alone" sets the weights of the other losses to 0. Appends to
+bench/results/precision.csv.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=str(ROOT / "configs" / "demo.yaml"))
-    parser.add_argument("--step", type=int, default=0, help="whose first micro-batch is taken")
+    parser.add_argument("--step", type=int, default=0, help="use this step's first micro-batch")
     parser.add_argument("--csv", type=Path, default=CSV)
     options = parser.parse_args()
     config = parse(["--config", options.config])

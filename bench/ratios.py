@@ -1,4 +1,4 @@
-"""Three ratios, each within one run: has a change given speed away?
+"""Three ratios, each within one run: has a change made anything slower?
 
     python bench/ratios.py [--seconds 20] [--quick] [--json [FILE]]
 
@@ -9,8 +9,8 @@
 - step: teacher, student, fused head and backward, over the products of all linear layers and of
   the head.
 
-Each has a limit, loose enough for a slow day and a shared machine. Beyond it the script ends with 1
-and says which. tests/bench/test_ratios.py runs it with the long tests.
+Each ratio has a limit, loose enough for a slow day and a shared machine. If one is exceeded, the
+script says which and exits with status 1. tests/bench/test_ratios.py runs it with the long tests.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of a ratio")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of each ratio")
     parser.add_argument("--quick", action="store_true", help="small shapes, without limits")
-    parser.add_argument("--json", nargs="?", const="-", help="write the figures there")
+    parser.add_argument("--json", nargs="?", const="-", help="write JSON; no file: print only JSON")
     arguments = parser.parse_args()
     if arguments.quick:
         cases = [lambda: dense(8, 512), lambda: head(64, 32, 512), lambda: step("minilm", 1, 8)]

@@ -1,18 +1,19 @@
-"""What the compiler makes of the Triton kernels, and what that allows: no GPU needed.
+"""What does the compiler make of the Triton kernels, and what speed does that allow? Needs no GPU.
 
     python bench/resources.py [--targets 80 90 100] [--vocab 30522 ...] [--json FILE]
 
-Every variant of the vocabulary kernel that the launcher would pick for these vocabularies is
-compiled to machine code and read back: registers, spilled bytes, the width of the loads and stores
-in its main loops, barriers, exponentials and instructions a pair (one student and one teacher
-logit) over all sweeps. From these and an H200's data sheet follow three lower bounds on the time of
-a pair, in picoseconds: by the bytes it moves, by its exponentials, by the instructions issued; and
-whether the rows in flight fit the L2 cache, which decides if a later sweep reads from there or from
-memory (the gradient's rows, stored to be evicted first, are not counted; they would be half as much
-again).
+Compiles every variant of the vocabulary kernel that the launcher would choose for these
+vocabularies, and reads the machine code: registers, spilled bytes, the width of the loads and
+stores in the main loops, barriers, and the exponentials and instructions for each pair (one student
+and one teacher logit) over all sweeps.
 
-Where a row has a label, T = 2 is compiled in for the count of exponentials: the kernel takes that
-branch at run time.
+From these and an H200's data sheet follow three lower bounds on the time of a pair, in picoseconds:
+by the bytes it moves, by its exponentials, and by the instructions issued. They also tell whether
+the rows in flight fit the L2 cache, which decides if a later sweep reads from there or from memory.
+(The gradient's rows are stored to be evicted first and not counted; they would add half as much.)
+
+If a row has a label, T = 2 is compiled in to count the exponentials: the kernel takes that branch
+at run time.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing is compiled; unset it")

@@ -1,15 +1,17 @@
-"""Does a run that is gone on with end as if it had not been stopped?
+"""Does a resumed run end as if it had not been stopped?
 
     python bench/resume.py
 
-On one process and on two ranks, under every ZeRO stage with every offload, in fp32 and bf16: eight
-steps with a checkpoint after each, then from each of the seven in a new engine to the end. Steps 1
-to 4 are warm-up, and the examples' order is drawn anew within steps 4 and 7. Equal are losses and
-gradient norms, weights, and both moments, bit for bit, with dropout.
+Runs eight steps with a checkpoint after each, then resumes from each of the first seven in a new
+engine and runs to the end: on one process and on two ranks, under every ZeRO stage with every
+offload, in fp32 and bf16, with dropout. Steps 1 to 4 are warm-up, and the examples' order is drawn
+anew within steps 4 and 7. Losses, gradient norms, weights and both moments have to be equal, bit
+for bit.
 
-Elastic: from step 4 in another layout on the other number of ranks, fp32, without dropout. The
-norm of the difference over the norm of all weights at the end, limit 1e-5; and the examples that
-were trained on twice an epoch, or not at all. Appends to bench/results/resume.csv.
+Elastic: it also resumes from step 4 in another layout on the other number of ranks, in fp32 without
+dropout. It reports the norm of the difference over the norm of all weights at the end, limit 1e-5,
+and the number of examples that an epoch trained on twice or not at all. Appends to
+bench/results/resume.csv.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""For how long does a checkpoint keep the training, and when is it on disk?
+"""For how long does a checkpoint stop the training, and when is it on disk?
 
     python bench/save.py [--saves 5] [--folder /where/checkpoints/go]
 
-DistilBERT-base's shape with random weights and AdamW's moments, 0.8 GB of state: one process in
-fp32 at ZeRO 0, and two ranks in bf16 at ZeRO 2, which hold half each. The pause is what `save`
-takes in the thread that trains; the first one stands on its own, as its memory is new. A loop of
-matrix products tells what the writing thread takes from the training. Of two ranks, the worse
-figure. Limit: a pause of 0.5 s. Appends to bench/results/save.csv.
+The state is that of DistilBERT-base's shape with random weights and AdamW's moments, 0.8 GB. It is
+saved by one process in fp32 at ZeRO 0, and by two ranks in bf16 at ZeRO 2, which hold half each.
+For two ranks the worse figure is shown.
+
+The pause is the time that `save` takes in the thread that trains. The first pause is shown
+separately, because its memory is new. A loop of matrix products shows how much the writing thread
+slows down the training. Limit: a pause of 0.5 s. Appends to bench/results/save.csv.
 """
 
 from __future__ import annotations
@@ -152,8 +154,8 @@ def rank(folder: Path, saves: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--saves", type=int, default=5, help="after the first one")
-    parser.add_argument("--folder", type=Path, help="default: that for temporary files")
+    parser.add_argument("--saves", type=int, default=5, help="saves after the first one")
+    parser.add_argument("--folder", type=Path, help="default: the folder for temporary files")
     options = parser.parse_args()
     if "RANK" in os.environ:
         rank(options.folder, options.saves)

@@ -1,19 +1,19 @@
-"""What does the loss cost inside a training step, and do its threads get on with PyTorch's?
+"""What does the loss cost inside a training step, and do its threads disturb PyTorch's?
 
     python bench/step.py [--shape bert minilm] [--sequences N] [--length 128] [--dtype bf16]
 
 A step is the teacher's forward, the student's forward, KL at T = 2 on all rows and CE on 15 % of
-them, and the backward; weights are random, of the published shapes. The same step without a loss (a
-gradient of the logits that is already there) is the floor. The contestants take turns, a step each.
+them, and the backward. Weights are random, of the published shapes. The floor is the same step
+without a loss: its gradient of the logits already exists. The contestants take turns, a step each.
 A batch has 64 sequences on a GPU and 8 on a CPU: with 8 a GPU would wait for the host's launches.
-torch.compile takes part on a GPU only where --only names it, since it compiles for long.
+torch.compile takes part on a GPU only if --only names it, because it compiles for a long time.
 
-"fused head" takes the hidden states instead, as the driver does, and never holds the logits.
+"fused head" takes the hidden states instead, as the driver does, and never holds all logits.
 
-Beside the whole step stands the call of the loss inside it, and the same call on its own, on the
-same logits, right after: if two thread pools fought for the cores, inside would cost more. Ours
-compute the gradient in that call; the others compute it in the backward, so for them only the
-whole step can be compared. Appends to bench/results/step.csv.
+The table shows the whole step, the call of the loss inside it, and the same call on its own, on the
+same logits, right after. If two thread pools competed for the cores, the call inside the step would
+take longer. Ours compute the gradient in that call; the others compute it in the backward, so for
+them only the whole step can be compared. Appends to bench/results/step.csv.
 """
 
 from __future__ import annotations
@@ -181,12 +181,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sequences", type=int, help="a batch; 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--sequences", type=int, help="per batch; else 64 on a GPU, 8 on a CPU")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants, by part of a name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the rounds of a shape")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for a shape's rounds")
     parser.add_argument("--csv", type=Path, default=CSV, help="append to this file")
     options = parser.parse_args(arguments)
     options.sequences = options.sequences or SEQUENCES[torch.device(options.device).type]

@@ -1,19 +1,19 @@
-"""Which tile is the fastest on this GPU, and what the launcher's own choice costs against it.
+"""Which tile is the fastest on this GPU, and what does the launcher's own choice cost against it?
 
     python bench/tune.py [--losses kl ...] [--vocab 30522 ...] [--rows 8192] [--seconds 60]
                          [--csv bench/results/tune.csv]
     python bench/tune.py --compile-only [--jobs 12]     # times nothing; needs no GPU
 
-Every number of threads and every tile that the vocabulary kernel takes is compiled and timed in
-rounds, from logits to gradient. The last column is what the launcher would choose; where that is
-not the fastest, `variant` in kernels/distilfast_kernels/distillation.py wants another rule.
+Compiles the vocabulary kernel with every number of threads and every tile that it takes, and times
+them in rounds, from logits to gradient. The last column is the launcher's choice. If that is not
+the fastest, `variant` in kernels/distilfast_kernels/distillation.py needs another rule.
 
 A loss is timed at every vocabulary before the next loss begins, and the last table has a line for
-each. A run that is cut off has so answered for KL, at small and large vocabularies.
+each. So a run that is cut off has still answered for KL, at small and large vocabularies.
 
 --compile-only compiles the same tiles, several at a time. On a GPU it calls the launcher on a few
-rows, which leaves in Triton's cache what the timed run will ask for: neither rows nor vocabulary
-are compiled in. Without a GPU it compiles for one (--target) and says which tiles do not compile.
+rows; the timed run then finds its kernels in Triton's cache, as neither rows nor vocabulary are
+compiled in. Without a GPU it compiles for one (--target) and says which tiles do not compile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from distilfast.losses.reference import Options
 
 CSV = Path(__file__).parent / "results" / "tune.csv"
 WARPS = (4, 8, 16, 32)
-ELEMENTS = (8, 16, 32)  # of a side, a thread and turn
+ELEMENTS = (8, 16, 32)  # a side's logits per thread and turn
 FEW_ROWS = 8  # what --compile-only launches
 LABELLED = 0.15
 LOSSES: dict[str, dict[str, Any]] = {  # the most important first
@@ -225,17 +225,17 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", choices=("cuda", "cpu"), help="cpu: in the interpreter, times are noise")
+    add("--device", choices=("cuda", "cpu"), help="cpu: in the interpreter; times mean nothing")
     add("--losses", nargs="+", choices=LOSSES, default=["kl", "kl_ce", "jsd", "ce"])
     add("--vocab", type=int, nargs="+", default=[30522, 128256, 50257])
     add("--rows", type=int, default=8192)
     add("--warps", type=int, nargs="+", default=WARPS)
-    add("--elements", type=int, nargs="+", default=ELEMENTS, help="of a side, a thread and turn")
-    add("--seconds", type=float, default=80, help="for all of it, about")
+    add("--elements", type=int, nargs="+", default=ELEMENTS, help="per side, thread and turn")
+    add("--seconds", type=float, default=80, help="about the time of the whole run")
     add("--csv", type=Path, default=CSV)
     add("--compile-only", action="store_true", help="compile the tiles, time nothing")
-    add("--jobs", type=int, default=os.cpu_count(), help="of --compile-only, at a time")
-    add("--target", type=int, default=90, help="of --compile-only without a GPU: 90 is sm_90")
+    add("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    add("--target", type=int, default=90, help="for --compile-only without a GPU; 90 is sm_90")
     return parser
 
 

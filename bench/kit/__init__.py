@@ -1,1 +1,1 @@
-"""What the benches share. A bench is run as a program: its folder is on sys.path then."""
+"""What the benches share. A bench runs as a program, which puts its folder on sys.path."""

@@ -2,10 +2,11 @@
 
     cd bench && python -m kit.heads     # who can run here, what each computes, what each lacks
 
-A contestant gives the loss of a `HeadCase` from hidden states and weights, and the bench takes the
-gradients. As in peers.py, what it lacks and PyTorch adds around it is part of its time, each is in
-its best setting that still computes the case, and whether it does is measured. One that takes no
-bias computes the case without and is compared with the reference of that; `lacks` says so.
+A contestant computes the loss of a `HeadCase` from hidden states and weights; the bench takes the
+gradients. The rules of peers.py hold: what a contestant lacks, PyTorch adds, and the time includes
+it; each runs in its best setting that still computes the case; and the bench measures whether it
+does. A contestant that takes no bias computes the case without one, and is compared with the
+reference without one; `lacks` says so.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     cd bench && python -m kit.measure [--device cuda]     # the machine and its copy bandwidth
 
-Times on shared machines drift by more than contestants differ, so `interleave` measures all in
-rounds, a call of each in turn, and what is reported is a median with its 20 and 80 percentiles.
+Times on shared machines drift by more than contestants differ. So `interleave` measures all of them
+in rounds, a call of each in turn, and reports a median with the 20th and 80th percentile.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The kit of exactness.py and accumulation.py: a small recipe, programs on several ranks, and the
-gradient that a step ends with.
+gradient at the end of a step.
 """
 
 from __future__ import annotations

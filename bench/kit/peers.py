@@ -2,11 +2,11 @@
 
     cd bench && python -m kit.peers     # who can run here, what each computes, what each lacks
 
-A contestant gives the loss of a `Case` from its tensors, and the bench takes the gradient. What it
-lacks and PyTorch adds around it (a division by T, a log-softmax) is part of its time, since whoever
-uses it pays for that too. Each is in its best setting that still computes the case; where speed and
-exactness pull apart it is there twice. Whether a contestant computes what it should is not believed
-but measured: see the column `agreement` of the bench.
+A contestant computes the loss of a `Case` from its tensors; the bench takes the gradient. What a
+contestant lacks, PyTorch adds around it (a division by T, a log-softmax). The time includes that,
+since its users pay for it too. Each runs in its best setting that still computes the case; if the
+fastest setting is not the most exact, both take part. The bench measures whether a contestant
+computes what it should: see its column `agreement`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The yardstick of the fused head: the matrix products that a loss needs, and nothing else.
 
-The student's logits, the teacher's where there is one, and the gradients of the hidden states and
-of the weight, in chunks of rows, into memory that is there already. Nothing is added up. linear.py
-and chunks.py divide by its time.
+They are the student's logits, the teacher's if there is one, and the gradients of hidden states and
+weight, in chunks of rows, into existing memory. Nothing is added up. linear.py and chunks.py divide
+by their time.
 """
 
 from __future__ import annotations

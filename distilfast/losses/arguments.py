@@ -1,4 +1,4 @@
-"""What is checked: everything that types, shapes and values of arguments tell, before any work."""
+"""Checks of the arguments' types, shapes and values, made before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """A plain tensor of one of these dtypes, or a ValueError naming it."""
+    """Raise a ValueError unless the value is a plain tensor of one of these dtypes."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if type(value).__name__ in ("DTensor", "ShardedTensor"):
@@ -39,7 +39,7 @@ def check_teacher(name: str, value: Tensor) -> None:
 
 
 def check_like(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """The shape and device of the student's rows, or a ValueError with both."""
+    """Raise a ValueError unless shape and device are those of the student's rows."""
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:
@@ -54,8 +54,8 @@ def check_options(
     reduction: str,
     normalizers: dict[str, Any],
 ) -> None:
-    """The scalars of every loss over the vocabulary."""
-    # Comparisons, that NaN fails: torch.compile may hand in symbols for the numbers.
+    """Check the scalars that every loss over the vocabulary takes."""
+    # Plain comparisons, which NaN fails: torch.compile may pass symbols in place of numbers.
     if not _is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     for name, weight in weights.items():
@@ -95,7 +95,7 @@ def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
                     f"of {value.dtype}"
                 )
             if value.device.type != "cpu" or torch.compiler.is_compiling():
-                continue  # its value is on the device, and reading it would wait for the device
+                continue  # reading the value would wait for the device
             value = value.item()
         if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
@@ -109,7 +109,10 @@ def check_reduction(reduction: str, normalizers: dict[str, Any]) -> None:
 def check_vocab(
     student: tuple[str, int], teachers: Sequence[tuple[str, int]], vocab_size: int | None
 ) -> int:
-    """The vocabulary's size, from the widths by name and the argument."""
+    """Return the vocabulary's size: ``vocab_size``, or the width that all sides share.
+
+    ``student`` and ``teachers`` are pairs of an argument's name and its width.
+    """
     if vocab_size is None:
         for name, width in teachers:
             if width != student[1]:
@@ -148,8 +151,10 @@ def check_mask(mask: Tensor | None, rows: torch.Size, device: torch.device) -> N
 
 
 def check_values(labels: Tensor | None, mask: Tensor | None, options: Options) -> None:
-    """Labels and mask by value. On a GPU this would wait for the device, so there a wrong label
-    makes its own row NaN instead."""
+    """Check the values of labels and mask on a CPU.
+
+    On a GPU this would wait for the device. There a wrong label makes its own row NaN instead.
+    """
     if labels is not None and labels.device.type == "cpu" and labels.numel():
         ignored = labels == options.ignore_index
         low, high = labels.masked_fill(ignored, 0).aminmax()
@@ -194,7 +199,7 @@ def check_ensemble_mode(name: str, mode: str) -> None:
 
 
 def normalize_weights(name: str, weights: Sequence[float] | None, count: int) -> list[float]:
-    """The ensemble's weights, summing to 1."""
+    """Return the ensemble's weights scaled to sum to 1; None gives equal weights."""
     if weights is None:
         return [1 / count] * count
     if len(weights) != count:

@@ -1,8 +1,9 @@
-"""The one door to the implementations of the losses. A new backend is one entry in BACKENDS.
+"""The list of backends, and the choice between them. A new backend is one entry in BACKENDS.
 
-A backend is a set of functions, most of them named and defined as in `reference.py`, written by
-row: (N, V) logits in, (4, N) parts out, gradients into tensors that the caller gives. Shapes,
-autograd, torch.compile and errors are not its business; they live in `losses.py`.
+A backend is a set of functions. Most have the name and the definition of a function in
+`reference.py`. They work on rows: they take (N, V) logits, return (4, N) parts and fill gradient
+tensors that the caller provides. The public functions handle shapes and errors, the custom
+operators autograd and torch.compile.
 """
 
 from __future__ import annotations
@@ -37,16 +38,22 @@ def torch_accumulate(total: Tensor, share: Tensor, begun: bool) -> None:
 class Backend:
     """An implementation of the losses.
 
-    ``unavailable`` says why the backend cannot be used on this machine, or returns None.
-    ``accepts`` says whether it takes tensors of a device type ("cpu", "cuda") and dtype.
-    ``combine_teachers`` writes into its last argument, (N, vocab_size), which may be the first of
-    the logits. ``scale`` multiplies each of a list of (N, M) by () or (N,), in place, computing in
-    fp32 at least. What is written to is dense along its rows. ``row_scales`` and ``reduce_rows``
-    stand before and after the row kernels. ``accumulate`` adds (N, M) to an fp32 sum that holds
-    something if told that it has begun. ``adds_bias``: whether ``distillation`` takes heads with a
-    bias, and faster than a pass over the products that adds it. ``overwrites``: whether it takes a
-    gradient of fewer bits than the logits in the memory of these. ``product`` makes fp32 logits of
-    bf16 hidden states and a weight, if ``multiplies`` says so.
+    Every tensor that a function fills is dense along its rows.
+
+    - ``unavailable``: why the backend cannot be used on this machine; None if it can.
+    - ``accepts``: whether it takes tensors of a device type ("cpu", "cuda") and dtype.
+    - ``distillation``, ``hidden_cosine``: as in `reference.py`.
+    - ``combine_teachers``: fills its last argument, (N, vocab_size), which may be the first of the
+      logits.
+    - ``scale``: multiplies each (N, M) tensor of a list by a () or (N,) factor, in place, and
+      computes in fp32 at least.
+    - ``row_scales``, ``reduce_rows``: run before and after the row kernels.
+    - ``accumulate``: adds (N, M) to an fp32 sum; with ``begun`` False it overwrites the sum.
+    - ``adds_bias``: ``distillation`` takes heads with a bias, and is faster than a separate pass
+      that adds the bias to the products.
+    - ``overwrites``: a gradient of fewer bits than the logits may lie in the logits' memory.
+    - ``product``: computes fp32 logits from bf16 hidden states and a weight. It is used where
+      ``multiplies`` returns True.
     """
 
     name: str
@@ -65,8 +72,8 @@ class Backend:
     product: Callable[..., None] = reference.product
 
 
-# Rows are taken in blocks of this many logits: the intermediates of a block stay in cache (on a CPU
-# that halves the time), and the memory above inputs and gradient does not grow with N.
+# Logits in a block of rows. A block's intermediates stay in cache, which halves the time on a CPU.
+# Memory beyond inputs and gradient does not grow with N.
 BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
@@ -83,7 +90,7 @@ def _torch_distillation(
     bias_gradient: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """`reference.distillation`, a block of rows at a time."""
+    """Run `reference.distillation` on one block of rows at a time."""
     n_rows = student.shape[0]
     block = max(1, BLOCK_ELEMENTS.get(student.device.type, 1 << 26) // options.vocab_size)
     rows = []
@@ -127,9 +134,9 @@ def _torch_scale(gradients: Sequence[Tensor], by: Tensor) -> None:
 
 
 def _kernels(file: str, function: str) -> Callable[..., Any]:
-    """A launcher, imported when it is first called: triton or the library may be absent.
+    """Return a launcher that is imported at its first call: triton or the library may be missing.
 
-    The caller has made the tensors' device the current one, on which triton launches: `on_device`.
+    Triton launches on the current device, so the caller wraps the call in `on_device`.
     """
     name = f"distilfast_kernels.{file}"
 
@@ -141,11 +148,11 @@ def _kernels(file: str, function: str) -> Callable[..., Any]:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The tensor's device is the current one, once for all launches of an operator."""
+    """Make the tensor's device the current one, once for all launches of an operator."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-# What the fused kernels take; fp64 is for the reference.
+# The dtypes of the fused kernels. Only the reference takes fp64.
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -194,20 +201,21 @@ BACKENDS: dict[str, Backend] = {
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend cannot be used on this machine; None where it can."""
+    """Return why the backend cannot be used on this machine, or None if it can."""
     return BACKENDS[name].unavailable()
 
 
 def usable() -> list[str]:
-    """The names of the backends that can be used on this machine."""
+    """Return the names of the backends that can be used on this machine."""
     return [name for name in BACKENDS if unavailable(name) is None]
 
 
 def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The backend for tensors of this device and these dtypes; ``name`` may be "auto".
+    """Return the name of the backend for tensors of this device and these dtypes.
 
-    A backend asked for by name is used or refused, never replaced. "auto" takes triton for CUDA
-    tensors and cpp for CPU tensors where they can be used, else torch, and says so once.
+    A backend requested by name is used or refused, never replaced. "auto" chooses triton for CUDA
+    tensors and cpp for CPU tensors. If that backend cannot be used, "auto" chooses torch and logs
+    the reason once.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot be used here or for these tensors.
@@ -222,7 +230,7 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
             why = f"as {fused} cannot be used: {unavailable(fused)}"
             _say_once(f"backend auto: torch on {device.type}, {why}")
         return "torch"
-    if name not in tuple(BACKENDS):  # whatever it is, hashable or not
+    if name not in tuple(BACKENDS):  # a tuple, as the name may not be hashable
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {known}, got {name!r}")
     reason = unavailable(name)

@@ -1,6 +1,6 @@
-"""The products of the fused head, a chunk of rows at a time.
+"""The products of the fused head, for one chunk of rows at a time.
 
-A side's logits exist for the rows of one chunk, and their gradient lies over them.
+A side's logits exist only for the rows of one chunk. Their gradient overwrites them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from distilfast.losses.products import Products
 from distilfast.losses.reference import Head, Options
 from distilfast.losses.scratch import Scratch
 
-# What the logits of a chunk may take up, all sides together. A product is as fast as it gets from
-# some hundred rows on (a CPU) or some thousand (a GPU), and each further chunk reads and writes the
+# The most memory that the logits of a chunk may take, all sides together. Products reach full speed
+# at some hundred rows on a CPU and some thousand on a GPU. Each further chunk reads and writes the
 # weight's gradient once more: docs/kernels.md. On a CPU more than MOST_ROWS are slower again.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 FEWEST_ROWS, MOST_ROWS = {"cpu": 512, "cuda": 1}, {"cpu": 1024, "cuda": 1 << 30}
-# What there may be, on a CPU, of a chunk's share of the weight's gradient before it is added to the
-# sum: a large head's goes by parts.
+# The most memory, on a CPU, for a chunk's share of the weight's gradient before it is added to the
+# sum. A large head's share is computed in several parts.
 SHARE_BYTES = 64 << 20
-# Rows of logits begin at multiples of so many elements, as products and kernels want them.
+# Rows of logits begin at multiples of this many elements, where products and kernels are fast.
 ALIGNMENT = 64
 
 
 class Side(NamedTuple):
-    """A head in the dtype of its products, without what is beyond the vocabulary: whatever it
-    holds, 0 * NaN included, it must add nothing. On a GPU zeros fill it to whole ALIGNMENTs."""
+    """A head in the dtype of its products, cut to the vocabulary.
+
+    It is cut because padding must contribute nothing, and it may hold NaN: 0 * NaN is NaN. On a GPU
+    zeros fill it up to a multiple of ALIGNMENT.
+    """
 
     weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,), where the product adds it
-    head: Head  # what is left for the loss kernel to do
+    bias: Tensor | None  # (V,); None if the loss kernel adds it, or there is none
+    head: Head  # the steps left to the loss kernel
     logits_dtype: torch.dtype
     products: Products
 
@@ -65,32 +68,32 @@ class Side(NamedTuple):
         return Side(fit(weight, dtype), bias, head, logits_dtype, products)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """h W^T (+ b) of (n, D), in the first n rows and V columns of ``out``."""
+        """Compute h W^T (+ b) of (n, D) into the first n rows and V columns of ``out``."""
         out = out[: hidden.shape[0], : self.weight.shape[0]]
         self.products.logits(hidden, self.weight, self.bias, out)
         return out
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Of the logits' gradient."""
+        """The dtype of the logits' gradient."""
         return self.logits_dtype if self.products.wide_gradient else self.weight.dtype
 
 
 class WeightGradient:
-    """The sum over chunks of gradient^T hidden, (V, D), in a dtype of its own."""
+    """The sum over chunks of gradient^T hidden, (V, D), in a given dtype."""
 
     def __init__(
         self, side: Side, dtype: torch.dtype, like: Tensor, backend: Backend, scratch: Scratch
     ):
         shape, device = side.weight.shape, side.weight.device
-        # What is handed out in the end, or what it is rounded from.
+        # Whether the sum itself is the result, or the result is rounded or padded from it.
         self.is_result = (shape, dtype) == (like.shape, like.dtype)
         empty = torch.empty if self.is_result else scratch.empty
         self.total = empty(shape, dtype=dtype, device=device)
         self.like = like
         self.begun = False
         self.products = side.products
-        # Where PyTorch's product cannot add to the sum itself.
+        # Memory for a share, if PyTorch's product cannot add to the sum itself.
         self.share = None
         made = torch.float32 if side.products.wide_gradient else side.weight.dtype
         if made != dtype and not side.weight.is_cuda:
@@ -112,7 +115,7 @@ class WeightGradient:
         self.begun = True
 
     def result(self, vocab_size: int) -> Tensor:
-        """The sum in the shape and dtype of ``like``."""
+        """Return the sum in the shape and dtype of ``like``."""
         total = self.total if self.begun else self.total.zero_()
         if self.is_result:
             return total
@@ -123,8 +126,10 @@ class WeightGradient:
 
 
 class Target:
-    """The teachers' logits of a chunk, as products and what makes logits of them. Of an ensemble
-    there are one teacher's at a time, and the mixture so far."""
+    """The teachers' logits of a chunk, as products and the Head that turns them into logits.
+
+    For an ensemble: one teacher's logits at a time, plus a running mixture.
+    """
 
     def __init__(
         self,
@@ -138,13 +143,13 @@ class Target:
         self.ensemble, self.options = ensemble, options
         self.combine = backend.combine_teachers
         self.dtypes = list({side.logits_dtype for side in sides})
-        if len(sides) > 1:  # the mixture, and a teacher's logits that its products have no room for
+        if len(sides) > 1:  # room for the mixture, and for logits wider than their products
             compute = reference.accumulation_dtype(*(side.weight for side in sides))
             apart = any(not x.head.plain and x.logits_dtype != compute for x in sides)
             self.dtypes += [compute] * (2 if apart else 1)
 
     def allocate(self, rows: int, scratch: Scratch) -> None:
-        """Memory for chunks of so many rows."""
+        """Allocate memory for chunks of up to ``rows`` rows."""
         device, width = self.sides[0].weight.device, self.options.vocab_size
         self.buffers = [
             rows_of_logits(rows, width, dtype, device, scratch) for dtype in self.dtypes
@@ -189,9 +194,11 @@ def chunks_of(
     vocab_size: int,
     dtypes: Sequence[torch.dtype],
 ) -> Sequence[slice | Tensor]:
-    """The rows of each chunk, ``rows`` of them or, if that is 0, what the budget has room for. On a
-    CPU the rows that nothing needs are left out altogether; on a GPU counting them would wait for
-    the device."""
+    """Return the rows of each chunk: ``rows`` of them, or as many as the budget allows if 0.
+
+    On a CPU, rows that nothing needs are left out. On a GPU, counting them would wait for the
+    device.
+    """
     selected = None
     if needed is not None and not hidden.is_cuda:
         selected = needed.nonzero()[:, 0]
@@ -203,7 +210,7 @@ def chunks_of(
         row_bytes = _padded(vocab_size) * sum(dtype.itemsize for dtype in dtypes)
         most = max(1, CHUNK_BYTES[kind] // row_bytes // ALIGNMENT) * ALIGNMENT
         most = min(max(most, FEWEST_ROWS[kind]), MOST_ROWS[kind])
-        rows = -(-n // -(-n // most))  # as many chunks as it takes, of one size
+        rows = -(-n // -(-n // most))  # the fewest chunks, of nearly equal size
         rows = _padded(rows)
     if selected is not None:
         return selected.split(rows)

@@ -38,8 +38,11 @@ from distilfast.losses.rows import as_matrix, flatten_rows
 
 
 class DistillationOutput(NamedTuple):
-    """loss is the weighted sum of the parts and carries the gradient. The parts are unweighted,
-    detached, and reduced as loss is; a part of weight 0 is 0. fp32 (fp64 for fp64 inputs)."""
+    """The loss and its parts, fp32 (fp64 for fp64 inputs).
+
+    ``loss`` is the weighted sum of the parts and carries the gradient. The parts are unweighted,
+    detached, and reduced as the loss is. A part of weight 0 is 0.
+    """
 
     loss: Tensor
     kd: Tensor
@@ -49,8 +52,11 @@ class DistillationOutput(NamedTuple):
 
 
 class DetailedOutput(NamedTuple):
-    """A DistillationOutput with what statistics=True asks for: of each row, (...), detached, at the
-    temperature; 0 outside the mask."""
+    """A DistillationOutput with the statistics of each row, which ``statistics=True`` adds.
+
+    Statistics have the shape of the rows, (...), are detached and computed at the temperature.
+    Outside the mask they are 0.
+    """
 
     loss: Tensor
     kd: Tensor
@@ -58,7 +64,7 @@ class DetailedOutput(NamedTuple):
     cos: Tensor
     mse: Tensor
     student_entropy: Tensor  # in nats
-    teacher_entropy: Tensor
+    teacher_entropy: Tensor  # in nats
     agreement: Tensor  # 1 where both have their largest logit in the same column, else 0
 
 
@@ -84,50 +90,53 @@ def distillation_loss(
     statistics: bool = False,
     backend: str = "auto",
 ) -> DistillationOutput | DetailedOutput:
-    """The weighted sum of soft-target and hard-label losses over the vocabulary.
+    """Return the weighted sum of soft-target and hard-label losses over the vocabulary.
 
-    Per row, with T the temperature:
+    Per row, with student logits s, teacher logits t and temperature T:
 
-    - kd: T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015, section 2.1), or the
-      divergence chosen;
+    - kd: T^2 KL(softmax(t / T) || softmax(s / T)) (Hinton et al. 2015, section 2.1), or another
+      ``divergence``;
     - ce: -log softmax(s)[label] at temperature 1;
     - cos: 1 - s.t / (|s| |t|) over the vocabulary;
     - mse: the sum over the vocabulary of (s - t)^2.
 
     Args:
-        student_logits: (..., V_s), bf16, fp16, fp32 or fp64 (torch backend).
+        student_logits: (..., V_s), bf16, fp16, fp32 or fp64 (fp64: torch backend only).
         teacher_logits: (..., V_t), the same leading shape; the dtype may differ. Gets no gradient.
         labels: (...) int64, never shifted here; ``ignore_index`` where there is no hard label.
         temperature: T, of the soft targets on both sides; > 0.
-        kd_weight, ce_weight, cos_weight, mse_weight: >= 0, not all 0. A part of weight 0 costs
-            nothing and is 0.
-        divergence: "forward_kl", "reverse_kl" or "jsd". Near equality jsd is
-            ``jsd_beta * (1 - jsd_beta)`` times the KL, so its weight does not carry over.
+        kd_weight, ce_weight, cos_weight, mse_weight: >= 0, not all 0. A part of weight 0 is not
+            computed and is 0.
+        divergence: "forward_kl", "reverse_kl" or "jsd". Near the teacher, jsd is
+            ``jsd_beta * (1 - jsd_beta)`` times the KL, so a weight tuned for one is wrong for the
+            other.
         jsd_beta: the teacher's share of the mixture, 0 < jsd_beta < 1.
         mask: (...) bool, or float row weights >= 0, for kd, cos and mse. None: all ones.
         ignore_index: the label of rows without a hard label.
-        vocab_size: columns from here on are padding; needed where V_s != V_t.
-        reduction: "mean" divides kd, cos and mse by the sum of the mask and ce by the number of
-            labelled rows (0 gives 0), "sum" does not, "none" returns (...), times the mask.
+        vocab_size: columns from here on are padding; required if V_s != V_t.
+        reduction: "mean" divides kd, cos and mse by the sum of the mask, and ce by the number of
+            labelled rows (a divisor of 0 gives 0). "sum" does not divide. "none" returns (...),
+            times the mask.
         kd_normalizer, ce_normalizer: a number or 0-d tensor that replaces those divisors: the
             global count of a batch that is spread over micro-batches and ranks.
-        inplace_backward: the backward overwrites ``student_logits`` with its gradient, which saves
+        inplace_backward: the backward overwrites ``student_logits`` with its gradient. This saves
             a tensor of its size and costs a second reading of both logits. Nothing else may read
-            the student's after that. For rows that are dense or padded; others are left alone.
-        statistics: also give, of each row, the entropies of student and teacher at T and whether
-            their largest logits stand in the same column. Needs a kd_weight; they are 0 outside the
-            mask.
+            the student's logits afterwards. Works for rows that are dense or padded; other logits
+            are not overwritten.
+        statistics: also return the entropies of student and teacher at T, and whether their
+            largest logits stand in the same column. One value a row, 0 outside the mask. Needs
+            kd_weight > 0.
         backend: "auto", "triton", "cpp" or "torch".
 
-    Near the teacher kd keeps its relative accuracy: with fp32 logits it is right to 1e-3 of itself
-    down to 1e-6 nats, and it is never negative (docs/exactness.md).
+    Near the teacher kd keeps its relative accuracy: with fp32 logits its relative error is at most
+    1e-3 down to 1e-6 nats, and it is never negative (docs/exactness.md).
 
     Returns:
-        DistillationOutput(loss, kd, ce, cos, mse); with ``statistics`` a DetailedOutput, which has
-        student_entropy, teacher_entropy and agreement, too.
+        DistillationOutput(loss, kd, ce, cos, mse). With ``statistics`` a DetailedOutput, which
+        adds student_entropy, teacher_entropy and agreement.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was passed.
 
     Example:
         >>> import torch
@@ -174,7 +183,7 @@ def distillation_loss(
     rows, totals = flatten_rows(
         labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
     )
-    # Compiled code keeps its own account of what may be overwritten; in place is for eager mode.
+    # In place is for eager mode: compiled code itself decides which memory may be overwritten.
     flat = as_matrix(student_logits)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     inplace = inplace and is_overwritable(flat, student_logits)
@@ -198,8 +207,10 @@ def as_output(
     reduction: str,
     statistics: Tensor | None = None,
 ) -> DistillationOutput | DetailedOutput:
-    """The operator's outputs in the shape of the rows: (...) with "none", else 0-d. Statistics,
-    (3, N), are of each row in either case."""
+    """Give the operator's outputs the shape of the rows: (...) with "none", else 0-d.
+
+    Statistics, (3, N), always get the shape of the rows.
+    """
     apart = parts.detach().unbind()
     if reduction == "none" and len(leading) != 1:
         loss, apart = loss.reshape(leading), tuple(part.reshape(leading) for part in apart)
@@ -217,13 +228,17 @@ def hidden_cosine_loss(
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The cosine distance between hidden states, 1 - s.t / (|s| |t|) (Sanh et al. 2019, section 3).
+    """Return the cosine distance of hidden states, 1 - s.t / (|s| |t|).
+
+    From Sanh et al. 2019, section 3.
 
     Args:
-        student_hidden: (..., D), or a list of one such tensor a layer: the mean over layers.
+        student_hidden: (..., D), or a list with one such tensor per layer. The loss of a list is
+            the mean over layers.
         teacher_hidden: the same shapes. Gets no gradient.
         mask: (...) bool, or float row weights >= 0. None: all ones.
-        reduction: "mean" divides by the sum of the mask (0 gives 0), "sum", or "none": (...).
+        reduction: "mean" divides by the sum of the mask (a sum of 0 gives 0), "sum" does not,
+            "none" returns (...).
         normalizer: a number or 0-d tensor that replaces the sum of the mask.
         backend: "auto", "triton", "cpp" or "torch".
 
@@ -231,7 +246,7 @@ def hidden_cosine_loss(
         fp32 (fp64 for fp64 inputs), 0-d or (...). A zero vector gives 1 and a zero gradient.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was passed.
 
     Example:
         >>> import torch
@@ -278,21 +293,25 @@ def combine_teachers(
     mode: str = "probability",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Logits z of an ensemble: softmax(z / T) is its distribution (Hinton et al. 2015, section 1).
+    """Return logits z of an ensemble: softmax(z / T) is its distribution.
+
+    From Hinton et al. 2015, section 1.
 
     Args:
-        logits: K teachers' (..., V_k), one leading shape; none may require a gradient.
-        weights: K numbers >= 0, normalised to sum 1; None: equal. A weight of 0 is not read.
+        logits: the logits of K teachers, (..., V_k), with one leading shape. None of them may
+            require a gradient.
+        weights: K numbers >= 0, scaled to sum to 1; None: equal. The logits of a teacher of weight
+            0 are not read.
         temperature: T > 0, the temperature at which z will be used.
         mode: "probability", the arithmetic mean: z = T log sum_k w_k softmax(t_k / T); or "logit",
             the geometric mean: z = sum_k w_k t_k.
-        vocab_size: columns from here on are padding; needed where the widths differ.
+        vocab_size: columns from here on are padding; required if the widths differ.
 
     Returns:
         (..., vocab_size) fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was passed.
 
     Example:
         >>> import torch
@@ -328,7 +347,7 @@ def combine_teachers(
 
 
 class DistillationLoss(nn.Module):
-    """`distillation_loss` with its keywords fixed, checked when the module is made.
+    """`distillation_loss` with fixed keywords, which are checked when the module is created.
 
     Example:
         >>> import torch
@@ -344,7 +363,7 @@ class DistillationLoss(nn.Module):
             if name in keywords:
                 raise ValueError(f"{name}: belongs to the call, not to DistillationLoss(...)")
         self.keywords = keywords
-        # A row of its own finds wrong keywords now and not at the first step.
+        # A call without rows finds wrong keywords now and not at the first step.
         width = keywords.get("vocab_size") or 2
         probe = torch.zeros(0, width if isinstance(width, int) else 2)
         backend = keywords.get("backend", "auto")

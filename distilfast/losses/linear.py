@@ -1,14 +1,19 @@
 """The fused head: losses and gradients from hidden states and head weights, no (N, V) in memory.
 
-The rows are taken in chunks. A chunk's products with the heads are made, one a side; the loss
-kernel makes logits of them in registers and writes their gradient over the student's; two products
-turn that into the chunk's share of the gradients of hidden states and weight. Nothing of size N x V
-exists, and nothing is computed twice: recomputing logits in a backward would cost another product
-a side. What makes the products is products.py's.
+It takes the rows in chunks. For each chunk:
 
-The gradients are those for a grad_output of 1, to be scaled in the backward. Two cases run the
-whole head again there instead: `reduction="none"`, where each row has a grad_output of its own, and
-fp16, where the gradient of a mean is too small to be stored before the loss scale is applied.
+1. One matrix product per side multiplies the hidden states with the head weight (products.py).
+2. The loss kernel turns the products into logits in registers, and overwrites the student's
+   products with the gradient of the logits.
+3. Two more products give the chunk's share of the gradients of hidden states and weight.
+
+No tensor of size N x V exists, and nothing is computed twice: recomputing the logits in the
+backward would cost another product per side.
+
+The gradients are computed for a grad_output of 1 and scaled in the backward. In two cases the
+backward runs the whole head again instead: with `reduction="none"`, where each row has its own
+grad_output, and in fp16, where the gradient of a mean is too small to be stored before the loss
+scale is applied.
 """
 
 from __future__ import annotations
@@ -72,46 +77,49 @@ def linear_distillation_loss(
     statistics: bool = False,
     backend: str = "auto",
 ) -> DistillationOutput | DetailedOutput:
-    """`distillation_loss` of the logits h W^T + b, which are never held: chunk by chunk of rows.
+    """Return the `distillation_loss` of the logits h W^T + b without holding all logits.
+
+    The other keywords are those of `distillation_loss`.
 
     Args:
         student_hidden: (..., D_s).
         student_weight: (V_s, D_s), as ``nn.Linear.weight`` or a tied embedding.
-        teacher_hidden: (..., D_t), or a sequence: an ensemble. May not require a gradient. None,
-            as teacher_weight, where ce_weight alone is > 0.
+        teacher_hidden: (..., D_t), or a sequence: an ensemble. May not require a gradient.
+            teacher_hidden and teacher_weight may be None if only ce_weight is > 0.
         teacher_weight: (V_t, D_t), or a sequence. A teacher's weight and bias are constants here,
             whether they require a gradient or not.
         labels: (...) int64.
         student_bias, teacher_bias: (V_s,) and (V_t,) or a sequence of them; None: no bias.
-        logit_scale: logits are multiplied by it; a pair (student, teacher) where they differ.
-        logit_softcap: c, logits become c tanh(logits / c) after scaling; None: none; a pair where
-            they differ.
+        logit_scale: logits are multiplied by it. A pair (student, teacher) if they differ.
+        logit_softcap: c; after scaling, logits become c tanh(logits / c). None: no softcap. A pair
+            if they differ.
         teacher_weights, ensemble: as ``weights`` and ``mode`` of `combine_teachers`.
-        chunk_rows: rows a chunk, or "auto": what fits a fixed memory budget (CHUNK_BYTES).
-        accum_dtype: what the shares of the chunks in the weight's gradient are summed in: None is
-            fp32 (fp64 for fp64); the dtype of the hidden states saves V D 4 bytes, and rounds at
-            every chunk (docs/kernels.md has the error).
-        logits_dtype: of 16-bit hidden states: None is fp32; their own dtype halves the memory of a
-            chunk, and rounds logits before they are subtracted: near the teacher the gradient is
-            wrong by more than itself (docs/exactness.md).
+        chunk_rows: rows in a chunk, or "auto": as many as fit a fixed memory budget (CHUNK_BYTES).
+        accum_dtype: the dtype in which the chunks' shares of the weight's gradient are summed.
+            None is fp32 (fp64 for fp64). The dtype of the hidden states saves V D 4 bytes but
+            rounds at every chunk (docs/kernels.md has the error).
+        logits_dtype: the dtype of the logits of 16-bit hidden states; None is fp32. The dtype of
+            the hidden states halves the memory of a chunk, but rounds the logits before they are
+            subtracted: near the teacher the gradient's error exceeds the gradient
+            (docs/exactness.md).
         inplace_backward: accepted, without effect: there are no logits to overwrite.
 
-    The other keywords are those of `distillation_loss`. Under autocast the products run in its
-    dtype, and the gradients of an fp32 weight and bias are summed and returned in fp32. Logits,
-    scale, softcap, losses and the sums over chunks are fp32. The gradient of the logits is rounded
-    to 16 bits for its products, once student and teacher have been subtracted, and a chunk's share
-    of the weight's gradient is on a CPU; on CPUs without products of that dtype both stay fp32.
-    With ``reduction="none"``, or in fp16, the backward computes the head a second time.
+    Under autocast the products run in its dtype, and the gradients of an fp32 weight and bias are
+    summed and returned in fp32. Logits, scale, softcap, losses and the sums over chunks are fp32.
+    The gradient of the logits is rounded to 16 bits for its products, after teacher and student
+    have been subtracted. On a CPU a chunk's share of the weight's gradient is rounded too; on CPUs
+    without products of that dtype both stay fp32. With ``reduction="none"``, or in fp16, the
+    backward computes the head a second time.
 
-    Rows that no loss needs (mask 0, no label) are not projected on a CPU; on a GPU, where counting
-    them would wait for the device, they are, so leave them out where that matters.
+    On a CPU, rows that no loss needs (mask 0, no label) are not projected. On a GPU they are,
+    because counting them would wait for the device; leave them out if that matters.
 
     Returns:
-        As `distillation_loss`; the gradient flows to student_hidden, student_weight and
+        As `distillation_loss`. The gradient flows to student_hidden, student_weight and
         student_bias.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was passed.
 
     Example:
         >>> import torch
@@ -186,7 +194,7 @@ def linear_distillation_loss(
     rows, totals = flatten_rows(
         labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
     )
-    if not soft:  # then nothing but a label can make a row needed
+    if not soft:  # then only a label can make a row needed
         rows, totals[0] = rows._replace(mask=None, kd_normalizer=None), 0.0
     heads = scales[0], softcaps[0], scales[1], softcaps[1]
     numbers = Numbers(
@@ -243,7 +251,7 @@ def _accum_dtype(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
 
 
 def _logits_dtype(wanted: torch.dtype | None, dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """Of the 16-bit ones among the dtypes of the hidden states."""
+    """Check the dtype of the logits. A 16-bit one has to be the dtype of some hidden states."""
     if wanted is None or wanted == torch.float32:
         return torch.float32
     if wanted not in HALVES or wanted not in dtypes:
@@ -288,7 +296,7 @@ def _check_one_dtype(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _pair(name: str, value: Any, none: float) -> tuple[float, float]:
-    """(student, teacher) from one value or a pair; None becomes ``none``."""
+    """Return (student, teacher) from one value or a pair; None becomes ``none``."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected a number or a pair (student, teacher), got {value!r}")

@@ -1,6 +1,6 @@
 """The custom operator of the fused head: losses over the vocabulary from hidden states.
 
-Opaque to torch.compile, one for all backends. No more logits exist at a time than a chunk has.
+It is opaque to torch.compile, and all backends share it. Only one chunk's logits exist at a time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from distilfast.losses.scratch import Scratch
 
 
 class HeadCall(NamedTuple):
-    """How the operator is called: one string of its schema, as `losses.Call`."""
+    """The settings of the operator's call, passed as one string: see `operators.Call`."""
 
     divergence: str
     reduction: str
     backend: str
     ensemble: str
     accum_dtype: str
-    logits_dtype: str  # of 16-bit hidden states
-    late: bool  # the gradients are the backward's, which calls the operator again without it
+    logits_dtype: str  # if the hidden states have 16 bits
+    late: bool  # the backward computes the gradients: it calls the operator with late=False
     hidden: bool  # which gradients are wanted
     weight: bool
     bias: bool
@@ -58,7 +58,7 @@ class HeadCall(NamedTuple):
         return HeadCall(*words[:6], *(flag == "1" for flag in words[6:]))  # type: ignore[arg-type]
 
     def dtype_of_logits(self, hidden: Tensor) -> torch.dtype:
-        """fp32 of 16 bits, unless these very 16 bits are asked for."""
+        """Return fp32 for 16-bit hidden states, unless their own dtype is requested."""
         kept = hidden.dtype not in HALVES or hidden.dtype == getattr(torch, self.logits_dtype)
         return hidden.dtype if kept else torch.float32
 
@@ -80,13 +80,14 @@ def linear_distillation_op(
     sizes: list[int],
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the parts, the gradients of hidden, weight and bias (empty if not wanted, or late),
-    the scales (2,) by which late ones have to be multiplied (empty where they were given), and the
-    statistics (3, N) (empty if not wanted).
+    """Return loss, parts, gradients of hidden, weight and bias, scales, and statistics.
+
+    A gradient is empty if not wanted, or late. The scales, (2,), are the factors of late
+    gradients; empty if ``scales`` is given. The statistics, (3, N), are empty if not wanted.
 
     The products are in the dtypes of the hidden states. A teacher without a bias has an empty one.
-    ``scales``, (2,) or (2, N), are a late backward's, times the grad_output; None: from the
-    normalisers. ``sizes`` ends with the rows a chunk.
+    A late backward passes ``scales``, (2,) or (2, N), which include the grad_output; with None they
+    come from the normalisers. ``sizes`` ends with the rows of a chunk.
     """
     call, named = HeadCall.read(how), Numbers.read(numbers)
     options = named.options(sizes, call.divergence)
@@ -138,7 +139,8 @@ def _linear_distillation(
     target = Target(teachers, shares, call.ensemble, options, backend)
 
     by, needed = _scales(each, scales, options, numbers.totals, n_rows, compute, device, backend)
-    # A gradient of fewer bits than the logits lies in their memory, or in its own.
+    # A gradient of fewer bits than the logits lies in the logits' memory if the backend can do
+    # that, else in its own.
     narrower = training and student.gradient_dtype != student.logits_dtype
     apart = narrower and not backend.overwrites
     dtypes = [student.logits_dtype, *target.dtypes, *([student.gradient_dtype] if apart else [])]
@@ -152,7 +154,7 @@ def _linear_distillation(
     if teachers:
         target.allocate(most, scratch)
 
-    # Slices are all rows; of a selection the others are 0.
+    # Slices cover all rows. With selections, the rows left out have to be 0.
     made = torch.empty if chunks and isinstance(chunks[0], slice) else torch.zeros
     rows = made(len(PARTS), n_rows, dtype=compute, device=device)
     d_hidden = made(
@@ -162,7 +164,7 @@ def _linear_distillation(
     if want_weight:
         accum_dtype = getattr(torch, call.accum_dtype)
         if len(chunks) == 1 and student_weight.dtype == student.weight.dtype:
-            accum_dtype = student_weight.dtype  # nothing is added up
+            accum_dtype = student_weight.dtype  # there is no sum over chunks
         weight_gradient = WeightGradient(student, accum_dtype, student_weight, backend, scratch)
     d_bias = torch.zeros(len(student_weight), dtype=compute, device=device) if want_bias else None
     kd_scale, ce_scale = by.unbind()
@@ -172,7 +174,7 @@ def _linear_distillation(
     for chunk in chunks:
         hidden = student_hidden[chunk]
         if needed is not None and isinstance(chunk, slice):
-            # A row that nothing needs must not reach the weight's gradient.
+            # A row that nothing needs may hold NaN, which must not reach the weight's gradient.
             hidden = torch.where(needed[chunk, None], hidden, 0)
         s = student.logits(hidden, logits)
         gradient = gradients[: s.shape[0], : s.shape[1]] if training else None
@@ -228,14 +230,15 @@ def _scales(
     device: torch.device,
     backend: backends.Backend,
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales, and (N,) bool, the rows that some part needs; None: all of them."""
+    """Return the scales, and (N,) bool: which rows some part needs; None if all."""
     labels, mask, ignore_index = each.labels, each.mask, options.ignore_index
     totals = as_totals(each, given)
     if scales is not None:
         needed = reference.needed_rows(scales, labels, mask, ignore_index).expand(n_rows)
     else:
         needed = None
-        # A total that the host knows and that is not 0 needs every row. 0: no soft loss counts.
+        # If the host knows that the total is not 0, every row is needed. If it is 0, no soft loss
+        # counts.
         if mask is not None or isinstance(totals[0], Tensor) or totals[0] == 0:
             needed = torch.empty(n_rows, dtype=torch.bool, device=device)
         scales = backend.row_scales(

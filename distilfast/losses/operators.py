@@ -1,8 +1,8 @@
-"""The custom operators over dense logits and hidden states, one of each kind for every backend.
+"""The custom operators over dense logits and hidden states. All backends share them.
 
-They are opaque to torch.compile. The gradient is computed together with the loss, where both rows
-are at hand, and handed out in the backward. Two cases compute it in the backward instead:
-`inplace_backward`, and fp16, where a gradient of a mean is too small to be stored before
+They are opaque to torch.compile. The forward computes the gradient together with the loss, while
+both rows are at hand; the backward returns it. In two cases the backward computes the gradient:
+with `inplace_backward`, and in fp16, where the gradient of a mean is too small to be stored before
 `grad_output` (the loss scale) is applied.
 """
 
@@ -23,15 +23,18 @@ from distilfast.losses.rows import Rows, as_totals, rows_like
 
 
 class Call(NamedTuple):
-    """How an operator is called: one string of its schema. PyTorch goes through the arguments of a
-    custom operator in Python, in a time that grows with the square of their number."""
+    """The settings of an operator's call, passed as one string.
+
+    PyTorch goes through the arguments of a custom operator in Python, in a time that grows with
+    the square of their number.
+    """
 
     divergence: str
     reduction: str
     backend: str
-    wanted: bool  # a gradient
-    late: bool  # but in the backward
-    inplace: bool  # over the logits
+    wanted: bool  # a gradient is wanted
+    late: bool  # the backward computes the gradient
+    inplace: bool  # the gradient overwrites the logits
     statistics: bool = False
 
     def __str__(self) -> str:
@@ -45,12 +48,12 @@ class Call(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of an operator, by name. Flat they are one argument of its schema."""
+    """The numbers of an operator by name. `flat` makes them one argument of its schema."""
 
     temperature: float
-    weights: tuple[float, ...]  # by PARTS
+    weights: tuple[float, ...]  # in the order of PARTS
     jsd_beta: float
-    totals: tuple[float, ...]  # of `flatten_rows`: of kd, cos and mse; of ce
+    totals: tuple[float, ...]  # from `flatten_rows`: that of kd, cos and mse, and that of ce
     heads: tuple[float, ...] = ()  # scale and softcap of the student, then of the teachers
     shares: tuple[float, ...] = ()  # the teachers' weights
 
@@ -69,7 +72,7 @@ class Numbers(NamedTuple):
         return Numbers(temperature, weights, beta, totals, take(4), take(None))
 
     def options(self, sizes: Sequence[int], divergence: str) -> Options:
-        """What the backends receive; the sizes begin with ignore_index and vocab_size."""
+        """Return the backends' Options. ``sizes`` begins with ignore_index and vocab_size."""
         (kd, ce, cos, mse), (ignore_index, vocab_size) = self.weights, sizes[:2]
         return Options(
             self.temperature, kd, ce, cos, mse, self.jsd_beta, divergence, ignore_index, vocab_size
@@ -88,9 +91,11 @@ def distillation_op(
     sizes: list[int],
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the parts, the gradient for a grad_output of 1 (empty where it is not wanted, or
-    late), the scales (2,) by which a late one has to be multiplied, and the statistics (3, N)
-    (empty where they are not wanted)."""
+    """Return loss, parts, gradient, scales and statistics.
+
+    The gradient is the one for a grad_output of 1; it is empty if not wanted, or late. The scales,
+    (2,), are the factors of a late gradient. The statistics, (3, N), are empty if not wanted.
+    """
     call, named = Call.read(how), Numbers.read(numbers)
     options = named.options(sizes, call.divergence)
     check_values(labels, mask, options)
@@ -157,8 +162,11 @@ def distillation_gradient_op(
     sizes: list[int],
     how: str,
 ) -> None:
-    """The gradient alone, into ``gradient``, which may be ``student``: see inplace_backward. The
-    scales, (2,) or (2, N), are times the grad_output."""
+    """Compute the gradient alone, into ``gradient``.
+
+    ``gradient`` may be ``student`` itself: see inplace_backward. The scales, (2,) or (2, N),
+    already include the grad_output.
+    """
     call = Call.read(how)
     options = Numbers.read(numbers).options(sizes, call.divergence)
     with backends.on_device(student):
@@ -201,13 +209,13 @@ distillation_op.register_autograd(_distillation_backward, setup_context=_distill
 
 
 def late_scales(scales: Tensor, grad_loss: Tensor) -> Tensor:
-    """The scales times the grad_output: (2,), or (2, N) where each row has its own."""
+    """Return the scales times the grad_output: (2,), or (2, N) if each row has its own."""
     grad_loss = grad_loss.detach()
     return scales[:, None] * grad_loss if grad_loss.ndim else scales * grad_loss
 
 
 def finished(gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
-    """The gradient. With create_graph it is wrapped, so that differentiating it raises."""
+    """Return the gradient. With create_graph it is wrapped so that differentiating it raises."""
     if not torch.is_grad_enabled():
         return gradient
     return cast(Tensor, scale_gradient_op(gradient, loss.new_ones(()), loss, backend))
@@ -216,26 +224,29 @@ def finished(gradient: Tensor, loss: Tensor, backend: str) -> Tensor:
 def scale_gradients(
     gradients: Sequence[Tensor], grad_loss: Tensor, loss: Tensor, backend: str
 ) -> list[Tensor]:
-    """Each gradient * grad_loss, in its own memory where nobody can want it again: the graph is not
-    kept. (Hooks on saved tensors that hand out what they were given see it change.)"""
+    """Return each gradient * grad_loss, computed in place if the graph is not kept.
+
+    Then no second backward can need the old values. (Hooks on saved tensors that return the tensor
+    they were given do see it change.)
+    """
     traced = _is_traced(gradients)
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if traced or kept:
         return [scale_gradient_op(g, grad_loss, loss, backend) for g in gradients]
     if grad_loss.ndim == 0 and grad_loss.device.type == "cpu" and grad_loss == 1:
-        return list(gradients)  # what a plain loss.backward() brings; a GPU's kernel finds it out
+        return list(gradients)  # a plain loss.backward(); on a GPU the kernel compares with 1
     _scale_in_place(gradients, grad_loss, backend)
     return list(gradients)
 
 
 def _is_traced(gradients: Sequence[Tensor]) -> bool:
-    """Whether somebody records what is done, who sees operators alone."""
+    """Return whether a tracer records the calls. A tracer sees only operators."""
     recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return recorded or any(type(g) is not Tensor for g in gradients)
 
 
 def _scale_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, backend: str) -> None:
-    """Each *= grad_loss, () or (N,), rounded once; one launch for all."""
+    """Multiply each by grad_loss, () or (N,), with one rounding and one launch for all."""
     rows = [g if g.ndim == 2 else g.reshape(1, -1) for g in gradients]
     dense = [g if g.shape[1] < 2 or g.stride(1) == 1 else g.contiguous() for g in rows]
     with backends.on_device(dense[0]):
@@ -247,10 +258,10 @@ def _scale_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, backend: str
 
 @torch.library.custom_op("distilfast::scale_gradient", mutates_args=())
 def scale_gradient_op(gradient: Tensor, grad_loss: Tensor, loss: Tensor, backend: str) -> Tensor:
-    """gradient * grad_loss, and an error for whoever differentiates it again.
+    """Return gradient * grad_loss; differentiating the result raises an error.
 
-    ``loss`` ties the result to the graph: without it a double backward would find a constant here
-    and silently be 0.
+    ``loss`` ties the result to the graph. Without it a double backward would see a constant here
+    and silently give 0.
     """
     scaled = torch.empty_like(gradient, memory_format=torch.contiguous_format).copy_(gradient)
     _scale_in_place([scaled], grad_loss, backend)
@@ -273,7 +284,7 @@ scale_gradient_op.register_autograd(_no_double_backward)
 
 
 def _hidden_gradients(student: list[Tensor]) -> list[Tensor]:
-    """Room for the gradients; fp16's are held in fp32 until the loss scale has been applied."""
+    """Allocate the gradients. Those of fp16 are fp32 until the loss scale has been applied."""
     return [
         torch.empty_like(
             s,
@@ -372,6 +383,6 @@ def _(
 
 
 def is_overwritable(flat: Tensor, logits: Tensor) -> bool:
-    """Whether ``flat``, (N, V), is the logits' own memory, row for row; padding between is fine."""
+    """Return whether ``flat``, (N, V), is the memory of ``logits``; rows may be padded."""
     own = flat.data_ptr() == logits.data_ptr() and flat.stride(1) == 1
     return own and (flat.shape[0] < 2 or flat.stride(0) >= flat.shape[1])

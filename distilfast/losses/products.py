@@ -1,9 +1,9 @@
 """The matrix products of a fused head: logits from hidden states, and the gradients' way back.
 
-Logits of 16-bit hidden states are wanted in fp32. Near the teacher two softmaxes nearly cancel, and
-logits rounded to bf16 would leave a gradient that is mostly noise: docs/exactness.md. What makes
-such a product depends on the machine, and so does the dtype in which the gradient of the logits
-goes into its own two products:
+Logits of 16-bit hidden states have to be fp32. Near the teacher the two softmaxes nearly cancel,
+and logits rounded to bf16 would give a gradient that is mostly noise: docs/exactness.md. How such a
+product is computed depends on the machine. So does the dtype that the gradient of the logits has in
+its own two products:
 
     machine                        logits                                 gradient
     GPU                            torch.mm(..., out_dtype=fp32)          16 bits
@@ -11,9 +11,9 @@ goes into its own two products:
                                    fp32 products that multiply in bf16    16 bits
     any other CPU, and fp16        fp32 products                          fp32
 
-fp32 products take blocks of the weight, widened when they are needed, so that no fp32 copy of a
-head exists. A product of two bf16 numbers is exact in fp32, so all of these differ in the order of
-their sums alone.
+fp32 products take the weight in blocks and widen one block at a time, so that no fp32 copy of a
+head exists. The product of two bf16 numbers is exact in fp32, so all of these differ only in the
+order of their sums.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from torch import Tensor
 from distilfast.losses.backends import Backend
 from distilfast.machine import multiplies_bf16
 
-# Of a weight, widened at a time: what a core's cache holds (docs/kernels.md).
+# The size of a widened block of the weight: it fits a core's cache (docs/kernels.md).
 BLOCK_BYTES = 3 << 20
 HALVES = (torch.bfloat16, torch.float16)
 
 
 class Products(NamedTuple):
-    """How a side's products are made. ``h`` is (n, D), ``weight`` (V, D), a gradient (n, V)."""
+    """How a side computes its products. ``h`` is (n, D), ``weight`` (V, D), a gradient (n, V)."""
 
     backend: Backend
-    kernel: bool = False  # the backend's own product makes the logits
-    widened: bool = False  # fp32 products of blocks make them
-    in_bf16: bool = False  # and multiply in bf16
+    kernel: bool = False  # the backend's own product computes the logits
+    widened: bool = False  # fp32 products of blocks compute them
+    in_bf16: bool = False  # fp32 products of blocks multiply in bf16
 
     @staticmethod
     def of(
         dtype: torch.dtype, logits_dtype: torch.dtype, device: str, backend: Backend
     ) -> Products:
-        """For hidden states and a weight of ``dtype``, and logits of ``logits_dtype``."""
+        """Choose for hidden states and a weight of ``dtype``, and logits of ``logits_dtype``."""
         if device == "cuda" or dtype not in HALVES:
             return Products(backend)
         fast = dtype == torch.bfloat16 and multiplies_bf16()
         if fast and logits_dtype == dtype:
             return Products(backend)
-        # Tiles of AMX, which PyTorch uses, multiply faster than the dot products of the kernel.
+        # PyTorch uses AMX tiles, which are faster than the dot products of our kernel.
         tiles = torch.cpu._is_amx_tile_supported()
         kernel = fast and not tiles and backend.multiplies()
         return Products(backend, kernel, not kernel, fast)
 
     @property
     def wide_gradient(self) -> bool:
-        """Whether the gradient of the logits stays in their dtype, and its products are fp32's."""
+        """Whether the gradient of the logits keeps the logits' dtype and its products are fp32."""
         return self.widened and not self.in_bf16
 
     def logits(self, h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -88,7 +88,10 @@ class Products(NamedTuple):
         out.copy_(total)
 
     def weight_gradient(self, gradient: Tensor, h: Tensor, out: Tensor, begun: bool) -> None:
-        """out = gradient^T h, (V, D), or is added to. On a CPU no 16 bits can be added to fp32."""
+        """out = gradient^T h, (V, D), or out += gradient^T h if ``begun``.
+
+        A CPU's 16-bit products cannot be added to an fp32 ``out``.
+        """
         if self.wide_gradient:
             gradient, h = gradient.to(torch.float32), h.to(torch.float32)
         how: dict[str, Any] = {"beta": int(begun), "out": out}
@@ -98,8 +101,10 @@ class Products(NamedTuple):
 
 
 def _product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h W^T (+ b) in the dtype of ``out`` and in its memory, if PyTorch can do that: on a GPU any
-    16 bits give fp32, on a CPU a product has one dtype."""
+    """Return h W^T (+ b), in the dtype and memory of ``out`` if PyTorch can do that.
+
+    On a GPU 16-bit operands can give fp32. On a CPU a product has the dtype of its operands.
+    """
     how: dict[str, Any] = {}
     if out.dtype == h.dtype:
         how["out"] = out
@@ -111,7 +116,7 @@ def _product(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Ten
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in fp32, by blocks of its rows, each in the memory of the one before."""
+    """Yield blocks of the weight's rows in fp32, each in the memory of the block before."""
     n_rows, width = weight.shape
     rows = max(64, BLOCK_BYTES // (4 * max(width, 1)) // 64 * 64)
     block = weight.new_empty((min(rows, n_rows), width), dtype=torch.float32)
@@ -122,8 +127,11 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 @contextlib.contextmanager
 def _multiplying_in_bf16(wanted: bool) -> Iterator[None]:
-    """PyTorch's fp32 products round their operands to bf16, which these operands do not feel, and
-    add in fp32. The setting is the process's, and as it was afterwards."""
+    """Let PyTorch's fp32 products round their operands to bf16 and add in fp32.
+
+    The rounding changes nothing here, as the operands were bf16 before. The setting applies to the
+    whole process and is restored afterwards.
+    """
     if not wanted:
         yield
         return

@@ -1,12 +1,11 @@
-"""The specification: every loss and its gradient in plain PyTorch, one function a term.
+"""The specification: every loss and its gradient in plain PyTorch, one function for each term.
 
-This file is at once the definition of what distilfast computes, the float64 oracle of its tests,
-the backend that works everywhere, and a baseline of the bench. It is written to be read; speed is
-the business of the fused backends.
+This file defines what distilfast computes. It is also the backend that works everywhere, and a
+baseline of the bench. It is written to be read; the fused backends are written to be fast.
 
 Notation. A row is one token. s and t are its student and teacher logits over the vocabulary, T the
 temperature, p = softmax(t / T) and q = softmax(s / T). Each function takes (N, V) tensors in the
-dtype to compute in (fp32 or fp64) and returns the (N,) losses with, where asked for, their (N, V)
+dtype to compute in (fp32 or fp64). It returns the (N,) losses and, on request, their (N, V)
 gradient with respect to s.
 
 Minus infinity marks a token that a model excludes. In every divergence 0 * log 0 = 0, so a column
@@ -28,7 +27,7 @@ STATISTICS = ("student_entropy", "teacher_entropy", "agreement")
 
 
 class Options(NamedTuple):
-    """What to compute for each row: the scalars that every backend receives."""
+    """The scalars that every backend receives. They define what to compute for each row."""
 
     temperature: float
     kd_weight: float
@@ -42,12 +41,12 @@ class Options(NamedTuple):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """In the order of PARTS."""
+        """The weights in the order of PARTS."""
         return self.kd_weight, self.ce_weight, self.cos_weight, self.mse_weight
 
 
 class Head(NamedTuple):
-    """What makes logits of a head's products x: softcap tanh(scale (x + bias) / softcap)."""
+    """Turns a head's products x into logits: softcap tanh(scale (x + bias) / softcap)."""
 
     scale: float = 1.0
     softcap: float = 0.0  # none
@@ -55,11 +54,11 @@ class Head(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether products are logits."""
+        """Whether the products already are the logits."""
         return self.scale == 1 and not self.softcap and self.bias is None
 
     def logits_(self, x: Tensor) -> Tensor:
-        """The logits, in place of their products."""
+        """Turn products into logits, in place."""
         if self.bias is not None:
             x += self.bias
         if self.scale != 1:
@@ -67,8 +66,10 @@ class Head(NamedTuple):
         return x.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else x
 
     def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of the logits becomes, in place, that of the products.
-        d/dx c tanh(x / c) = 1 - (y / c)^2."""
+        """Turn the gradient of the logits into that of the products, in place.
+
+        With y = c tanh(x / c), dy/dx = 1 - (y / c)^2.
+        """
         if self.softcap:
             slope = 1 - (logits / self.softcap) ** 2
             gradient *= slope.masked_fill_(gradient == 0, 0)  # 0 * NaN is 0 in a row left out
@@ -79,37 +80,38 @@ PLAIN = (Head(), Head())  # of student and teacher
 
 
 class Term(NamedTuple):
-    """A loss for each row, (N,), and its gradient, (N, V), or None where none was asked for."""
+    """A loss for each row, (N,), and its gradient, (N, V), or None if not requested."""
 
     loss: Tensor
     gradient: Tensor | None
 
 
-# Up to here |log q - log p| counts as small, and series replace differences that cancel.
+# Up to this |log q - log p|, series replace differences that would cancel.
 NEAR = 0.125
 
 
 def divergence(
     s: Tensor, t: Tensor, temperature: float, kind: str, beta: float, gradient: bool
 ) -> Term:
-    """T^2 times the divergence of q from p (Hinton et al. 2015, section 2.1).
+    """Return T^2 times the divergence of q from p (Hinton et al. 2015, section 2.1).
 
     forward_kl: KL(p || q). reverse_kl: KL(q || p).
     jsd: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     T^2 keeps the gradient's size independent of T, since d/ds carries a factor 1 / T twice.
-    Where a reverse KL is infinite its gradient does not exist: the whole row is NaN.
+    An infinite reverse KL has no gradient: the whole row of the gradient is NaN.
 
-    Near the teacher a divergence is the small difference of large sums. So it is summed in terms
-    that are never negative, each exact to its last digits: p (e^d - 1 - d) with d = log q - log p,
-    where p and q sum to 1. An error of a constant in d counts only squared.
+    Near the teacher a divergence is a small difference of large sums. To avoid the cancellation, it
+    is summed from terms p (e^d - 1 - d), with d = log q - log p. As p and q sum to 1, the sum of
+    these terms is the same. Each is exact to its last digits and never negative. A constant error
+    in d has only a squared effect.
     """
     x_s, x_t = s / temperature, t / temperature
     p, q = x_t.softmax(-1), x_s.softmax(-1)
     p_is_0, q_is_0 = x_t == -math.inf, x_s == -math.inf
     d = _log_ratio(s, t, temperature).masked_fill_(p_is_0 & q_is_0, 0)
     near = d.abs() < NEAR
-    # What rounding has left of the sum of q - p, which is 0, is off the constant.
+    # The sum of q - p should be 0. If rounding makes it differ, d has a constant error: remove it.
     d = d - torch.where(near, p * d.expm1(), q - p).sum(-1, keepdim=True)
     # Where a softmax underflows, the probability is tiny and not 0: tiny * inf is inf.
     if kind == "forward_kl":
@@ -123,7 +125,7 @@ def divergence(
     else:
         p_over_m = _log_share(d.neg(), 1 - beta).masked_fill_(p_is_0, 0)
         q_over_m = _log_share(d, beta).masked_fill_(q_is_0, 0)
-        # KL(p || m) is the sum of p (u - log(1 + u)), u = m / p - 1, and so for q.
+        # KL(p || m) is the sum of p (u - log(1 + u)), u = m / p - 1; KL(q || m) likewise.
         of_p = torch.where(near, _psi((1 - beta) * d.expm1()), p_over_m)
         of_q = torch.where(near, _psi(beta * d.neg().expm1()), q_over_m)
         apart = (p - q).masked_fill_(near, 0)
@@ -135,7 +137,7 @@ def divergence(
 
 
 def _log_ratio(s: Tensor, t: Tensor, temperature: float) -> Tensor:
-    """log q - log p. Of two ways to take s - t the one that rounds a smaller number."""
+    """Return log q - log p. Of two ways to compute s - t, take the one that rounds less."""
     top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
     below_s, below_t = s - top_s, t - top_t
     direct = (s - t).abs() < -(below_s + below_t)
@@ -145,8 +147,11 @@ def _log_ratio(s: Tensor, t: Tensor, temperature: float) -> Tensor:
 
 
 def _from_mean(q: Tensor, q_over_m: Tensor, kl_q_m: Tensor, d: Tensor, beta: float) -> Tensor:
-    """log(q / m) less its mean under q. Where student and teacher have little in common it is
-    nearly -log(1 - beta) everywhere, and is measured from there."""
+    """Return log(q / m) minus its mean under q.
+
+    If student and teacher have little in common, log(q / m) is nearly -log(1 - beta) everywhere.
+    Then the difference to that value is used, which loses no digits.
+    """
     farthest = -math.log1p(-beta)
     rest = (d.clamp(min=-80).neg_().exp_() * (beta / (1 - beta))).log1p_().neg_()
     saturated = (kl_q_m > farthest / 2)[:, None]
@@ -155,13 +160,13 @@ def _from_mean(q: Tensor, q_over_m: Tensor, kl_q_m: Tensor, d: Tensor, beta: flo
 
 
 def _excess(p: Tensor, q: Tensor, d: Tensor, near: Tensor) -> Tensor:
-    """p (e^d - 1 - d) where q = p e^d: the terms of KL(p || q). q where p is 0."""
+    """Return p (e^d - 1 - d), with q = p e^d: the terms of KL(p || q). If p is 0, return q."""
     finite = d.clamp(torch.finfo(d.dtype).min, torch.finfo(d.dtype).max)
     return torch.where(near, p * _phi(d), q - p - p * finite)
 
 
 def _phi(x: Tensor) -> Tensor:
-    """e^x - 1 - x of a small x: x^2 / 2 (1 + x / 3 (1 + x / 4 (...)))."""
+    """Return e^x - 1 - x for a small x: x^2 / 2 (1 + x / 3 (1 + x / 4 (...)))."""
     series = torch.ones_like(x)
     for k in range(15 if x.dtype == torch.float64 else 8, 2, -1):
         series.mul_(x).div_(k).add_(1)
@@ -169,7 +174,7 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def _psi(x: Tensor) -> Tensor:
-    """x - log(1 + x) of a small x: x^2 (1 / 2 - x (1 / 3 - x (1 / 4 - ...)))."""
+    """Return x - log(1 + x) for a small x: x^2 (1 / 2 - x (1 / 3 - x (1 / 4 - ...)))."""
     series = torch.zeros_like(x)
     for k in range(22 if x.dtype == torch.float64 else 10, 1, -1):
         series.mul_(-x).add_(1 / k)
@@ -177,15 +182,18 @@ def _psi(x: Tensor) -> Tensor:
 
 
 def _log_share(d: Tensor, share: float) -> Tensor:
-    """log(q / m) where m = share p + (1 - share) q and d = log q - log p."""
+    """Return log(q / m), with m = share p + (1 - share) q and d = log q - log p."""
     low = d.clamp(max=0)
     below = low - math.log(share) - (low.exp() * ((1 - share) / share)).log1p_()
     return torch.where(d < -1, below, -(share * d.clamp(min=-1).neg_().expm1_()).log1p_())
 
 
 def row_statistics(s: Tensor, t: Tensor, temperature: float) -> Tensor:
-    """STATISTICS of each row, (3, N): the entropies of q and p in nats, and 1 where the largest
-    logits of both stand in the same column, else 0. Of equal ones the first counts."""
+    """Return the STATISTICS of each row, (3, N).
+
+    They are the entropies of q and p in nats, and the agreement: 1 if the largest logits of both
+    stand in the same column, else 0. If several are largest, the first counts.
+    """
     entropies = []
     for x in (s / temperature, t / temperature):
         log_p = x.log_softmax(-1)
@@ -198,7 +206,7 @@ def row_statistics(s: Tensor, t: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
-    """-log softmax(s)[label] at temperature 1. A label outside [0, V) makes its row NaN."""
+    """Return -log softmax(s)[label] at temperature 1. A label outside [0, V) makes its row NaN."""
     valid = (labels >= 0) & (labels < s.shape[-1])
     index = labels.clamp(0, s.shape[-1] - 1)[:, None]
     log_q = s.log_softmax(-1)
@@ -211,7 +219,7 @@ def cross_entropy(s: Tensor, labels: Tensor, gradient: bool) -> Term:
 
 
 def cosine_distance(s: Tensor, t: Tensor, gradient: bool) -> Term:
-    """1 - s.t / (|s| |t|). A zero vector has no direction: distance 1, gradient 0."""
+    """Return 1 - s.t / (|s| |t|). A zero vector has no direction: distance 1, gradient 0."""
     excluded = (s == -math.inf) & (t == -math.inf)
     s, t = s.masked_fill(excluded, 0), t.masked_fill(excluded, 0)
     ss, tt = (s * s).sum(-1), (t * t).sum(-1)
@@ -225,7 +233,7 @@ def cosine_distance(s: Tensor, t: Tensor, gradient: bool) -> Term:
 
 
 def squared_error(s: Tensor, t: Tensor, gradient: bool) -> Term:
-    """Sum over the vocabulary of (s - t)^2. Where it is not finite, the row's gradient is NaN."""
+    """Return the sum over the vocabulary of (s - t)^2. If not finite, its gradient is NaN."""
     difference = (s - t).masked_fill((s == -math.inf) & (t == -math.inf), 0)
     loss = (difference * difference).sum(-1)
     if not gradient:
@@ -246,28 +254,29 @@ def distillation(
     bias_gradient: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """Every part of the loss for each row, and the gradient of their weighted sum.
+    """Compute every part of the loss for each row, and the gradient of their weighted sum.
 
     Args:
-        student: (N, V_s) logits, or what ``heads`` makes them of; bf16, fp16, fp32 or fp64.
+        student: (N, V_s) logits, or products that ``heads`` turns into logits; bf16, fp16, fp32 or
+            fp64.
         teacher: (N, V_t), likewise.
-        labels: (N,) int64; ``options.ignore_index`` where there is no hard label. None: none.
+        labels: (N,) int64; ``options.ignore_index`` where there is no hard label. None: no labels.
         mask: (N,) row weights of kd, cos and mse, bool or float. None: all ones.
-        kd_scale: () or (N,), multiplies the gradient of kd, cos and mse; where it is 0 the row
-            counts as outside the mask.
-        ce_scale: () or (N,), multiplies the gradient of ce; where it is 0 the row counts as
+        kd_scale: () or (N,), multiplies the gradient of kd, cos and mse. A row where it is 0 counts
+            as outside the mask.
+        ce_scale: () or (N,), multiplies the gradient of ce. A row where it is 0 counts as
             unlabelled.
         options: the scalars; columns from ``options.vocab_size`` on are padding.
-        gradient: (N, V_s) to be overwritten with the gradient; or None. It may be ``student``
-            itself, or have another dtype and (not triton) begin each row where that does.
-        heads: of student and teacher.
-        bias_gradient: (vocab_size,), in the dtype computed in, to add the sum of ``gradient`` over
-            the rows to, before it is rounded (triton: after); or None.
-        statistics: (3, N), STATISTICS, to be overwritten; or None. Needs a kd_weight.
+        gradient: (N, V_s), overwritten with the gradient; or None. It may be ``student`` itself.
+            Or it may have another dtype and (not in triton) start each row where ``student`` does.
+        heads: the Heads of student and teacher.
+        bias_gradient: (vocab_size,), in the dtype computed in; or None. The sum of ``gradient``
+            over the rows is added to it, before ``gradient`` is rounded (triton: after).
+        statistics: (3, N), overwritten with STATISTICS; or None. Needs kd_weight > 0.
 
     Returns:
-        (4, N): kd, ce, cos and mse, the first, third and fourth times the mask. A row that a part
-        leaves out is exactly 0 there, whatever it holds; a part of weight 0 is 0.
+        (4, N): kd, ce, cos and mse; all but ce are times the mask. A row that a part leaves out is
+        exactly 0 there, whatever the row holds. A part of weight 0 is 0.
     """
     n_rows, vocab = student.shape[0], options.vocab_size
     compute = accumulation_dtype(student, teacher)
@@ -278,8 +287,10 @@ def distillation(
     mask = counting(mask, kd_scale, n_rows, compute)
 
     def add(part: str, weight: float, used: Tensor | None, scale: Tensor, term: Term) -> None:
-        """Take a term in, times the row weights ``used``. A row of weight 0 is overwritten with 0:
-        a product would keep its NaN."""
+        """Add a term, times the row weights ``used``.
+
+        A row of weight 0 is overwritten with 0: a multiplication would keep its NaN.
+        """
         nonlocal total
         loss, grad = term
         rows[PARTS.index(part)] = loss if used is None else (loss * used).masked_fill(used == 0, 0)
@@ -324,16 +335,17 @@ def hidden_cosine(
     scale: Tensor,
     gradients: Sequence[Tensor],
 ) -> Tensor:
-    """The mean over layers of the cosine distance of each row's hidden states.
+    """Compute the mean over layers of the cosine distance of each row's hidden states.
 
     Args:
-        student, teacher: a list of (N, D) a layer.
+        student, teacher: a list with one (N, D) per layer.
         mask: (N,) row weights, bool or float, or None.
-        scale: () or (N,), multiplies the gradient; a row where it is 0 counts as outside the mask.
-        gradients: (N, D) a layer to be overwritten with the gradient; empty where none is wanted.
+        scale: () or (N,), multiplies the gradient. A row where it is 0 counts as outside the mask.
+        gradients: a list with one (N, D) per layer, overwritten with the gradient; empty if none is
+            wanted.
 
     Returns:
-        (N,), times the mask; exactly 0 where it is 0.
+        (N,), times the mask; exactly 0 where the mask is 0.
     """
     compute = accumulation_dtype(*student, *teacher)
     total = torch.zeros(student[0].shape[0], dtype=compute, device=student[0].device)
@@ -357,7 +369,7 @@ def combine_teachers(
     mode: str,
     vocab_size: int,
 ) -> Tensor:
-    """Logits z, (N, vocab_size), whose softmax at T is the ensemble's (Hinton et al. 2015, 1).
+    """Return logits z, (N, vocab_size), with the ensemble's softmax at T (Hinton et al. 2015, 1).
 
     "probability", the arithmetic mean: z = T log sum_k w_k softmax(t_k / T).
     "logit", the geometric mean: z = sum_k w_k t_k.
@@ -381,8 +393,8 @@ def combine_teachers(
 def counting(
     mask: Tensor | None, scale: Tensor, n_rows: int, compute: torch.dtype
 ) -> Tensor | None:
-    """The mask in the dtype computed in, 0 where the scale is 0, too. None: all ones."""
-    # On a GPU nobody asks for the scale's value: that would be a wait.
+    """Return the mask in the dtype computed in, and 0 where the scale is 0. None: all ones."""
+    # On a GPU the scale's value is not read: that would wait for the device.
     if not scale.is_cuda and bool((scale != 0).all()):
         return None if mask is None else mask.to(compute)
     used = (scale != 0).to(compute).expand(n_rows)
@@ -399,14 +411,17 @@ def row_scales(
     device: torch.device,
     needed: Tensor | None = None,
 ) -> Tensor:
-    """What the sums over rows are multiplied by: (2,), 1 / the total of kd, cos and mse, and 1 /
-    that of ce. A total of 0 gives 0: nothing counts then.
+    """Return the factors of the sums over rows, (2,).
+
+    They are 1 / the total of kd, cos and mse, and 1 / the total of ce. A total of 0 gives 0, as
+    nothing counts then.
 
     Args:
-        totals: of the two, a number or 0-d tensor; None: the sum of the mask, or the number of rows
-            without one; the number of labels that are not ``ignore_index``.
+        totals: the two totals, each a number, a 0-d tensor or None. None stands for the sum of the
+            mask (without a mask, the number of rows) and for the number of labels that are not
+            ``ignore_index``.
         compute: the dtype of the result.
-        needed: (N,) bool, to be overwritten with `needed_rows`; or None.
+        needed: (N,) bool, overwritten with `needed_rows`; or None.
     """
     kd, ce = totals
     if kd is None:
@@ -417,7 +432,7 @@ def row_scales(
         [
             x.to(device, compute, non_blocking=True)
             if isinstance(x, Tensor)
-            else torch.full((), x, dtype=compute, device=device)  # a copy would be waited for
+            else torch.full((), x, dtype=compute, device=device)  # a copy would make the host wait
             for x in (kd, ce)
         ]
     )
@@ -430,7 +445,7 @@ def row_scales(
 def needed_rows(
     scales: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """() or (N,) bool: whether any part needs a row. The scales are (2,) or (2, N)."""
+    """Return whether any part needs a row, () or (N,) bool. The scales are (2,) or (2, N)."""
     kd_scale, ce_scale = scales.unbind()
     needed = kd_scale != 0
     if mask is not None:
@@ -443,13 +458,13 @@ def needed_rows(
 def reduce_rows(
     rows: Tensor, scales: Tensor, weights: Sequence[float], reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the parts, and the parts, reduced over the rows.
+    """Reduce the parts over the rows; return their weighted sum and the parts.
 
     Args:
-        rows: (P, N), the first P of PARTS by row; of a weight of 0 it is 0.
-        scales: as `row_scales` gives them.
+        rows: (P, N), the first P of PARTS for each row; a part of weight 0 is 0.
+        scales: as `row_scales` returns them.
         weights: P numbers.
-        reduction: "none" leaves the rows apart and the scales aside.
+        reduction: "none" neither sums the rows nor applies the scales.
 
     Returns:
         () and (P,); (N,) and (P, N) with "none".
@@ -458,8 +473,8 @@ def reduce_rows(
     if reduction != "none":
         kd_scale, ce_scale = scales.unbind()
         parts = rows.sum(1) * torch.stack([kd_scale, ce_scale, kd_scale, kd_scale][: len(rows)])
-    # A part of weight 0 is left out, and the weights stay on the host: as a tensor on the device
-    # they would have to be waited for.
+    # A part of weight 0 is left out. The weights stay on the host: copying them to the device would
+    # make the host wait.
     used = [(weight, part) for weight, part in zip(weights, parts, strict=True) if weight]
     loss = used[0][0] * used[0][1]
     for weight, part in used[1:]:
@@ -468,12 +483,12 @@ def reduce_rows(
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = h W^T (+ b) of (n, D) and (V, D), made and added up in the dtype of ``out``, (n, V)."""
+    """out = h W^T (+ b) of (n, D) and (V, D), computed in the dtype of ``out``, (n, V)."""
     torch.mm(hidden.to(out.dtype), weight.to(out.dtype).T, out=out)
     if bias is not None:
         out += bias
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 where a tensor is fp64, else fp32: what sums and softmaxes are computed in."""
+    """Return the dtype of sums and softmaxes: fp64 if a tensor is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

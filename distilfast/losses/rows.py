@@ -1,4 +1,4 @@
-"""The rows of a call: logits and labels flattened, and the normalisers of their losses."""
+"""The rows of a call: flattened logits and labels, and the normalisers of their losses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What every row's loss needs beside its logits, flat, and what the sums are divided by."""
+    """Labels, mask and normalisers of a call, with flat rows."""
 
     labels: Tensor | None  # (N,) int64
     mask: Tensor | None  # (N,), bool or float
-    kd_normalizer: Tensor | None  # (), of kd, cos and mse, where it is a tensor
-    ce_normalizer: Tensor | None  # (), of ce
+    kd_normalizer: Tensor | None  # (), of kd, cos and mse; None unless the caller gave a tensor
+    ce_normalizer: Tensor | None  # (), of ce; likewise
 
 
-# In place of a normaliser that is a number: there is none, so it is counted, or a tensor.
+# Marks a normaliser that is not a number: it is a tensor, or has to be counted.
 NO_NUMBER = -1.0
 
 
@@ -30,14 +30,18 @@ def flatten_rows(
     kd_normalizer: float | Tensor | None,
     ce_normalizer: float | Tensor | None,
 ) -> tuple[Rows, list[float]]:
-    """Labels and mask as vectors, normalisers that are tensors, and beside them a number for each
-    normaliser, or NO_NUMBER. What is neither is counted by the operators, on the device."""
+    """Return the Rows, and a number for each of the two normalisers.
+
+    The Rows hold labels and mask as vectors, and the normalisers that are tensors. The number of
+    a normaliser is NO_NUMBER if it is a tensor or not given. The operators count one that is not
+    given, on the device.
+    """
     tensors: list[Tensor | None] = []
     numbers = []
     for value in (kd_normalizer, ce_normalizer):
         if value is not None and not isinstance(value, Tensor) and torch.compiler.is_compiling():
-            # Code is compiled for an operator's numbers, but for any value of a tensor. A product
-            # takes a number as a symbol, where torch.full would want to know it.
+            # torch.compile compiles anew for each number that an operator receives, but not for
+            # each value of a tensor. The product accepts a symbol; torch.full would fix its value.
             value = torch.ones((), dtype=torch.float64, device=device) * value
         if value is None and reduction != "mean":
             value = 1.0
@@ -52,7 +56,7 @@ Total = float | Tensor | None
 
 
 def as_totals(rows: Rows, numbers: Sequence[float]) -> tuple[Total, Total]:
-    """The way back from `flatten_rows`, as `reference.row_scales` takes them."""
+    """Undo `flatten_rows`: return the normalisers as `reference.row_scales` takes them."""
     tensors = rows.kd_normalizer, rows.ce_normalizer
     kd, ce = (
         tensor if tensor is not None else None if number == NO_NUMBER else number
@@ -62,8 +66,10 @@ def as_totals(rows: Rows, numbers: Sequence[float]) -> tuple[Total, Total]:
 
 
 def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """An empty (N, width), its rows as far apart as those of ``like`` if that is mere padding: then
-    a kernel finds both at the same alignment."""
+    """Return an empty (N, width) matrix, with the row stride of ``like`` if that is only padding.
+
+    With one stride, a kernel finds the rows of both at the same alignment.
+    """
     stride = like.stride(0)
     padded = like.stride(1) == 1 and width <= stride < width + 128
     return like.new_empty_strided(
@@ -72,5 +78,5 @@ def rows_like(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """(..., V) as (N, V)."""
+    """Reshape (..., V) to (N, V)."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])

@@ -1,8 +1,9 @@
 """Scratch memory on a CPU, kept from call to call.
 
-Fresh memory costs: the system clears it and hands it out page by page, and under a hypervisor that
-takes freed memory back it is slower still. On a GPU PyTorch's allocator keeps what was freed, on a
-CPU nobody does, and a fused head would spend up to a quarter of its time on it: docs/kernels.md.
+New memory is slow: the system clears it and hands it out page by page. It is slower still under a
+hypervisor that takes freed memory back. On a GPU, PyTorch's allocator keeps freed memory; on a CPU
+nothing does. Without this module a fused head would spend up to a quarter of its time on new
+memory: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-LARGE_BYTES = 16 << 20  # from here on it shows
-KEPT_BYTES = 4 << 30  # at most, whatever a call has used
+LARGE_BYTES = 16 << 20  # smaller tensors are not kept: allocating them takes no noticeable time
+KEPT_BYTES = 4 << 30  # the most that is kept, even if a call has used more
 PAGE_BYTES = 2 << 20
 
 
 def _block(n_bytes: int) -> Tensor:
-    """Whole pages, as bytes."""
+    """Allocate at least ``n_bytes`` in whole pages, as a tensor of bytes."""
     n_bytes = -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n_bytes, dtype=torch.uint8)
@@ -32,16 +33,16 @@ def _block(n_bytes: int) -> Tensor:
         memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{n_bytes} bytes of scratch memory") from error
-    with contextlib.suppress(OSError):  # a system that has no larger ones
+    with contextlib.suppress(OSError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Scratch:
-    """Memory for the length of a call, from Scratch() to keep(), that the next call may have.
+    """Memory for one call, from Scratch() to keep(), that the next call reuses.
 
-    What a call used stays with the process, up to KEPT_BYTES, until one that uses other sizes or
-    `release`. Two calls at a time, in two threads, have each their own.
+    The process keeps up to KEPT_BYTES of a call's memory until a call uses other sizes, or until
+    `release`. Two calls in two threads at the same time each have their own.
     """
 
     _kept: ClassVar[list[Tensor]] = []
@@ -53,7 +54,7 @@ class Scratch:
         self.used: list[Tensor] = []
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """torch.empty, not to be touched after `keep`."""
+        """Like torch.empty. The tensor must not be used after `keep`."""
         n_bytes = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or n_bytes < LARGE_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -63,7 +64,7 @@ class Scratch:
         return self.used[-1][:n_bytes].view(dtype).view(*shape)
 
     def keep(self) -> None:
-        """The call is over."""
+        """End the call, and keep its memory for the next one."""
         kept, room = [], KEPT_BYTES
         for block in sorted(self.used, key=len):
             room -= len(block)
@@ -74,7 +75,7 @@ class Scratch:
 
     @staticmethod
     def release() -> None:
-        """Give back to the system what is kept."""
+        """Return all kept memory to the system."""
         with Scratch._lock:
             Scratch._kept = []
 

@@ -1,4 +1,4 @@
-"""What a report holds, in Python and as JSON."""
+"""The content of a report, in Python and as JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distilfast.errors import shortened
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One line of the table: a model, what it costs and how good it is on held-out text."""
+    """A row of the table of models: size, cost and figures on held-out text."""
 
     name: str
     parameters: int
-    size_mib: float  # of the weights
+    size_mib: float  # size of the weights
     eval_loss: float  # cross entropy in nats at masked positions
-    eval_accuracy: float  # share of masked tokens guessed first, 0 to 1
+    eval_accuracy: float  # share of masked tokens that are the first guess, 0 to 1
     eval_agreement: float | None  # share of first guesses that are the teacher's; None: a teacher
     train_time_s: float | None
     steps: int | None
@@ -28,7 +28,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Guess:
-    """A token that a model puts in place of the mask, and its probability (0 to 1)."""
+    """A token that a model puts in place of [MASK], and its probability (0 to 1)."""
 
     token: str
     probability: float
@@ -36,7 +36,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that holds [MASK], and what each model guesses there."""
+    """A text that contains [MASK], and the guesses of each model."""
 
     text: str
     guesses: dict[str, list[Guess]]  # model name -> guesses, best first
@@ -48,14 +48,16 @@ class Table:
     """Rows of text under named columns."""
 
     title: str
-    columns: list[str]  # the first heads the names of the rows
-    rows: list[list[str]]  # text as it is shown; "" where nothing was measured
+    columns: list[str]  # the first one is the heading of the rows' names
+    rows: list[list[str]]  # text as it is shown; "" if nothing was measured
     caption: str = ""
-    published: list[int] = field(default_factory=list)  # rows that are figures of others
+    published: list[int] = field(default_factory=list)  # indices of rows with published figures
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a row of another width and for a published row that is not there:
-        figures under the wrong heading are worse than none."""
+        """Raise a ValueError if a row has another width, or a published row does not exist.
+
+        Figures under the wrong heading are worse than none.
+        """
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.columns):
                 expected = f"expected {len(self.columns)} cells, got {len(row)}"
@@ -67,36 +69,36 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Values of several seeds side by side, a row a name: a dot a value, a bar at the median."""
+    """Values of several seeds, one row per name: a dot for each value, a bar at the median."""
 
     title: str
     unit: str
-    values: dict[str, list[float]]  # row name -> a value a seed; one that is not finite is counted
-    zero: bool = False  # they are differences: shown with their sign, and a line at 0
+    values: dict[str, list[float]]  # row name -> a value for each seed; not finite: only counted
+    zero: bool = False  # the values are differences: show their signs, and a line at 0
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page shows; every string is text, never HTML."""
+    """Everything that the page shows. Every string is text, never HTML."""
 
     title: str
-    lead: str  # one sentence: what the figures say
+    lead: str  # one sentence that sums up the figures
     models: list[ModelRow] = field(default_factory=list)
     # run name -> the parsed lines of its metrics.jsonl
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)  # device, versions, date, commit, ...
-    config: str | dict[str, str] = ""  # the YAML of the run, or of several by name
+    config: str | dict[str, str] = ""  # the run's YAML; for several runs, by name
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)  # what makes the figures again
+    commands: list[str] = field(default_factory=list)  # commands that reproduce the figures
 
 
 def read_report(path: Path) -> Report:
     """Read the JSON that `write_report` left beside a page.
 
-    Raises ValueError, naming the file, the field, what was expected and what came.
+    Raises a ValueError that names the file, the field, what was expected and what was found.
     """
     try:
         report: Report = _typed(Report, json.loads(path.read_bytes()), "report")
@@ -106,7 +108,7 @@ def read_report(path: Path) -> Report:
 
 
 def markdown(table: Table) -> str:
-    """A table for a terminal or a README."""
+    """Format a table for a terminal or a README."""
     rows = [
         [row[0] + " (published)" * (i in table.published), *row[1:]]
         for i, row in enumerate(table.rows)
@@ -119,7 +121,7 @@ def markdown(table: Table) -> str:
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value of JSON as the annotation of a field has it."""
+    """Convert a JSON value to the type of a field's annotation."""
     kind, arguments = get_origin(hint), get_args(hint)
     if hint is Any or (kind is None and _fits(hint, value)):
         return value

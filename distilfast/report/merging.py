@@ -1,4 +1,4 @@
-"""One report of several runs: models in one table, curves in one plot, like tables merged."""
+"""Merges the reports of several runs: one table of models, shared plots, similar tables joined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distilfast.report.content import Chart, ModelRow, Report, Sample, Table
 
 
 def merge(reports: dict[str, Report]) -> Report:
-    """One report of several, by the names of the runs; of one, that report."""
+    """Merge reports, given by the names of their runs. A single report is returned unchanged."""
     if len(reports) == 1:
         return next(iter(reports.values()))
     configs = {
@@ -54,12 +54,15 @@ def merge(reports: dict[str, Report]) -> Report:
 
 
 def _of(run: str, name: str) -> str:
-    """What something of a run is called among the others'."""
+    """Return the name that an item of a run has in a merged report."""
     return name if name == run else f"{run}: {name}"
 
 
 def _models(reports: dict[str, Report]) -> list[ModelRow]:
-    """Every row under its run's name; once, and without, where several runs have the very same."""
+    """Return all rows with their run's name.
+
+    A row that is identical in several runs appears once, without a run's name.
+    """
     rows = [(run, row) for run, report in reports.items() for row in report.models]
     count = Counter(row for _, row in rows)
     named = [row if count[row] > 1 else replace(row, name=_of(run, row.name)) for run, row in rows]
@@ -67,7 +70,7 @@ def _models(reports: dict[str, Report]) -> list[ModelRow]:
 
 
 def _samples(reports: dict[str, Report]) -> list[Sample]:
-    """The guesses of all runs at the same text side by side."""
+    """Put the guesses of all runs for the same text side by side."""
     samples: dict[tuple[str, str | None], Sample] = {}
     for run, report in reports.items():
         for sample in report.samples:
@@ -78,7 +81,7 @@ def _samples(reports: dict[str, Report]) -> list[Sample]:
 
 
 def _facts(reports: dict[str, Report]) -> dict[str, str]:
-    """Once what holds for all runs, and the rest with the run's name."""
+    """Return facts shared by all runs once, and the others with the run's name."""
     facts: dict[str, str] = {}
     for key in dict.fromkeys(key for report in reports.values() for key in report.facts):
         values = {run: report.facts.get(key) for run, report in reports.items()}
@@ -97,7 +100,7 @@ def _merged(
     key: Callable[[Item], Hashable],
     join: Callable[[list[tuple[str, Item]]], Item],
 ) -> list[Item]:
-    """Items of one key and several runs joined; those of a single run under its name."""
+    """Join items of several runs that have the same key. Others get the name of their run."""
     groups: dict[Hashable, list[tuple[str, Item]]] = {}
     for run, item in items:
         groups.setdefault(key(item), []).append((run, item))
@@ -115,7 +118,7 @@ def _captions(group: Sequence[tuple[str, Table | Chart]]) -> str:
 
 
 def _table(group: list[tuple[str, Table]]) -> Table:
-    """The rows of all, then those of others, which the runs repeat, once each."""
+    """Join the rows of all runs. Published rows, which the runs repeat, come last and once each."""
     own, published = [], {}
     for run, table in group:
         for i, (name, *cells) in enumerate(table.rows):
@@ -138,7 +141,7 @@ def _configs(run: str, report: Report) -> dict[str, str]:
 
 
 def flat_keys(text: str) -> dict[str, Any]:
-    """The keys of a configuration, those of a section with its name; empty: it is not one."""
+    """Return a configuration's values by full key (section.key); empty if the text is none."""
 
     def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in section.items():
@@ -155,8 +158,10 @@ def flat_keys(text: str) -> dict[str, Any]:
 
 
 def _what_differs(configs: dict[str, str]) -> Iterator[Table]:
-    """The keys that several configurations have, with different values; but for where the output
-    goes, which always differs."""
+    """Yield a table of the keys in which the configurations differ, except `output`.
+
+    `output` differs always.
+    """
     runs = {run: flat_keys(text) for run, text in configs.items()}
     rows = []
     for key in dict.fromkeys(key for keys in runs.values() for key in keys if key != "output"):

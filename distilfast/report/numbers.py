@@ -1,4 +1,4 @@
-"""Numbers as text."""
+"""Formats numbers as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def percent(share: float | None) -> str:
 def count(number: int) -> str:
     """22_700_000 -> "22.7 M"."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.99995 * scale:  # what rounds to 1000.0 of a unit is 1.0 of the next
+        if number >= 0.99995 * scale:  # 1000.0 after rounding is 1.0 of the next unit
             return f"{number / scale:,.1f} {unit}"
     return str(number)
 

@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file, and the same as JSON beside it."""
+"""Writes the page, one self-contained HTML file, and the same content as JSON beside it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from distilfast.report.plots import (
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the report as one HTML file, and beside it as JSON for `read_report`; return the path.
+    """Write the report as one HTML file, and as JSON beside it for `read_report`; return the path.
 
-    Each file appears whole or not at all, an earlier one stays until then, and the same report
-    gives the same bytes. Missing folders are made.
+    Each file appears whole or not at all; until then an earlier one stays. The same report gives
+    the same bytes. Missing folders are created.
     """
     page = _render(report).encode("utf-8", "replace")
     data = json.dumps(report, default=vars).encode()
@@ -35,14 +35,14 @@ def write_report(report: Report, path: Path) -> Path:
 
 
 def _figures(table: Table) -> list[bool]:
-    """Of each column, whether it holds numbers, which are set flush right, or text."""
+    """Return for each column whether it holds numbers. Numbers are set flush right."""
     figure = re.compile(r"([-+−~<>≥≤ ]*(\d|NaN|∞|–).*)?", re.DOTALL)
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
     return [all(map(figure.fullmatch, column)) for column in columns]
 
 
 def _best_students(models: Sequence[ModelRow]) -> set[str]:
-    """Of two students or more, the names of those with the lowest held-out loss."""
+    """Return the students with the lowest held-out loss, if there are at least two students."""
     losses = {
         row.name: row.eval_loss
         for row in models

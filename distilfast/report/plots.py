@@ -1,4 +1,4 @@
-"""Curves and charts as SVG."""
+"""Draws curves and charts as SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distilfast.parts import LOGGED
 from distilfast.report.content import Chart, ModelRow, Report
 from distilfast.report.numbers import fixed
 
-_MAX_POINTS = 400  # about as many as a plot of this size can show
+_MAX_POINTS = 400  # about the most points that a plot of this size can show
 SMOOTHING = 50  # the window of the running mean is 1/50 of a run
 HELDOUT_TITLES = {
     "eval_loss": ("Held-out loss", "nats"),
@@ -33,22 +33,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Style:
-    """How a run is drawn, in every plot and legend: a colour of the style sheet and a dash."""
+    """The look of a run in all plots and legends: a colour of the style sheet and a dash."""
 
     colour: int
-    dash: str  # of the SVG, in user units; "" is a full line
+    dash: str  # the SVG's stroke-dasharray, in user units; "" is a solid line
 
 
 def number(value: object) -> float:
-    """A float that can be drawn, else NaN; beyond 1e30 matplotlib's own arithmetic overflows."""
+    """Return a float that can be drawn, else NaN: beyond 1e30 matplotlib's arithmetic overflows."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         return math.nan
     return float(value)
 
 
 def curve_of(run: str, lines: Iterable[dict[str, Any]], key: str) -> Curve | None:
-    """The curve of one key, by step; None where nothing of it can be drawn."""
-    # A run that was resumed may have logged a step twice; the later line is the one that counts.
+    """Return the curve of one key against step; None if there is nothing to draw."""
+    # A resumed run may have logged a step twice; the later line counts.
     points = {number(line.get("step")): number(line[key]) for line in lines if key in line}
     steps = sorted(step for step in points if not math.isnan(step))
     values = [points[step] for step in steps]
@@ -56,19 +56,19 @@ def curve_of(run: str, lines: Iterable[dict[str, Any]], key: str) -> Curve | Non
 
 
 def _evenly(indices: Sequence[int]) -> list[int]:
-    """At most _MAX_POINTS of the indices, the first and the last among them."""
+    """Pick at most _MAX_POINTS evenly spaced indices, including the first and the last."""
     count = min(len(indices), _MAX_POINTS)
     return [indices[round(i * (len(indices) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def thin(curve: Curve, window: int = 1) -> Curve:
-    """About _MAX_POINTS of the curve's points, each the mean over a centred window.
+    """Pick about _MAX_POINTS of the curve's points; each becomes the mean of a centred window.
 
-    The window narrows towards the first point, so that the steep start of a run is not flattened,
-    and is cut off at the last. A NaN stays a gap; in the window of another point it is left out.
+    The window narrows towards the first point, so that the steep start of a run is not flattened.
+    At the last point it is cut off. A NaN stays a gap, and does not count in another point's mean.
     """
     finite = [i for i, value in enumerate(curve.values) if not math.isnan(value)]
-    # Evenly over all, which shows where the gaps are, and over the finite, which may be but few.
+    # Pick evenly from all points, which shows the gaps, and from the finite ones, which may be few.
     picked = sorted({*_evenly(range(len(curve.values))), *_evenly(finite)})
 
     def mean(i: int) -> float:
@@ -79,7 +79,7 @@ def thin(curve: Curve, window: int = 1) -> Curve:
     return Curve(curve.run, [curve.steps[i] for i in picked], [mean(i) for i in picked])
 
 
-# Colours that stand for variables of the style sheet: drawn as these, then replaced by name.
+# Placeholder colours: drawn by matplotlib, then replaced by variables of the style sheet.
 _INK = {"#010000": "var(--muted)", "#020000": "var(--rule)"}
 _SERIES = {f"#0000{i:02x}": f"var(--series-{i})" for i in range(1, 9)}
 
@@ -101,10 +101,10 @@ def _plot(
     percent: bool = False,
     log: bool = False,
 ) -> str:
-    """An SVG element of the curves against step, with a dashed level for each reference.
+    """Draw the curves against step as an SVG element, with a dashed level for each reference.
 
-    It holds no text but numbers and the word "step": names stand in the page's own legend, where
-    they wrap, are escaped once and need no font that matplotlib knows.
+    Its only text is numbers and the word "step". Names stand in the page's own legend: there they
+    wrap, are escaped once, and need no font that matplotlib knows.
     """
     import matplotlib
     from matplotlib import ticker
@@ -116,7 +116,7 @@ def _plot(
         matplotlib.rcParams.update(
             {
                 "svg.fonttype": "none",
-                "svg.hashsalt": f"distilfast {name}",  # one a plot: ids are shared by the page
+                "svg.hashsalt": f"distilfast {name}",  # unique per plot: ids share the page
                 "font.size": 12.5,
                 "axes.edgecolor": rule,
                 "axes.linewidth": 1.0,
@@ -151,7 +151,7 @@ def _plot(
                 color=list(_SERIES)[style.colour - 1],
                 linewidth=2.0,
                 linestyle=(0, dash) if dash else "-",
-                marker="o" if len(curve.steps) <= 30 else "",  # alone, a point has no line
+                marker="o" if len(curve.steps) <= 30 else "",  # a single point has no line
                 markersize=4.5,
                 markeredgewidth=0,
             )
@@ -180,7 +180,7 @@ def _plot(
 
 
 def _inline(document: str) -> str:
-    """An SVG document of matplotlib's as an element of an HTML page that styles it."""
+    """Turn matplotlib's SVG document into an element of an HTML page that styles it."""
     view_box = re.search(r'viewBox="[^"]*"', document)
     assert view_box is not None
     body = document[document.index(">", view_box.end()) + 1 :]
@@ -194,10 +194,10 @@ def _inline(document: str) -> str:
 
 
 def forest(chart: Chart) -> dict[str, Any]:
-    """What the template draws of a chart: places on the axis in percent of its width, and labels.
+    """Return the template's variables for a chart: places in percent of the axis, and labels.
 
-    Names stand in HTML beside the strips, and the strips are drawn in percent, so that neither is
-    scaled: on a telephone dots and text are as large as elsewhere.
+    Names are HTML beside the strips, and places are in percent, so nothing has to be scaled: dots
+    and text have the same size on a telephone as elsewhere.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -209,7 +209,7 @@ def forest(chart: Chart) -> dict[str, Any]:
     margin = 0.05 * (max(drawn) - min(drawn) or abs(drawn[0]) or 1.0)
     low, high = min(drawn) - margin, max(drawn) + margin
     ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    digits = max(0, 1 - math.floor(math.log10(ticks[1] - ticks[0])))  # of a tenth of a tick
+    digits = max(0, 1 - math.floor(math.log10(ticks[1] - ticks[0])))  # enough for a tenth of a tick
 
     def share(value: float) -> float:
         return (value - low) / (high - low)
@@ -251,7 +251,7 @@ def _panel(
 
 
 def levels_of(report: Report) -> list[ModelRow]:
-    """The teachers that have a figure to be drawn as a level in the held-out plots."""
+    """Return the teachers whose figures are drawn as levels in the held-out plots."""
     return [
         row
         for row in report.models

@@ -1,4 +1,4 @@
-"""The report of a training run, from what its files say."""
+"""Makes the report of a training run from its files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def training_report(
     summary: dict[str, Any] | None,
     name: str | None = None,
 ) -> Report:
-    """The report of `distilfast train`.
+    """Return the report of `distilfast train`.
 
     Args:
         output: the run's folder.
         config: the YAML of its configuration.
-        lines: of its metrics.
-        summary: what summary.json holds; None: the run is not finished.
-        name: of the run and its student; None: the folder's.
+        lines: the parsed lines of its metrics.
+        summary: the content of summary.json; None: the run is not finished.
+        name: the name of the run and its student; None: the folder's name.
     """
     name = name or output.name
     report = Report(name, "", [], {name: lines}, [], {}, config, commands=[train_command(output)])
@@ -44,7 +44,7 @@ def training_report(
 
 
 def train_command(output: Path) -> str:
-    """What makes a run again, or goes on with it."""
+    """Return the command that repeats or resumes a run."""
     return shlex.join(["distilfast", "train", "--config", str(output / "config.yaml")])
 
 
@@ -52,7 +52,7 @@ def _rows(name: str, summary: dict[str, Any]) -> Iterator[ModelRow]:
     for model, scores in summary["scores"].items():
         teacher, trained = model.startswith("teacher"), model == "student"
         parameters = summary.get("teacher_parameters") if teacher else summary["parameters"]
-        if parameters is not None:  # else a summary from before teachers were counted
+        if parameters is not None:  # old summaries do not count the teachers' parameters
             yield ModelRow(
                 name=name if trained else model,
                 parameters=parameters,

@@ -1,12 +1,12 @@
-"""`distilfast ablate`: what each part of the method is worth, over several seeds.
+"""`distilfast ablate`: measure what each part of the method contributes, over several seeds.
 
     distilfast ablate --config configs/demo.yaml --data FOLDER --tasks CoLA,SST-2 --seeds 5 \\
         --output runs/ablation
     distilfast ablate --config X --grid loss.temperature=1,2,4 --grid loss.kd_weight=1,5 ...
 
-Each row is the configuration with some keys changed. All rows take the same steps on the same data,
-from the same seeds; each distilled model is fine-tuned on the tasks from its own seed. Rows are
-compared with the configuration itself, seed by seed.
+A row of the table is the configuration with some keys changed. All rows take the same steps on the
+same data, from the same seeds. Each distilled model is fine-tuned on the tasks from the seed that
+it was distilled from. Rows are compared with the unchanged configuration, seed by seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from distilfast.studies.scoring import fine_tune
 from distilfast.tasks import Task
 from distilfast.tasks.training import FineTuning
 
-# Sanh et al. 2019, table 4: the change of the macro score.
+# The changes of the macro score in Sanh et al. 2019, table 4.
 PUBLISHED = {
     "without kd": -2.96,
     "without hidden_cos": -1.46,
@@ -59,28 +59,28 @@ TABLE_4 = {
     "random initialisation": ("student.init=random",),
 }
 BASELINE = "as configured"
-TAIL = 4096  # bytes at the end of metrics.jsonl that hold its last line
+TAIL = 4096  # this many bytes at the end of metrics.jsonl contain its last line
 FIXED = ("output", "seed", "data.", "steps", "epochs", "resume", "checkpoint.", "evaluate.")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status."""
+    """Run the command; return the exit status."""
     parser = options.Parser("distilfast ablate", __doc__)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="a run; --set changes it for all rows")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all rows")
+    add("--config", required=True, metavar="FILE", help="a run's YAML; --set changes its keys")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="set in all rows")
     add(
         "--grid",
         action="append",
         metavar="KEY=A,B",
-        help="a row for each value; several: each pair",
+        help="a row for each value; with several --grid, a row for each combination",
     )
-    add("--row", nargs="+", action="append", metavar="NAME KEY=VALUE", help="a row of one's own")
+    add("--row", nargs="+", action="append", metavar="NAME KEY=VALUE", help="a row of your own")
     add(
         "--seeds",
         type=options.positive,
         default=5,
-        help="of the runs: the config's and those after",
+        help="number of seeds; the first is the configuration's, the others follow it",
     )
     add_task_options(parser)
     add_tuning_options(parser)
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     splits = read_inputs(chosen, given.data, {}, settings)
     _, tokenizer, _ = checks.load_models(first)
     length = max(settings.max_length or task.max_length for task in chosen)
-    for name in rows:  # what is wrong with the last is better known before the first is trained
+    for name in rows:  # find errors of all rows before the first is trained
         _, _, student = checks.load_models(runs[name, first.seed])
         most = student.config.max_position_embeddings
         expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
@@ -140,19 +140,19 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's figures, a result a seed."""
+    """A row's figures, one result for each seed."""
 
     runs: list[Result]
     tasks: dict[str, list[Result]]
 
     @property
     def eval_loss(self) -> list[float]:
-        """Held-out loss, nats."""
+        """The held-out loss of each seed, in nats."""
         return [run["eval_loss"] for run in self.runs]
 
     @property
     def score(self) -> list[float]:
-        """The mean over the tasks, x 100."""
+        """The score of each seed: the mean over the tasks, x 100."""
         return [
             statistics.fmean(r["score"] for r in one)
             for one in zip(*self.tasks.values(), strict=True)
@@ -162,7 +162,7 @@ class Row:
 def chosen_rows(
     grid: Sequence[str] | None, own: Sequence[Sequence[str]] | None
 ) -> dict[str, tuple[str, ...]]:
-    """The rows by name, as what they change; the configuration itself first."""
+    """Return the changes of each row by its name; the unchanged configuration comes first."""
     rows: dict[str, tuple[str, ...]] = {BASELINE: ()}
     if not grid and not own:
         rows |= TABLE_4
@@ -195,7 +195,7 @@ def run_config(
     output: Path,
     prepared: str | None,
 ) -> Config:
-    """The configuration of one run. All share the tokens of the text."""
+    """Return the configuration of one run. All runs share the tokens of the text."""
     shared = [f"--data.prepared={prepared or output / 'text-tokens'}"]
     own = [f"--seed={seed}", f"--output={output / 'runs' / slug(name) / f'seed-{seed}'}"]
     return parse([*base, *(f"--{change}" for change in changes), *shared, *own])
@@ -207,7 +207,7 @@ def run_config(
 def train(
     runs: Mapping[tuple[str, int], Config], workers: Workers, output: Path
 ) -> dict[tuple[str, int], Result]:
-    """Distil each run; its held-out scores."""
+    """Distil each run; return its held-out figures."""
     wanted = {}
     for (name, seed), config in runs.items():
         wanted[name, seed] = Job(
@@ -221,7 +221,7 @@ def train(
 
 
 def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -> Result:
-    """A job: `distilfast train` in a process of its own, which goes on where it was stopped."""
+    """A job: run `distilfast train` in its own process; it resumes where it stopped."""
     folder = Path(output)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".yaml")
@@ -247,7 +247,7 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
                 time.sleep(0.5)
         finally:
             process.terminate()
-            process.wait()  # it saves a checkpoint, which the next one goes on from
+            process.wait()  # it saves a checkpoint, from which the next one resumes
     summary = folder / "summary.json"
     if process.returncode or not summary.is_file():
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing"])[-1]
@@ -259,15 +259,17 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
 
 
 def _visible(device: str) -> str:
-    """What CUDA_VISIBLE_DEVICES has to be for a process to see this device alone. "cuda:1" is the
-    second of those that this process sees."""
+    """Return the CUDA_VISIBLE_DEVICES with which a process sees only this device.
+
+    "cuda:1" is the second of the devices that this process sees.
+    """
     _, _, index = device.partition(":")
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return seen.split(",")[int(index)].strip() if index and seen else index
 
 
 def _share_done(metrics: Path, steps: int | None) -> float:
-    """Of a run that goes on, by the last whole line of its metrics."""
+    """Return the share done of a running run, from the last whole line of its metrics."""
     if steps is None or not metrics.is_file():
         return 0.0
     with metrics.open("rb") as file:
@@ -285,10 +287,10 @@ def fine_tune_all(
     workers: Workers,
     output: Path,
 ) -> dict[tuple[str, int, str], Result]:
-    """Each distilled model on each task, from the seed that it was distilled from.
+    """Fine-tune each distilled model on each task, from the seed that it was distilled from.
 
     Args:
-        tokenizer: of all of them, as they share the tokens of the text.
+        tokenizer: the tokenizer of all models, as they share the tokens of the text.
     """
     store = TokenStore(output / "tokens")
     wanted = {}
@@ -318,7 +320,7 @@ def write(
     output: Path,
     command: str,
 ) -> None:
-    """results.json, report.html, and the table on stdout."""
+    """Write results.json and report.html, and print the table."""
     baseline = rows[BASELINE]
     differences = {
         name: {
@@ -374,7 +376,7 @@ def table(
     chosen: Sequence[Task],
     n_seeds: int,
 ) -> Table:
-    """A row's means, and its changes with their standard deviations and p."""
+    """Tabulate each row's means, and its changes with their standard deviations and p."""
     published = {name: PUBLISHED[name] for name in rows if name in PUBLISHED}
     columns = [
         "row",
@@ -410,7 +412,7 @@ def table(
 
 
 def lead(differences: Mapping[str, Mapping[str, Difference]]) -> str:
-    """One sentence: what the figures say."""
+    """Return one sentence that sums up the figures."""
     clear = [n for n, d in differences.items() if d["score"].p is not None and d["score"].p < 0.05]
     if not clear:
         return "No row's score differs from the configuration's own at p < 0.05."

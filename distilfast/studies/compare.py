@@ -1,7 +1,8 @@
 """Size, speed and memory of models side by side: `distilfast compare MODEL [MODEL ...]`.
 
-Measured is the body alone, what transformers' AutoModel loads, as a classifier on top of it runs
-it: a forward pass in eval mode under inference_mode, with the attention that transformers chooses.
+It measures only the body, which transformers' AutoModel loads: a forward pass in eval mode under
+inference_mode, with the attention that transformers chooses. A classifier on top of the body runs
+the body in the same way.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from distilfast.studies.flags import Parser, positive
 from distilfast.studies.sizes import MIB, Candidate, load
 from distilfast.studies.speed import DTYPES, Mode, Plan, measure
 
-# DistilBERT's Table 3 (Sanh et al. 2019): parameters in millions, and the seconds of one pass over
-# the development set of STS-B on a CPU at batch 1.
+# DistilBERT's table 3 (Sanh et al. 2019): parameters in millions, and seconds for one pass over the
+# development set of STS-B on a CPU at batch 1.
 PUBLISHED = {"ELMo": (180, 895), "BERT-base": (110, 668), "DistilBERT": (66, 410)}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Exit status 1 where something could not be measured."""
+    """Run the command; return the exit status, 1 if something could not be measured."""
     options = parse(arguments)
     candidates = load(options.models, options.data, options.depth_width, options.sequence_length)
     plan = Plan(
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags, checked.
+    """Parse and check the flags.
 
     Raises:
         ConfigError: the first thing found wrong.
@@ -76,23 +77,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="folder, hub name or NAME=either; ratios are to the first",
+        help="a folder or hub name, or NAME=either; ratios are relative to the first model",
     )
-    add("--output", type=Path, required=True, help="folder of the results")
-    add("--batches", type=_counts, default=[1, 32], help="1,32")
+    add("--output", type=Path, required=True, help="folder for the results")
+    add("--batches", type=_counts, default=[1, 32], help="batch sizes: 1,32")
     add("--precisions", type=_precisions, default=list(DTYPES), help="fp32,bf16; weights are cast")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile, too")
-    add(
-        "--sequence_length", type=positive, default=128, help="tokens, random, none of them padding"
-    )
-    add("--rounds", type=positive, default=10, help="times that each measurement is taken")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also torch.compile")
+    add("--sequence_length", type=positive, default=128, help="random tokens, none of them padding")
+    add("--rounds", type=positive, default=10, help="how often each measurement is taken")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=positive, help="of a CPU; PyTorch's own number where not given")
-    add("--data", type=Path, help="a .tsv, or a folder with dev.tsv: time of one pass at batch 1")
+    add("--threads", type=positive, help="threads on a CPU; if not given, PyTorch's own number")
+    add("--data", type=Path, help="time a pass at batch 1 over this .tsv, or folder with dev.tsv")
     add(
         "--depth_width",
         action="store_true",
-        help="add the first model with half its layers, and with as many parameters but narrower",
+        help="add the first model with half its layers, and narrower with as many parameters",
     )
     options = parser.parse_args(arguments)
     if options.device == "auto":
@@ -115,7 +114,7 @@ def _precisions(text: str) -> list[str]:
 
 
 def _check_output(output: Path) -> None:
-    """That nothing but an earlier comparison is written over."""
+    """Check that the files to be overwritten are those of an earlier comparison."""
     for parent in output.parents:
         expect(parent.is_dir() or not parent.exists(), "--output", "a folder", str(parent))
     if output.is_dir() and not any(output.iterdir()):
@@ -135,7 +134,7 @@ def _check_output(output: Path) -> None:
 def tabulate(
     candidates: Sequence[Candidate], modes: Sequence[Mode], results: Sequence[dict[str, Any]]
 ) -> list[Table]:
-    """Sizes; a table a mode; where there are texts, the pass over them."""
+    """Make the tables: sizes, one table for each mode, and the pass over texts if there are any."""
     precisions = list(dict.fromkeys(mode.precision for mode in modes))
     sizes = Table(
         title="Size",
@@ -214,14 +213,17 @@ def _passes(results: Sequence[dict[str, Any]], precisions: Sequence[str]) -> Tab
 
 
 def short(value: float | None) -> str:
-    """Three significant digits; nothing for None."""
+    """Format a value with three significant digits, and None as nothing."""
     if not value:
         return "" if value is None else "0"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def lead(candidates: Sequence[Candidate], results: Sequence[dict[str, Any]]) -> str:
-    """One sentence on the fastest model beside the first, in the first mode and batch."""
+    """Return one sentence that compares the fastest model with the first one.
+
+    It is about the first mode and batch.
+    """
     timed = [row for row in results if "batch" in row]
     if not timed:
         return "Nothing could be measured."
@@ -248,7 +250,7 @@ def write(
     tables: list[Table],
     lead: str,
 ) -> None:
-    """settings.json, results.json and the report."""
+    """Write settings.json, results.json and the report."""
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("settings", settings), ("results", results)):
         atomic.write(output / f"{name}.json", json.dumps(content, indent=1))

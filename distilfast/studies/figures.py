@@ -13,8 +13,8 @@ from distilfast.report import Table
 from distilfast.studies.jobs import Result
 from distilfast.tasks import GLUE, Task
 
-# Sanh et al. 2019: table 1 (medians of 5 seeds on the development sets), its score and that without
-# WNLI first, table 2 by column.
+# Sanh et al. 2019. First the two scores of table 1 (with and without WNLI), then the rest of table
+# 1 (medians of 5 seeds on the development sets), then table 2 by column.
 PUBLISHED: dict[str, tuple[tuple[float, float] | None, tuple[float, ...], dict[str, float]]] = {
     "ELMo": ((68.7, 70.2), (44.1, 68.6, 76.6, 71.1, 86.2, 53.4, 91.5, 70.4, 56.3), {}),
     "BERT-base": (
@@ -35,7 +35,7 @@ MNLI_NOTE = (
 
 
 def summary(task: Task, found: Sequence[Result]) -> dict[str, Any]:
-    """A model's figures on a task: a score a seed, x 100."""
+    """Return a model's figures on a task, with a score for each seed, x 100."""
     entry: dict[str, Any] = {"metric": task.metric, **over_seeds([r["score"] for r in found])}
     names = [m for m in found[0]["metrics"][task.dev[0]] if m != "score"]
     if len(names) > 1:
@@ -51,8 +51,10 @@ def summary(task: Task, found: Sequence[Result]) -> dict[str, Any]:
 
 
 def over_seeds(scores: Sequence[float | None]) -> dict[str, Any]:
-    """Scores, their median and standard deviation; one that is not defined is None, and left out
-    of both."""
+    """Return scores, median and standard deviation.
+
+    An undefined score is None, and does not count in median and standard deviation.
+    """
     defined = [s for s in scores if s is not None and math.isfinite(s)]
     shown = [s if s in defined else None for s in scores]
     median = statistics.median(defined) if defined else None
@@ -68,7 +70,7 @@ def median_score(found: Sequence[Result]) -> float:
 
 
 def macro(medians: Mapping[str, float], with_wnli: bool = True) -> float:
-    """The mean over the tasks; NaN without any."""
+    """Return the mean over the tasks; NaN if there are none."""
     counted = [score for task, score in medians.items() if with_wnli or task != "WNLI"]
     return statistics.fmean(counted) if counted else float("nan")
 
@@ -76,8 +78,10 @@ def macro(medians: Mapping[str, float], with_wnli: bool = True) -> float:
 def table(
     results: Mapping[str, Mapping[str, Any]], chosen: Sequence[Task], title: str, n_seeds: int
 ) -> Table:
-    """Medians and standard deviations, both macro scores, the share of the first model's score, and
-    the published rows."""
+    """Tabulate medians, standard deviations, both macro scores and the published rows.
+
+    With several models, the last column is the score relative to the first model's.
+    """
     known = [task.name for task in chosen]
     split_wnli = "WNLI" in known and len(known) > 1
     several = len(known) > 1
@@ -119,11 +123,11 @@ def table(
 def published_rows(
     known: Sequence[str], shown: Sequence[str], several: bool, split_wnli: bool
 ) -> list[list[str]]:
-    """Of the models that have a published figure for one of the tasks.
+    """Return rows for the models that have a published figure for one of the tasks.
 
     Args:
         known: the tasks.
-        shown: the columns of their figures.
+        shown: the columns of the tasks' figures.
     """
     rows = []
     for name, (scores, by_task, others) in PUBLISHED.items():
@@ -135,7 +139,7 @@ def published_rows(
         whole = macro(medians) if complete else None
         without = macro(medians, False) if complete else None
         if scores and set(known) == set(GLUE):
-            whole, without = scores  # which the published tasks need not give
+            whole, without = scores  # published scores; they may differ from the tasks' mean
         heads = [whole] * several + [without] * split_wnli
         cells = ["" if value is None else f"{value:.1f}" for value in heads]
         for column in shown:
@@ -152,14 +156,14 @@ def with_spread(median: float | None, stdev: float | None) -> str:
 
 
 def short(name: str) -> str:
-    """A model's name as a table shows it: a run's name for runs/X/model."""
+    """Shorten a model's name for tables: runs/X/model becomes the run's name."""
     path = Path(name)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one row from another, a value a seed."""
+    """The difference of one row from another, with a value for each seed."""
 
     values: list[float]
 
@@ -169,12 +173,12 @@ class Difference:
 
     @property
     def stdev(self) -> float | None:
-        """The sample's; None of a single seed."""
+        """The sample's standard deviation; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def p(self) -> float | None:
-        """Of a two-sided paired t-test; None where it has nothing to go by."""
+        """The p of a two-sided paired t-test; None for a single seed or equal differences."""
         from scipy import stats
 
         if not self.stdev:
@@ -182,12 +186,12 @@ class Difference:
         return float(stats.ttest_1samp(self.values, 0.0).pvalue)
 
     def cells(self, digits: int) -> list[str]:
-        """Mean ± standard deviation, and p, as a table shows them."""
+        """Format mean ± standard deviation, and p, for a table."""
         spread = "" if self.stdev is None else f" ± {self.stdev:.{digits}f}"
         p = "" if self.p is None else "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"
         return [f"{self.mean:+.{digits}f}{spread}", p]
 
 
 def difference(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Paired by seed."""
+    """Return the differences, paired by seed."""
     return Difference([a - b for a, b in zip(ours, baseline, strict=True)])

@@ -1,10 +1,10 @@
-"""`distilfast finetune`: distil on a task, with its labels, one teacher or an ensemble.
+"""`distilfast finetune`: distil on a task, from its labels and one teacher or an ensemble.
 
     distilfast finetune --teacher A B --student S --task SST-2 --data FOLDER --output runs/sst-2
 
 A student learns from the teachers' soft targets at T and the hard labels at 1 (Hinton et al. 2015,
-section 2), beside one that has the labels alone. Teachers without the task's head are fine-tuned
-first; their logits are computed once. One table holds all of them.
+section 2). For comparison, another one learns from the labels alone. Teachers without the task's
+head are fine-tuned first; the teachers' logits are computed once. One table shows all models.
 """
 
 from __future__ import annotations
@@ -50,25 +50,27 @@ LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status."""
+    """Run the command; return the exit status."""
     parser = options.Parser("distilfast finetune", __doc__)
     add, default = parser.add_argument, Teaching(weights=(1.0,))
     add("--teacher", nargs="+", required=True, metavar="MODEL",
-        help="fine-tuned on the task or not yet; a name given twice: from two seeds")  # fmt: skip
+        help="fine-tuned first if it lacks the task's head; a name given twice is fine-tuned from "
+        "two seeds")  # fmt: skip
     add("--student", required=True, metavar="MODEL")
-    add("--task", required=True, help="of GLUE, IMDb, SQuAD, or one's own in --data")
+    add("--task", required=True, help="a task of GLUE, IMDb, SQuAD, or your own in --data")
     add("--data", default="glue", metavar="FOLDER|glue",
-        help="a folder in GLUE's official layout, or glue: from the hub")  # fmt: skip
+        help="a folder in GLUE's official layout; glue: from the hub")  # fmt: skip
     add("--output", required=True, metavar="FOLDER")
-    add("--seeds", type=options.positive, default=5, help="of the students: 0 to SEEDS - 1")
+    add("--seeds", type=options.positive, default=5, help="the students' seeds: 0 to SEEDS - 1")
     add("--temperature", type=float, default=default.temperature, help="T of the soft targets")
-    add("--kd_weight", type=float, default=default.kd_weight, help="of the soft targets")
-    add("--ce_weight", type=float, default=default.ce_weight, help="of the hard labels")
+    add("--kd_weight", type=float, default=default.kd_weight, help="weight of the soft targets")
+    add("--ce_weight", type=float, default=default.ce_weight, help="weight of the hard labels")
     add("--ensemble", choices=("probability", "logit"), default=default.ensemble,
-        help="the arithmetic or the geometric mean of the teachers' distributions")  # fmt: skip
-    add("--weights", type=numbers, metavar="A,B", help="of the teachers in the ensemble")
-    add("--transfer", metavar="FILE", help="a .tsv of unlabelled texts to imitate the teachers on")
-    add("--cache", metavar="FOLDER", help="of the teachers' logits; default: in --output")
+        help="probability: arithmetic mean of the teachers' distributions; logit: geometric "
+        "mean")  # fmt: skip
+    add("--weights", type=numbers, metavar="A,B", help="the teachers' weights in the ensemble")
+    add("--transfer", metavar="FILE", help="a .tsv of unlabelled texts: more soft targets")
+    add("--cache", metavar="FOLDER", help="for the teachers' logits; default: in --output")
     add_tuning_options(parser)
     given = parser.parse_args(arguments)
 
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """1,2 as numbers."""
+    """Parse 1,2 as numbers."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -111,26 +113,26 @@ def numbers(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """One of the ensemble."""
+    """A teacher of the ensemble."""
 
     name: str  # in the table
     model: Model
-    seed: int | None  # to be fine-tuned first, from this seed; None: has its head
+    seed: int | None  # the seed to fine-tune it from; None: it has the task's head already
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that the run needs, read and checked."""
+    """All inputs of the study, read and checked."""
 
     task: Task
-    splits: dict[str, Examples]  # the task's, and "transfer" where there is one
+    splits: dict[str, Examples]  # the task's sets, and "transfer" if given
     identity: str
     teachers: list[Teacher]
     student: Model
 
 
 def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
-    """Read and check data and models. Writes nothing.
+    """Read and check data and models. This writes no file.
 
     Raises:
         ConfigError: the first thing found wrong.
@@ -140,7 +142,7 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
         splits["transfer"] = tasks.read_texts(Path(given.transfer), task)
     content = json.dumps([vars(e) for e in splits.values()])
     student = open_model("--student", given.student, [task], settings)
-    if student.fine_tuned:  # perhaps on another task of the same shape
+    if student.fine_tuned:  # it may be another task with a head of the same shape
         raise ConfigError(
             f"--student: expected a model before fine-tuning, got {given.student!r}, after it"
         )
@@ -166,7 +168,7 @@ def read_inputs(task: Task, given: Any, settings: FineTuning) -> Inputs:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one model, or a student from several seeds."""
+    """A row of the table: one model, or a student from several seeds."""
 
     name: str
     results: list[Result]  # each with "score", "metrics" and "agreement"
@@ -174,7 +176,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """Teachers, their logits, students."""
+    """Computes the study: teachers, their logits, students."""
 
     inputs: Inputs
     settings: FineTuning
@@ -184,7 +186,7 @@ class Run:
     cache: Path
 
     def __call__(self, seeds: Sequence[int]) -> list[Row]:
-        """The rows of the table, students first."""
+        """Return the rows of the table, students first."""
         task, student = self.inputs.task, self.inputs.student
         store = TokenStore(self.output / "tokens")
         files, tokens = store.files(self.inputs.splits, task, student.tokenizer, self.settings)
@@ -207,7 +209,7 @@ class Run:
         return rows
 
     def fine_tune_teachers(self, files: Mapping[str, str], tokens: int) -> list[str]:
-        """Where each teacher's model is, after those without a head have got one."""
+        """Fine-tune the teachers without the task's head; return where each teacher's model is."""
         task, wanted, folders = self.inputs.task, [], []
         for teacher in self.inputs.teachers:
             if teacher.seed is None:
@@ -232,8 +234,10 @@ class Run:
     def teachers_logits(
         self, files: Mapping[str, str], folders: Sequence[str]
     ) -> list[dict[str, Tensor]]:
-        """Of all examples, of each teacher, by split; read where model, data and settings are those
-        that they were computed from."""
+        """Return each teacher's logits of all examples, by set of the data.
+
+        They are read from disk if they were computed with the same model, data and settings.
+        """
         from safetensors.torch import load_file
 
         task = self.inputs.task
@@ -258,7 +262,7 @@ class Run:
         return [load_file(place) for place in places]
 
     def combined(self, logits: Sequence[Tensor], examples: Encoded, temperature: float) -> Tensor:
-        """The ensemble's logits of all examples, in the shape of one teacher's."""
+        """Return the ensemble's logits of all examples, in the shape of one teacher's."""
         made = torch.empty_like(logits[0])
         for rows in torch.arange(len(examples)).split(COMBINED):
             batch = [examples.take(member, rows) for member in logits]
@@ -268,7 +272,7 @@ class Run:
     def targets(
         self, files: Mapping[str, str], logits: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, str]:
-        """A file of targets for each way to be taught: by the first teacher, by all."""
+        """Write the soft targets of the first teacher and of all; return their files."""
         from safetensors.torch import save_file
 
         first, temperature = self.inputs.teachers[0].name, self.teaching.temperature
@@ -292,7 +296,7 @@ class Run:
         targets: Mapping[str, str],
         seeds: Sequence[int],
     ) -> list[Row]:
-        """The student from each seed, in each way."""
+        """Train a student from each seed: on labels alone, and on each kind of soft targets."""
         task, student = self.inputs.task, self.inputs.student
         wanted: dict[str, list[Job]] = {}
         work = tokens * (self.settings.epochs or task.epochs) * student.work
@@ -320,7 +324,7 @@ class Run:
 def write(
     rows: Sequence[Row], inputs: Inputs, what: Mapping[str, Any], output: Path, command: str
 ) -> None:
-    """results.json, report.html, and the table on stdout."""
+    """Write results.json and report.html, and print the table."""
     results = {row.name: summary(inputs.task, row) for row in rows}
     jobs.write_json(output / "results.json", results)
     made = table(inputs, results, what)
@@ -339,7 +343,7 @@ def write(
 
 
 def summary(task: Task, row: Row) -> dict[str, Any]:
-    """A row's figures, a score a seed, x 100."""
+    """Return a row's figures, with a score for each seed, x 100."""
     agreement = {
         name: over_seeds([r["agreement"][name] for r in row.results])
         for name in row.results[0]["agreement"]
@@ -354,7 +358,7 @@ def summary(task: Task, row: Row) -> dict[str, Any]:
 def table(
     inputs: Inputs, results: Mapping[str, Mapping[str, Any]], what: Mapping[str, Any]
 ) -> Table:
-    """Students, teachers and the ensemble; score and fidelity."""
+    """Tabulate score and fidelity of students, teachers and the ensemble."""
     taught_by = list(next(iter(results.values()))["agreement"])
     beside = ["EM"] if inputs.task.spans else []
     columns = ["model", inputs.task.metric, "change", "p", *beside]
@@ -398,7 +402,7 @@ def table(
 
 
 def lead(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence: what the figures say."""
+    """Return one sentence that sums up the figures."""
     medians = {name: found["median"] for name, found in results.items()}
     alone = medians.pop(LABELS)
     taught = [f"{m:.1f} {n}" for n, m in medians.items() if n.startswith(TAUGHT)]

@@ -1,4 +1,4 @@
-"""The studies' flags, by argparse, with errors that read as everywhere else: one line."""
+"""The studies' flags, on top of argparse. Errors are one line, as everywhere in distilfast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"int": "a whole number", "float": "a number"}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Names the defaults where the help does not."""
+    """Appends the default to each help text that does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -31,7 +31,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ConfigErrors, "--rounds: expected ..., got ...".
 
-    A `type` of one's own raises argparse.ArgumentTypeError("expected ..., got ...").
+    A custom `type` raises argparse.ArgumentTypeError("expected ..., got ...").
     """
 
     def __init__(self, prog: str, description: str | None):
@@ -59,14 +59,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """The `type` of a count."""
+    """The `type` of a flag that is a whole number >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
 
 
 def names(key: str, text: str) -> list[str]:
-    """The names in A,B,C, each once."""
+    """Return the names in A,B,C. None may stand there twice."""
     found = [part.strip() for part in text.split(",")]
     if not all(found) or len(set(found)) < len(found):
         raise ConfigError(f"{key}: expected names apart by commas, each once, got {text!r}")
@@ -76,9 +76,9 @@ def names(key: str, text: str) -> list[str]:
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", default="glue", metavar="FOLDER|glue",
-        help="a folder in GLUE's official layout, or glue: from the hub")  # fmt: skip
+        help="a folder in GLUE's official layout; glue: from the hub")  # fmt: skip
     add("--tasks", default="all", metavar="all|A,B",
-        help=f"all: the nine of GLUE; else of {', '.join(tasks.TASKS)}, and one's own: folders "
+        help=f"all: the nine of GLUE; else any of {', '.join(tasks.TASKS)}, and your own: folders "
         "with train.tsv and dev.tsv")  # fmt: skip
     add("--output", required=True, metavar="FOLDER")
 
@@ -88,19 +88,19 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--learning_rate", type=float, help=f"default {default.learning_rate:g}")
     add("--batch_size", type=options.positive, help=f"default {default.batch_size}")
-    add("--epochs", type=options.positive, help="default 3, of MRPC and WNLI 5, SQuAD 2")
-    add("--max_length", type=options.positive, help="default 128 tokens, of IMDb 512, SQuAD 384")
+    add("--epochs", type=options.positive, help="default 3; MRPC and WNLI 5, SQuAD 2")
+    add("--max_length", type=options.positive, help="default 128 tokens; IMDb 512, SQuAD 384")
     add("--weight_decay", type=float, help=f"default {default.weight_decay:g}")
-    add("--max_grad_norm", type=float, help=f"default {default.max_grad_norm:g}; 0: never clipped")
+    add("--max_grad_norm", type=float, help=f"default {default.max_grad_norm:g}; 0: no clipping")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto: bf16 where the device computes in it")  # fmt: skip
+        help="auto: bf16 if the device computes in it")  # fmt: skip
     add("--processes", type=options.positive,
-        help="jobs at a time; default: a process a GPU, or one for every four cores")  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), help="default: CUDA devices where there are any")
+        help="jobs at a time; default: one per GPU, or one for every four cores")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), help="default: CUDA devices if there are any")
 
 
 def tuning(given: argparse.Namespace, workers: Workers) -> FineTuning:
-    """The settings given, the others at their defaults."""
+    """Return the settings of the flags; those not given have their defaults."""
     known = {key: value for key, value in vars(given).items() if key in FineTuning.__annotations__}
     changed = {key: value for key, value in known.items() if value is not None}
     if changed["precision"] == "auto":

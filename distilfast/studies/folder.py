@@ -1,4 +1,4 @@
-"""A study's output: whose it is, and the tokens that its processes share."""
+"""A study's output folder: which command it belongs to, and the tokens its processes share."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from distilfast.tasks.training import FineTuning
 def claim(
     output: Path, what: Mapping[str, Any], models: Mapping[str, str], data: Mapping[str, str]
 ) -> None:
-    """Make the folder this command's: settings.json says what decides its figures.
+    """Mark the folder as this command's: settings.json records all that decides its figures.
 
     Raises:
-        ConfigError: the folder holds something else, or figures of other settings; nothing is
+        ConfigError: the folder holds something else, or figures of other settings. Nothing is
             written then.
     """
     file = output / "settings.json"
@@ -73,12 +73,12 @@ def claim(
 
 
 def slug(name: str) -> str:
-    """A model's name as the name of a folder."""
+    """Turn a model's name into the name of a folder."""
     return re.sub(r"[^\w.=-]+", "-", name.strip("./")) or "model"
 
 
 class TokenStore:
-    """The splits as tokens on disk, made once for each tokenizer and read by all processes."""
+    """A task's tokens on disk, made once for each tokenizer and read by all processes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -87,7 +87,7 @@ class TokenStore:
     def files(
         self, splits: Mapping[str, Examples], task: Task, tokenizer: Any, settings: FineTuning
     ) -> tuple[dict[str, str], int]:
-        """The file of each split, and the tokens of the first."""
+        """Return the file of each set, and the number of tokens of the first set."""
         from safetensors.torch import save_file
 
         key = f"{task.name}-{fingerprint(tokenizer)[:16]}"

@@ -1,10 +1,11 @@
-"""`distilfast glue`: models on the GLUE tasks, by the protocol of the DistilBERT paper.
+"""`distilfast glue`: score models on the GLUE tasks, with the protocol of the DistilBERT paper.
 
     distilfast glue --model bert-base-uncased distilbert-base-uncased --data glue --seeds 5 \\
         --output runs/glue
 
-Each model is fine-tuned on each task from each of the seeds 0, 1, ...; the table holds the medians.
-What is done is kept in --output: the same command goes on, further models and tasks are added.
+Each model is fine-tuned on each task from each of the seeds 0, 1, ...; the table shows the medians.
+Results are kept in --output: the same command resumes there, and further models and tasks are added
+to the table.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ GRID = (16, 32), (2e-5, 3e-5, 5e-5), (2, 3, 4)  # batch, rate, epochs: Devlin et
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status."""
+    """Run the command; return the exit status."""
     parser = options.Parser("distilfast glue", __doc__)
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="[NAME=]MODEL",
         help="folders or hub names, the teacher first")  # fmt: skip
     add("--seeds", type=options.positive, default=5, help="seeds 0 to SEEDS - 1")
     add("--grid", action="store_true",
-        help="the best of BERT's grid of 18 settings on the development set")  # fmt: skip
+        help="try BERT's grid of 18 settings; the best on the development set counts")  # fmt: skip
     add_task_options(parser)
     add_tuning_options(parser)
     given = parser.parse_args(arguments)
@@ -73,8 +74,11 @@ def run(
     *,
     grid: bool = False,
 ) -> dict[str, dict[str, list[Result]]]:
-    """Fine-tune every model on every task from every seed; the results by model and task, a result
-    a seed (with ``grid``, those of the setting with the best median)."""
+    """Fine-tune every model on every task from every seed.
+
+    Return the results by model and task, one for each seed. With ``grid``, they are those of the
+    setting with the best median.
+    """
     points = _grid_points(settings) if grid else {"": settings}
     store = TokenStore(output / "tokens")
     wanted: dict[tuple[str, str, str], list[Job]] = {}
@@ -121,8 +125,10 @@ def write(
     output: Path,
     command: str,
 ) -> None:
-    """results.json, report.html, and the table on stdout: of these models, and of those that
-    earlier commands have left in the folder."""
+    """Write results.json and report.html, and print the table.
+
+    They cover these models, and those that earlier commands have left in the folder.
+    """
     seeds = len(next(iter(next(iter(scores.values())).values())))
     settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     known = {name: tasks.find(name, data) for name in settings["data"]}
@@ -135,7 +141,7 @@ def write(
     jobs.write_json(output / "results.json", results)
     title = "GLUE" if set(known) & set(GLUE) else "Tasks"
     title += ": best of BERT's grid on the development sets" if what["grid"] else ""
-    # What all models have; the rest is in results.json.
+    # The table shows the tasks that all models have; the rest is in results.json.
     shown = [t for t in known.values() if all(t.name in found for found in results.values())]
     made = table(results, shown, title, seeds)
     print(markdown(made))
@@ -157,7 +163,7 @@ def write(
 def recorded(
     output: Path, models: Sequence[str], known: Mapping[str, Task], seeds: int
 ) -> dict[str, dict[str, list[Result]]]:
-    """The results in the folder, by model and task, where there is one of every seed."""
+    """Return the folder's results by model and task, if there is one for every seed."""
     found: dict[str, dict[str, list[Result]]] = {}
     for name, task in itertools.product(models, known):
         folder = output / "scores" / slug(name) / task
@@ -169,7 +175,7 @@ def recorded(
 
 
 def lead(results: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> str:
-    """One sentence: what the figures say."""
+    """Return one sentence that sums up the figures."""
     macros = {n: macro({t: found[t]["median"] for t in known}) for n, found in results.items()}
     (first, best), *others = macros.items()
     said = [f"{short(first)} scores {best:.1f}"]

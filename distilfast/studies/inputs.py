@@ -1,4 +1,4 @@
-"""What a study reads: models by name, tasks, their examples; and what tells them apart."""
+"""The inputs of a study: models, tasks and examples, each with a hash that identifies it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distilfast.tasks.training import FineTuning
 
 
 def named_models(key: str, given: Sequence[str]) -> dict[str, str]:
-    """[NAME=]MODEL by name; the name is the model as given where there is none."""
+    """Return models by name from [NAME=]MODEL. Without NAME, the name is the model as given."""
     models: dict[str, str] = {}
     for entry in given:
         name, equals, source = entry.partition("=")
@@ -50,24 +50,24 @@ class Model:
     source: str  # what transformers loads it from
     identity: str  # a hash of its files, or its name and commit on the hub
     tokenizer: Any
-    work: int  # weights that take part in a token's forward
-    fine_tuned: bool  # has a task's head already
+    work: int  # the number of weights that take part in a token's forward
+    fine_tuned: bool  # it has a task's head already
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that the jobs need, read and checked."""
+    """All inputs of the jobs, read and checked."""
 
     models: dict[str, Model]
     tasks: dict[str, Task]
-    splits: dict[str, dict[str, Examples]]  # by task, then by split
-    identities: dict[str, str]  # by task, a hash of its splits
+    splits: dict[str, dict[str, Examples]]  # by task, then by set: train and development sets
+    identities: dict[str, str]  # by task, a hash of its examples
 
 
 def read_inputs(
     chosen: Sequence[Task], data: str, models: Mapping[str, str], settings: FineTuning
 ) -> Inputs:
-    """Read and check every task and every model. Writes nothing.
+    """Read and check every task and every model. This writes no file.
 
     Raises:
         ConfigError: the first thing found wrong.
@@ -81,7 +81,7 @@ def read_inputs(
         name: open_model("--model", source, chosen, settings) for name, source in models.items()
     }
     for name, model in loaded.items():
-        if model.fine_tuned:  # each task starts from the model as it was pretrained
+        if model.fine_tuned:  # every task has to start from the pretrained model
             raise ConfigError(
                 f"--model: expected a model before fine-tuning, got {name!r}, after it"
             )
@@ -89,7 +89,7 @@ def read_inputs(
 
 
 def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning) -> Model:
-    """Load a model once, for every task that it is to be fine-tuned on.
+    """Load a model to check that it can be fine-tuned on every task.
 
     Raises:
         ConfigError: it cannot be fine-tuned on one of them.
@@ -99,11 +99,13 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     source = names.model_source(key, name)
     with loading(f"{key}: the tokenizer of {name!r}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made where no file of it is there
+    # Without a tokenizer's files transformers makes one that has only special tokens.
+    empty = len(tokenizer) <= len(tokenizer.all_special_ids)
     if empty or not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")
     length = max(settings.max_length or task.max_length for task in chosen)
-    for task in {(task.kind, task.outputs): task for task in chosen}.values():  # a head each
+    # One task for each shape of head.
+    for task in {(task.kind, task.outputs): task for task in chosen}.values():
         model = finetuning.load(source, task, 0, length, key)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
@@ -114,7 +116,7 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
 
 
 def identity(source: str) -> str:
-    """A hash of a folder's weights, configuration and tokenizer, or a hub name and its commit."""
+    """Return a hash of a folder's weights, configuration and tokenizer, or hub name and commit."""
     folder = Path(source)
     if not folder.is_dir():
         import transformers

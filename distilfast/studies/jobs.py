@@ -1,7 +1,7 @@
-"""Jobs over processes and devices: a file a job, so that what is done is done; time left.
+"""Runs jobs over processes and devices, keeps their results, and shows the time left.
 
-A job is a function of a module that returns what JSON can hold. Its result is written whole, to
-FOLDER/NAME.json; a job whose file is there is not run again.
+A job is a module's function whose result JSON can hold. The result is written, whole, to
+FOLDER/NAME.json. A job whose file exists is not run again.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from distilfast.errors import ConfigError
 from distilfast.progress import Bar
 
 Result = dict[str, Any]
-Tell = Callable[[float], None]  # is told the share done, 0 to 1
+Tell = Callable[[float], None]  # called with the share done, 0 to 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done once.
+    """Work that is done once.
 
     Args:
-        name: unique; its file's path below the folder, without .json.
-        work: what it costs, in a unit that all jobs share; for the time left.
-        run: is called with the arguments and ``device`` and ``tell``.
-        arguments: can be pickled.
-        marks: entries of its result by which a file is known as its own.
+        name: unique; the path of its file below the folder, without .json.
+        work: its cost, in a unit that all jobs share; for the time left.
+        run: called with the arguments, ``device`` and ``tell``.
+        arguments: must be picklable.
+        marks: entries of its result that identify a file as this job's.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where jobs run, one at a time on each.
+    """The processes in which jobs run. Each runs one job at a time.
 
     Args:
-        devices: one entry a process.
-        threads: of each process, on the CPU.
+        devices: the device of each process.
+        threads: CPU threads of each process.
     """
 
     devices: tuple[str, ...]
@@ -64,19 +64,22 @@ class Workers:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the bits of a result depend on."""
+        """Facts on which the bits of a result depend."""
         kind = self.devices[0].partition(":")[0]
         return {"device": kind, "threads": self.threads if kind == "cpu" else None}
 
     @classmethod
     def of(cls, processes: int | None, device: str | None = None) -> Workers:
-        """Of the machine: on GPUs a process each; else ``processes``, or one for every four cores,
-        that share the cores."""
+        """Choose workers for this machine.
+
+        On GPUs: one process for each. Else: ``processes``, or one for every four cores. They share
+        the cores.
+        """
         n_devices = torch.cuda.device_count() if device in (None, "cuda") else 0
         if device == "cuda" and not n_devices:
             raise ConfigError("--device: expected cpu, as no CUDA device is there, got 'cuda'")
         cores = os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+        if hasattr(os, "sched_getaffinity"):  # count only the cores that this process may use
             cores = len(os.sched_getaffinity(0))
         count = processes or n_devices or max(1, cores // 4)
         kinds = [f"cuda:{i}" for i in range(n_devices)] or ["cpu"]
@@ -84,11 +87,10 @@ class Workers:
 
 
 def run(jobs: Sequence[Job], folder: Path, workers: Workers, title: str) -> dict[str, Result]:
-    """The results of all jobs by name, those of earlier runs among them.
+    """Run the jobs; return all results by name, including those of earlier runs.
 
     Raises:
-        ConfigError: as a job raises it; or a process that has died, named. What other jobs have
-            finished is kept.
+        ConfigError: a job raised it, or a process has died. Results of finished jobs are kept.
     """
     results = {job.name: done for job in jobs if (done := _read(folder, job)) is not None}
     left = [job for job in jobs if job.name not in results]
@@ -110,7 +112,7 @@ def run(jobs: Sequence[Job], folder: Path, workers: Workers, title: str) -> dict
 
 
 class _Tally:
-    """How much of the work is done."""
+    """Counts how much of the work is done."""
 
     def __init__(self, bar: Bar, left: Sequence[Job], total: int):
         self.bar, self.shares = bar, {job.name: 0.0 for job in left}
@@ -133,7 +135,7 @@ class _Tally:
 def _spread(
     jobs: Sequence[Job], workers: Workers, tally: _Tally
 ) -> Any:  # an iterator of (job, result)
-    """The jobs over processes, the dearest first, as they finish."""
+    """Run the jobs in processes, the most expensive first; yield them as they finish."""
     context = multiprocessing.get_context("spawn")
     devices, shares = context.Queue(), context.Queue()
     for device in workers.devices:
@@ -151,7 +153,8 @@ def _spread(
                     tally.told(*shares.get_nowait())
                 except queue.Empty:
                     break
-            for future in sorted(done, key=lambda f: f.exception() is not None):  # errors last
+            # Results first, so that they are kept when an error is raised.
+            for future in sorted(done, key=lambda f: f.exception() is not None):
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise ConfigError(
@@ -167,19 +170,19 @@ def _spread(
 
 
 def _start(devices: Any, shares: Any, threads: int) -> None:
-    """Of a process, before its first job."""
+    """Set up a process before its first job."""
     global _device, _shares
     _device, _shares = devices.get(), shares
-    shares.cancel_join_thread()  # nobody may be left to read the last ones
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
-    # An exception, so that a job ends what it has started.
+    shares.cancel_join_thread()  # do not wait at exit for a parent that reads no more
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    # Raise an exception, so that a job ends the processes that it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
 def _follow_parent() -> None:
-    """End with a parent that was killed, in or between jobs: nobody waits for a result."""
+    """End when the parent is killed, during or between jobs, as nothing waits for a result."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -193,12 +196,12 @@ def _call(job: Job) -> Result:
 
     try:
         return _run(job, _device, tell)
-    except SystemExit:  # which the pool would take for a result
+    except SystemExit:  # the pool would treat it as a result
         os._exit(1)
 
 
 def _run(job: Job, device: str, tell: Tell) -> Result:
-    """One job; what a user can put right is a ConfigError that names it."""
+    """Run one job. Errors that a user can fix become a ConfigError that names the job."""
     try:
         return job.run(*job.arguments, device=device, tell=tell)
     except FloatingPointError as error:
@@ -242,12 +245,12 @@ def _write(folder: Path, job: Job, result: Result) -> Result:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A file that appears whole or not at all."""
+    """Write a file so that it appears whole or not at all."""
     atomic.write(path, json.dumps(_defined(content), indent=1, allow_nan=False) + "\n")
 
 
 def _defined(content: Any) -> Any:
-    """With null where a number is not finite, which JSON does not have."""
+    """Replace numbers that are not finite by null: JSON cannot hold them."""
     if isinstance(content, dict):
         return {key: _defined(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

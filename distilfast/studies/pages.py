@@ -1,10 +1,10 @@
-"""The pages of runs, made from the files that they left.
+"""`distilfast report`: make a page from the files that runs have left.
 
     distilfast report RUN [NAME=RUN ...] [--output FILE]
 
-A run is the folder of any command. Several become one page: their models in one table, their
-curves in one plot, tables and charts of one title merged, and what differs between their
-configurations.
+RUN is the output folder of any command. Several runs become one page: one table of their models,
+one plot of their curves, and one table of the keys in which their configurations differ. Tables
+and charts of the same title are merged.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ COMMAND = "distilfast report"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit status.
+    """Run the command; return the exit status.
 
     Raises:
-        ConfigError: in one line, whatever was wrong.
+        ConfigError: something was wrong; the error says what, in one line.
     """
     parser = Parser(prog=COMMAND, description="One page that compares runs.")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a run, or NAME=FOLDER to name it"
+        "runs", nargs="+", metavar="RUN", help="a run's folder, or NAME=FOLDER to name the run"
     )
     parser.add_argument(
         "--output",
         default="runs-report.html",
         metavar="FILE",
-        help="the page, with its JSON beside it (default: %(default)s)",
+        help="the page; its JSON is written beside it (default: %(default)s)",
     )
     given = parser.parse_args(list(arguments))
     folders = [_named(run) for run in given.runs]
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _named(run: str) -> tuple[str, Path]:
     name, equals, folder = run.partition("=")
-    if not equals or Path(run).is_dir():  # a folder may have the sign in its name
+    if not equals or Path(run).is_dir():  # a folder's name may contain "="
         name, folder = Path(run).resolve().name, run
     expect(bool(name), "RUN", "a name before =", run)
     expect(Path(folder).is_dir(), "RUN", "a folder", folder)
@@ -69,7 +69,7 @@ def _named(run: str) -> tuple[str, Path]:
 
 
 def _check_output(output: Path) -> None:
-    """That nothing but an earlier page of this command is overwritten, nor its JSON."""
+    """Check that the page and the JSON to be overwritten are earlier ones of this command."""
     expect(output.suffix == ".html", "--output", "a file named *.html", str(output))
     data = output.with_suffix(".json")
     if output.exists() or data.exists():
@@ -82,7 +82,9 @@ def _check_output(output: Path) -> None:
 
 
 def read_run(folder: Path, name: str) -> Report:
-    """The report of a run: of training from its own files, finished or not; else report.json.
+    """Return a run's report.
+
+    For a training run it is made from the run's files, finished or not; else it is report.json.
 
     Raises:
         ConfigError: there is neither, or one of the files is damaged.

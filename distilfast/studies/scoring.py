@@ -1,4 +1,4 @@
-"""The job of a study: one model on one task from one seed."""
+"""The job of a study: fine-tune one model on one task from one seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fine_tune(
     device: str,
     tell: Tell,
 ) -> Result:
-    """A job: one model on one task from one seed, scored on the development sets."""
+    """A job: fine-tune one model on one task from one seed; score it on the development sets."""
     splits = {split: read_tokens(file) for split, file in files.items()}
     length = settings.max_length or task.max_length
     model = finetuning.load(source, task, seed, length).to(device)

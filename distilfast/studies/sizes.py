@@ -1,4 +1,4 @@
-"""Models to be compared: where they come from, how large they are, and what they are to read."""
+"""The models to be compared: their sources, their sizes, and the texts they read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Candidate:
     """A model to be measured.
 
     Args:
-        source: folder of its weights; None: random ones.
-        config: transformers'.
-        parameters: of the body, each once.
-        embedding_parameters: those of them in tables that are looked up (tokens, positions, types).
-        disk_mib: the files of its weights, whatever head they hold.
-        positions: tokens that a sequence may have; None: any number.
-        texts: token ids of the texts of --data.
+        source: the folder of its weights; None: random weights.
+        config: the transformers configuration.
+        parameters: the number of the body's parameters, each counted once.
+        embedding_parameters: how many of them are in embeddings (tokens, positions, types).
+        disk_mib: the size of the files of its weights, including any head.
+        positions: the most tokens in a sequence; None: no limit.
+        texts: the token ids of the texts of --data.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Candidate:
     texts: list[list[int]] = field(default_factory=list, repr=False)
 
     def build(self) -> Any:
-        """The model, fp32 on the CPU."""
+        """Return the model, in fp32 on the CPU."""
         import transformers
 
         if self.source is None:
@@ -56,13 +56,13 @@ class Candidate:
 def load(
     given: Sequence[str], data: Path | None, depth_width: bool, sequence_length: int
 ) -> list[Candidate]:
-    """All models, each loaded once to see that it can be.
+    """Return all models. Each is loaded once to check that it can be loaded.
 
     Args:
-        given: "SOURCE" or "NAME=SOURCE"; a source is a folder or the name of something on the hub.
-        data: texts for each of them to read.
-        depth_width: add those of `depth_and_width`.
-        sequence_length: tokens that each has to take.
+        given: "SOURCE" or "NAME=SOURCE"; a source is a folder or a model's name on the hub.
+        data: the file of texts that each of them reads.
+        depth_width: add the models of `depth_and_width`.
+        sequence_length: the number of tokens that each must be able to take.
 
     Raises:
         ConfigError: the first thing found wrong.
@@ -88,8 +88,11 @@ def load(
 
 
 def _name(text: str) -> tuple[str, str]:
-    """Name and source. Without one given a folder's name; what `distilfast train` leaves is called
-    model, and is named after its run."""
+    """Return name and source.
+
+    If no name is given it is the folder's name. `distilfast train` calls its folder "model"; such a
+    model is named after its run.
+    """
     name, equals, source = text.partition("=")
     path = Path(text)
     if path.exists():
@@ -118,14 +121,14 @@ def _load(name: str, given: str) -> Candidate:
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and those of them in embeddings; a tied one counts once."""
+    """Count all parameters, and those in embeddings. A tied parameter counts once."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     embeddings = {id(weight): weight.numel() for weight in tables}
     return sum(p.numel() for p in model.parameters()), sum(embeddings.values())
 
 
 def positions(model: Any) -> int | None:
-    """Tokens that a sequence may have. RoBERTa counts its positions from behind the padding's."""
+    """Return the most tokens in a sequence. RoBERTa's positions begin after the padding's."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -134,11 +137,13 @@ def positions(model: Any) -> int | None:
 
 
 def read_texts(path: Path) -> list[tuple[str, ...]]:
-    """The texts of a table like GLUE's: tabs, quotes as they stand, a header with `sentence`, or
-    with `sentence1` and `sentence2`.
+    """Read the texts of a file in GLUE's format.
+
+    Fields are separated by tabs, quotes are literal, and the header names `sentence`, or
+    `sentence1` and `sentence2`.
 
     Raises:
-        ConfigError: no such file or columns, or a line with another number of fields.
+        ConfigError: the file or the columns are missing, or a line has another number of fields.
     """
     path = path / "dev.tsv" if path.is_dir() else path
     try:
@@ -167,7 +172,7 @@ def read_texts(path: Path) -> list[tuple[str, ...]]:
 
 
 def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[list[int]]:
-    """The token ids of each text, or pair of texts, as long as it is."""
+    """Return the token ids of each text, or pair of texts, uncut and without padding."""
     import transformers
 
     missing = ConfigError(f"MODEL: {candidate.name!r} has no tokenizer, which --data needs")
@@ -175,7 +180,8 @@ def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[lis
         tokenizer = transformers.AutoTokenizer.from_pretrained(candidate.source)
     except models.loading_errors() as error:
         raise missing from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up, of a folder without one
+    # Without a tokenizer's files transformers makes one that has only special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise missing
     cut = {} if candidate.positions is None else {"max_length": candidate.positions}
     return [tokenizer(*text, truncation=bool(cut), **cut)["input_ids"] for text in texts]
@@ -185,14 +191,14 @@ def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[lis
 
 
 def depth_and_width(first: Candidate) -> list[Candidate]:
-    """Two ways to make the first model smaller, with random weights, which take as long as others:
-    half the layers, and as many layers but narrower, to the same number of parameters.
+    """Return smaller versions of the first model: half the layers, or all layers but narrower.
 
-    For BERT-base these are 6 x 768 and, counting embeddings, 12 x 576; not counting them, 12 x 540.
-    Both counts are made.
+    The narrower ones have as many parameters as the one with half the layers; there is one with
+    embeddings counted and one without. For BERT-base these are 6 x 768; 12 x 576 with embeddings
+    counted; 12 x 540 without. Their weights are random, which does not change their speed.
 
     Raises:
-        ConfigError: a model that has no half, or none of BERT's sizes.
+        ConfigError: the model cannot be halved, or lacks the sizes that BERT has.
     """
     config, layers = first.config, getattr(first.config, "num_hidden_layers", 0)
     expect(layers > 1, "--depth_width", "a first model of 2 layers or more", first.name)
@@ -226,7 +232,7 @@ def depth_and_width(first: Candidate) -> list[Candidate]:
 
 
 def resized(config: Any, layers: int, width: int) -> Any:
-    """The config of a model of other layers and width, its feed-forward layers scaled alike."""
+    """Return the config with another depth and width; the feed-forward width scales along."""
     changed = copy.deepcopy(config)
     inner = "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
     setattr(changed, inner, getattr(config, inner) * width // config.hidden_size)
@@ -235,7 +241,7 @@ def resized(config: Any, layers: int, width: int) -> Any:
 
 
 def skeleton(config: Any) -> Any:
-    """A model without memory for its weights."""
+    """Return a model that has no memory for its weights."""
     import transformers
 
     with torch.device("meta"):
@@ -243,8 +249,10 @@ def skeleton(config: Any) -> Any:
 
 
 def narrower(config: Any, target: Any, size: Callable[[nn.Module], int]) -> int:
-    """The multiple of the heads to which ``config`` has to be narrowed for its model to come
-    closest, by ``size``, to that of the config ``target``."""
+    """Return the width at which a model of ``config`` is closest in ``size`` to one of ``target``.
+
+    The width is a multiple of the number of attention heads.
+    """
     wanted = size(skeleton(target))
 
     def excess(width: int) -> int:

@@ -1,8 +1,8 @@
-"""Time and memory of models, each in a process of its own, asked in turn.
+"""Measures time and memory of models, each in its own process, in turn.
 
-Every model in every mode has a process, so that its peak of memory is its own. Those of one mode
-are alive together and asked one at a time: what a shared machine does to one it does to all. A time
-is wall clock until the result is there.
+Every model in every mode has its own process, so that its peak memory can be told apart. The
+processes of one mode are alive together and measured one at a time, so that a noisy machine affects
+all alike. A time is wall clock until the result is there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ log = logging.getLogger("distilfast.studies.speed")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXTS_A_TURN = 32
-WARM_UP = 2  # calls; compiled code is made in the first
-START_STEPS = 10  # of the progress shown: to start takes seconds, a turn less
+WARM_UP = 2  # calls; the first one compiles
+START_STEPS = 10  # steps of the progress bar for a start, which takes seconds; a turn is one step
 ENDING_S = 10.0
 
 
@@ -51,7 +51,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The settings of the measurements."""
 
     device: str
     threads: int
@@ -60,18 +60,18 @@ class Plan:
     rounds: int
 
 
-# What a process is asked for: None, to load the model and tell its memory; a batch size or some of
-# the texts, to tell the time that they take.
+# A request to a process. None: load the model and return its memory. A batch size, or a range of
+# texts: return the time that they take.
 Request = int | range | None
 
 
 class MeasurementError(RuntimeError):
-    """What could not be measured, and why, in one line."""
+    """A measurement failed; the message says which and why, in one line."""
 
 
 def work(pipe: Connection, candidate: Candidate, mode: Mode, plan: Plan) -> None:
-    """Answer requests until nobody is left to ask."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to deal with
+    """Answer requests until the parent closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     runner = Runner(candidate, mode, plan)
     try:
         while True:
@@ -92,7 +92,7 @@ class Runner:
         self.device = torch.device(plan.device)
 
     def start(self) -> dict[str, Any]:
-        """Load and warm up; what there is to know but times."""
+        """Load and warm up the model; return all figures except times."""
         import transformers
 
         torch.set_num_threads(self.plan.threads)
@@ -104,7 +104,8 @@ class Runner:
             model = self.candidate.build().eval()
         model.to(self.device, DTYPES[self.mode.precision])
         for parameter in model.parameters():
-            # What was loaded maps its file: pages that do not count, read where they are used.
+            # Loaded weights are mapped from their file. Such pages do not count as this process's
+            # memory, and are read from disk only at their first use.
             parameter.data = parameter.data.clone()
         self.model = torch.compile(model, dynamic=False) if self.mode.compiled else model
         rows = model.get_input_embeddings().num_embeddings
@@ -130,34 +131,34 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor) -> None:
-        """One pass of (B, L) token ids, until its result is there."""
+        """Run one pass of (B, L) token ids, and wait for its result."""
         input_ids = input_ids.to(self.device)
         self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def time_ms(self, request: int | range) -> float:
-        """Of one pass of a batch, or of one over each of the texts."""
+        """Time one pass of a batch, or a pass over each of the texts."""
         inputs = (
             [self.batches[request]]
             if isinstance(request, int)
             else [self.texts[i] for i in request]
         )
-        self.forward(inputs[0])  # another process has had the cores and their caches since
+        self.forward(inputs[0])  # refill the caches, which another process has used meanwhile
         began = time.perf_counter()
         for input_ids in inputs:
             self.forward(input_ids)
         return (time.perf_counter() - began) * 1e3
 
     def peak_mib(self, input_ids: Tensor, before: float | None) -> float | None:
-        """The most memory during a pass, weights included, above ``before``."""
+        """Return the peak memory of a pass, weights included, above ``before``."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.forward(input_ids)
             return torch.cuda.max_memory_allocated() / MIB
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             self.forward(input_ids)
             peak = resident_mib("VmHWM")
             return None if peak is None or before is None else peak - before
@@ -165,8 +166,11 @@ class Runner:
 
 
 def resident_mib(key: str) -> float | None:
-    """This process's memory now (VmRSS) or at its high-water mark (VmHWM), without pages of files:
-    those of libraries are read as their code is used. None: the system does not tell."""
+    """Return this process's memory now (VmRSS) or at its high-water mark (VmHWM).
+
+    Pages of files do not count: those of libraries are read as their code is used. None: the system
+    does not provide the figure.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         values = dict(line.split(":", 1) for line in lines)
@@ -180,7 +184,7 @@ def resident_mib(key: str) -> float | None:
 
 
 class Worker:
-    """A process that measures, seen from outside."""
+    """A measuring process, as its parent sees it."""
 
     def __init__(self, candidate: Candidate, mode: Mode, plan: Plan):
         # A fork would share the memory, and the threads, of this process.
@@ -196,16 +200,16 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pipe.close()  # which ends it, once it listens again
+        self.pipe.close()  # the process ends once it reads from the pipe again
         self.process.join(ENDING_S)
         self.process.kill()
         self.process.join()
 
     def ask(self, request: Request) -> Any:
-        """The answer.
+        """Return the process's answer.
 
         Raises:
-            MeasurementError: there is none.
+            MeasurementError: there is no answer.
         """
         try:
             self.pipe.send(request)
@@ -225,14 +229,16 @@ def _ending(code: int | None) -> str:
 
 
 def turns(candidates: Sequence[Candidate], mode: Mode, plan: Plan) -> Iterator[tuple[str, Request]]:
-    """Who is asked for what, in order. Each round begins with another model, so that none always
-    follows the same one."""
+    """Yield models and requests in order.
+
+    Each round begins with another model, so that no model always follows the same one.
+    """
     order = [candidate.name for candidate in candidates]
     yield from ((name, None) for name in order)
     for _ in range(plan.rounds):
         yield from ((name, batch) for batch in plan.batches for name in order)
         order = [*order[1:], order[0]]
-    if not mode.compiled:  # which would compile anew for every length
+    if not mode.compiled:  # torch.compile would compile anew for every length
         n_texts = len(candidates[0].texts)
         for start in range(0, n_texts, TEXTS_A_TURN):
             texts = range(start, min(start + TEXTS_A_TURN, n_texts))
@@ -243,8 +249,11 @@ def turns(candidates: Sequence[Candidate], mode: Mode, plan: Plan) -> Iterator[t
 def measure(
     candidates: Sequence[Candidate], modes: Sequence[Mode], plan: Plan
 ) -> list[dict[str, Any]]:
-    """One mode after the other; what results.json holds. A model that cannot be measured in a mode
-    is warned of, and has an `error` there in place of figures."""
+    """Measure one mode after the other; return the content of results.json.
+
+    If a model cannot be measured in a mode, a warning is logged, and its entry is an `error`
+    instead of figures.
+    """
     results = []
     total = sum(_steps(request) for mode in modes for _, request in turns(candidates, mode, plan))
     done = 0
@@ -278,7 +287,7 @@ def gather(
     answers: dict[tuple[str, Request], list[Any]],
     failures: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """The answers of one mode as measurements: a batch each, and one of the texts."""
+    """Turn the answers of one mode into measurements: one for each batch, and one for the texts."""
     results: list[dict[str, Any]] = []
     for c in candidates:
         row = {"model": c.name, "precision": mode.precision, "compile": mode.compiled}
@@ -328,7 +337,7 @@ def gather(
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the percentiles 20 and 80."""
+    """Return median, 20th and 80th percentile."""
     if len(samples) == 1:
         return samples[0], samples[0], samples[0]
     fifths = statistics.quantiles(samples, n=5, method="inclusive")

@@ -1,4 +1,4 @@
-"""What teachers tell a student about a task: their logits in files, and the job that learns."""
+"""Distillation on a task: the teachers' logits in files, and the job that trains a student."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from distilfast.tasks import Encoded, Task
 from distilfast.tasks import training as finetuning
 from distilfast.tasks.training import FineTuning, SoftTargets
 
-COMBINED = 1024  # examples whose logits are combined at a time
+COMBINED = 1024  # the number of examples whose logits are combined at a time
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """How teachers teach.
+    """The settings of a distillation on a task.
 
     Args:
         temperature: T of the soft targets.
-        kd_weight: of T^2 KL(teacher || student) at T.
-        ce_weight: of the cross entropy of the hard labels at 1.
+        kd_weight: the weight of T^2 KL(teacher || student) at T.
+        ce_weight: the weight of the cross entropy of the hard labels at temperature 1.
         ensemble: probability is the arithmetic mean of the teachers' distributions at T, logit
             their geometric mean.
-        weights: a teacher's share in it; they are normalised.
+        weights: each teacher's weight in the ensemble; they are scaled to sum to 1.
     """
 
     temperature: float = 2.0
@@ -51,7 +51,7 @@ class Teaching:
         expect(sum(self.weights) > 0, "--weights", "a weight > 0", self.weights)
 
     def combine(self, logits: Sequence[Tensor], task: Task, temperature: float) -> Tensor:
-        """The ensemble's logits at T, (n, outputs) or (n, 2, L), or its number."""
+        """Return the ensemble's logits at T, (n, outputs) or (n, 2, L), or its numbers."""
         if len(logits) == 1:
             return logits[0]
         if task.kind == "number":
@@ -63,10 +63,10 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Taught:
-    """Whom a student learns from."""
+    """The soft targets that a student learns from."""
 
-    by: str | None  # a name in targets; None: labels alone
-    targets: dict[str, str]  # files, for the loss and for the agreement
+    by: str | None  # the name in targets to learn from; None: labels alone
+    targets: dict[str, str]  # files by name, for the loss and for the agreement
     teaching: Teaching
 
 
@@ -83,7 +83,7 @@ def learn(
     device: str,
     tell: Tell,
 ) -> Result:
-    """A job: a teacher without ``taught``, else a student; its model is saved to ``keep``."""
+    """A job: train a student, or without ``taught`` a teacher. Its model is saved to ``keep``."""
     splits = {split: read_tokens(file) for split, file in files.items()}
     train, soft = splits["train"], None
     if taught and taught.by:
@@ -124,7 +124,7 @@ def logits(
     device: str,
     tell: Tell,
 ) -> Result:
-    """A job: a teacher's logits of every split, saved to ``place``."""
+    """A job: compute a teacher's logits of every set, and save them to ``place``."""
     from safetensors.torch import save_file
 
     model = finetuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
@@ -150,8 +150,11 @@ def targets_of(files: Mapping[str, str], split: str) -> dict[str, Tensor]:
 def agreements(
     task: Task, examples: Encoded, logits: Tensor, targets: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Fidelity: the share of the examples for which the class, or the text of the answer, is the
-    teacher's, or Pearson's correlation with its number; each x 100."""
+    """Return the fidelity to each teacher, x 100.
+
+    It is the share of examples whose class, or answer's text, is the teacher's. For numbers it is
+    Pearson's correlation with the teacher's.
+    """
     measure = tasks.METRICS["Pearson"] if task.kind == "number" else same
     own = tasks.predictions(task, examples, logits)
     return {
@@ -161,5 +164,5 @@ def agreements(
 
 
 def same(theirs: np.ndarray, own: np.ndarray) -> float:
-    """The share of those that are equal."""
+    """Return the share of equal entries."""
     return float((theirs == own).mean())

@@ -1,7 +1,7 @@
-"""Tasks to fine-tune on: GLUE, IMDb, SQuAD, one's own; their files, metrics and tokens.
+"""Tasks to fine-tune on (GLUE, IMDb, SQuAD, or your own): their files, metrics and tokens.
 
-A task is one row in TASKS: its columns, its classes, what it is scored by. The protocol is that of
-Sanh et al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
+A task is one entry in TASKS, with its columns, classes and metrics. The protocol is that of Sanh et
+al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
 """
 
 from distilfast.tasks.files import HUBS, IGNORE_INDEX, Examples, find, read, read_texts

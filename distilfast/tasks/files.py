@@ -1,4 +1,4 @@
-"""A task's examples, from its files or the hub."""
+"""Reads a task's examples from its files or from the hub."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from distilfast.tasks.table import IMDB, SENTENCES, TASKS, Task
 
 log = logging.getLogger("distilfast.tasks")
 IGNORE_INDEX = -100  # the label of an example that has none
-HUBS = ("glue", "hub")  # what --data says for the hub
+HUBS = ("glue", "hub")  # values of --data that mean the hub
 
 
 def find(name: str, data: str, key: str = "--tasks") -> Task:
-    """The task of a name, in any case and with or without its hyphen, or the user's own of that
-    folder.
+    """Return the task of this name, or the user's own task in the folder of this name.
+
+    Upper and lower case, and the hyphen of a known task's name, make no difference.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: there is neither.
     """
     plain = {_plain(known): task for known, task in TASKS.items()}
     if task := plain.get(_plain(name)):
@@ -32,7 +33,7 @@ def find(name: str, data: str, key: str = "--tasks") -> Task:
     folder = None if data in HUBS else names.local_path("--data", data)
     if folder is None and data not in HUBS:
         raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
-    one_folder = Path(name).name == name not in ("", "..")  # nor "a/b": it names outputs too
+    one_folder = Path(name).name == name not in ("", "..")  # not "a/b": it also names outputs
     if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
         raise ConfigError(
             f"{key}: expected one of {known}, or the folder of one's own task with train.tsv and "
@@ -46,7 +47,7 @@ def _plain(name: str) -> str:
 
 
 def _own_task(name: str, file: Path) -> Task:
-    """A task whose columns and classes are those of its training file."""
+    """Return the user's task. Its columns and classes are those of its training file."""
     header = next(iter(_lines(file)), [])
     texts = SENTENCES if "sentence1" in header else ("sentence",)
     task = Task(name, texts, classes=("",))
@@ -61,23 +62,24 @@ def _own_task(name: str, file: Path) -> Task:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and labels, of one split."""
+    """Texts and labels of a training or development set."""
 
     texts: list[tuple[str, ...]]
-    # Classes as numbers; IGNORE_INDEX: none. For spans the gold answers of each: squad.Answer.
+    # Numbers of classes, or IGNORE_INDEX for no label. For spans: a list of the gold answers
+    # (squad.Answer) of each example.
     labels: list[Any]
 
 
 def read(task: Task, data: str) -> dict[str, Examples]:
-    """The splits of a task: train first, then the development sets.
+    """Return the examples of a task by set: train first, then the development sets.
 
     Args:
-        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub". That of
-            IMDb may hold train/pos, that of SQuAD train-v1.1.json itself.
+        data: a folder in the official layout (TASK/train.tsv, ...), or "glue" or "hub". For IMDb
+            the folder itself may hold train/pos, for SQuAD train-v1.1.json.
 
     Raises:
-        ConfigError: a folder, column or field that is missing, a label outside the task (with the
-            number of its line, or the question's id), an empty split.
+        ConfigError: a folder, column or field is missing; a label is outside the task (the error
+            names its line, or the question's id); a set is empty.
     """
     folder = None if data in HUBS else names.local_path("--data", data)
     if data not in HUBS and (folder is None or not folder.is_dir()):
@@ -107,8 +109,10 @@ def read(task: Task, data: str) -> dict[str, Examples]:
 
 
 def read_texts(file: Path, task: Task) -> Examples:
-    """Unlabelled texts for a task, of a .tsv with its columns, or `sentence` or `sentence1`,
-    `sentence2`, under a header line."""
+    """Read unlabelled texts for a task from a .tsv with a header line.
+
+    Its columns are those of the task, or `sentence`, or `sentence1` and `sentence2`.
+    """
     if not file.is_file():
         raise ConfigError(f"--transfer: expected a file, got {str(file)!r}")
     texts = task.texts
@@ -126,7 +130,7 @@ def _read_file(file: Path, task: Task) -> Examples:
 
 
 def _lines(file: Path) -> list[list[str]]:
-    """The fields of every line; quotes are literal."""
+    """Return the fields of every line. Quotes are literal."""
     lines = _text(file).split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -135,7 +139,7 @@ def _lines(file: Path) -> list[list[str]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")  # read_text would end a line at a lone \r
+        return file.read_bytes().decode("utf-8-sig")  # read_text would break lines at a lone \r
     except FileNotFoundError:
         raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
     except OSError as error:
@@ -149,7 +153,7 @@ def _text(file: Path) -> str:
 
 
 def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
-    """(text, label) or (text, text, label) of each line, the label as its number."""
+    """Return (text, label) or (text, text, label) for each line, with the label as a number."""
     lines = _lines(file)
     header = task.columns or next(iter(lines), [])
     first = 0 if task.columns else 1
@@ -178,9 +182,9 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
 
 
 def _label(task: Task, label: str, where: str) -> Any:
-    if task.label in task.texts:  # none at all
+    if task.label in task.texts:  # unlabelled texts
         return label
-    if task.classes == ("",):  # to be collected
+    if task.classes == ("",):  # the caller collects the classes from the labels
         if not label:
             raise ConfigError(f"{where}: expected a label, got none")
         return label
@@ -200,7 +204,7 @@ def _label(task: Task, label: str, where: str) -> Any:
 
 
 def _imdb_folder(folder: Path) -> Examples:
-    """aclImdb's layout: neg/*.txt and pos/*.txt."""
+    """Read the layout of aclImdb: neg/*.txt and pos/*.txt."""
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
     for label, name in enumerate(IMDB.classes):

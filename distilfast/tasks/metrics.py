@@ -1,4 +1,4 @@
-"""What tasks are scored by: shares from 0 to 1, correlations from -1 to 1."""
+"""The metrics of the tasks: shares from 0 to 1, correlations from -1 to 1."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Of class 1; 0 where neither labels nor predictions hold it."""
+    """Return the F1 of class 1; 0 if neither labels nor predictions contain it."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, zero_division=0))
 
 
 def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """0 where the labels or the predictions are all the same."""
+    """Return Matthews' correlation; 0 if the labels or the predictions are all the same."""
     from sklearn.metrics import matthews_corrcoef
 
     with warnings.catch_warnings():
@@ -33,10 +33,10 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     def correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
-        """NaN where the labels or the predictions are all the same."""
+        """Return the correlation; NaN if the labels or the predictions are all the same."""
         from scipy import stats
 
-        if len(labels) < 2:  # scipy raises, where it gives NaN for two equal ones
+        if len(labels) < 2:  # scipy raises here, but gives NaN for two equal values
             return math.nan
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)

@@ -1,8 +1,8 @@
 """SQuAD v1.1 (Rajpurkar et al. 2016): its files, windows of tokens, answers, exact match and F1.
 
-A question and as much of its context as fits are one window; a longer context gives several that
-overlap. A model gives every token a start and an end logit, and the answer is the best span of
-context over all windows of the question (Devlin et al. 2019, section 4.2).
+A window holds a question and as much of its context as fits; a longer context gives several windows
+that overlap. A model gives every token a start logit and an end logit. The answer is the best span
+of context over all windows of the question (Devlin et al. 2019, section 4.2).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import numpy as np
 
 from distilfast.errors import ConfigError
 
-Answer = tuple[str, int]  # its text, and the character of the context where it begins
+Answer = tuple[str, int]  # the text, and the index of its first character in the context
 
-N_BEST = 20  # start and end positions of a window that are tried
+N_BEST = 20  # the number of start positions, and of end positions, tried in a window
 MAX_ANSWER = 30  # tokens
-CHUNK = 1000  # questions that are tokenised at a time: the lists are large
+CHUNK = 1000  # questions tokenised at a time, because the tokenizer's lists are large
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
 
 def read(file: Path) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
-    """(question, context) and the gold answers of each question, from an official file.
+    """Read (question, context) and the gold answers of each question from an official file.
 
     Raises:
-        ConfigError: no such file, not JSON, not SQuAD's, of v2.0, or an answer that is not at its
-            place (with the question's id).
+        ConfigError: the file is missing, not JSON, not SQuAD's or of v2.0, or an answer is not at
+            its place in the context (the error names the question's id).
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
-    except ValueError as error:  # UnicodeDecodeError among them
+    except ValueError as error:  # includes UnicodeDecodeError
         raise ConfigError(f"{file}: expected JSON, got {error}") from None
     texts: list[tuple[str, ...]] = []
     gold = []
@@ -64,16 +64,16 @@ def read(file: Path) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
 
 
 def of_hub(row: Mapping[str, Any], where: str) -> list[Answer]:
-    """The gold answers in a row of the hub's copy, checked in the same way."""
+    """Return the gold answers in a row of the hub's copy, checked in the same way."""
     answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
     return checked(answers, row["context"], f"{where}, question {row['id']}")
 
 
 def checked(answers: list[Answer], context: str, where: str) -> list[Answer]:
-    """The answers, each of which stands in the context where it says.
+    """Return the answers after checking that each stands at its place in the context.
 
     Raises:
-        ConfigError: one does not, or there is none.
+        ConfigError: an answer is not at its place, or there is none.
     """
     if not answers:
         raise ConfigError(f"{where}: expected an answer, as all have in SQuAD v1.1, got none")
@@ -88,22 +88,22 @@ def checked(answers: list[Answer], context: str, where: str) -> list[Answer]:
 
 
 class Window(NamedTuple):
-    """Tokens of a question and of a part of its context, L of them."""
+    """The L tokens of a question and of a part of its context."""
 
     question: int  # its number
     input_ids: np.ndarray  # (L,) int32
     token_type_ids: np.ndarray  # (L,) int32
-    chars: np.ndarray  # (L, 2) int32: where in the context each begins and ends; -1: not in it
+    chars: np.ndarray  # (L, 2) int32: each token's begin and end in the context; -1: not in it
 
 
 def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> Iterator[Window]:
-    """The windows of all questions, in their order.
+    """Yield the windows of all questions, in the order of the questions.
 
     Args:
         texts: (question, context).
-        tokenizer: a fast one, as only these know where a token stands.
-        max_length: tokens of a window, the special ones included. Neighbours share a third of it,
-            128 of 384, and a question is cut to a sixth, BERT's 64 of 384.
+        tokenizer: a fast one, because only those report a token's place in the text.
+        max_length: tokens of a window, special tokens included. Neighbouring windows share a third
+            of it (128 of 384). A question is cut to a sixth (64 of 384, as in BERT).
     """
     for begin in range(0, len(texts), CHUNK):
         questions, contexts = (list(x) for x in zip(*texts[begin : begin + CHUNK], strict=True))
@@ -128,7 +128,7 @@ def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -
 
 
 def _cut(questions: list[str], tokenizer: Any, length: int) -> list[str]:
-    """The questions, each up to the end of its token number ``length``."""
+    """Cut each question after ``length`` tokens."""
     made = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
     places = made["offset_mapping"]
     return [
@@ -138,11 +138,12 @@ def _cut(questions: list[str], tokenizer: Any, length: int) -> list[str]:
 
 
 def positions(chars: np.ndarray, answer: Answer) -> tuple[int, int]:
-    """The first and the last token of an answer; (0, 0), BERT's [CLS], where the window does not
-    hold all of it.
+    """Return the positions of an answer's first and last token.
+
+    They are (0, 0), BERT's [CLS], if the window does not hold the whole answer.
 
     Args:
-        chars: of the window.
+        chars: the window's.
     """
     text, start = answer
     stop = start + len(text)
@@ -150,7 +151,7 @@ def positions(chars: np.ndarray, answer: Answer) -> tuple[int, int]:
     if not len(inside) or start < chars[inside[0], 0] or stop > chars[inside[-1], 1]:
         return 0, 0
     touched = inside[(chars[inside, 1] > start) & (chars[inside, 0] < stop)]
-    # A tokenizer drops what it does not know at all, a control character, and leaves no token.
+    # An answer may have no token: a tokenizer drops characters such as control characters.
     return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
 
 
@@ -159,17 +160,19 @@ def positions(chars: np.ndarray, answer: Answer) -> tuple[int, int]:
 
 class Span(NamedTuple):
     score: float  # the sum of its logits
-    start: int  # characters of the context
-    stop: int
+    start: int  # the first character in the context
+    stop: int  # the character after the last one
 
 
 def best_span(start: np.ndarray, end: np.ndarray, chars: np.ndarray) -> Span | None:
-    """The span of context of the greatest sum of logits, of at most MAX_ANSWER tokens, that begins
-    at one of the N_BEST starts and ends at one of the N_BEST ends; None without any.
+    """Return the span of context with the greatest sum of logits; None if there is no span.
+
+    It has at most MAX_ANSWER tokens, begins at one of the N_BEST starts and ends at one of the
+    N_BEST ends.
 
     Args:
         start, end: (L,) logits of the window's tokens.
-        chars: of the window.
+        chars: the window's.
     """
     inside = np.flatnonzero(chars[:, 0] >= 0)
     firsts = inside[np.argsort(-start[inside], kind="stable")[:N_BEST]]
@@ -187,11 +190,13 @@ def answers(
     contexts: Sequence[str],
     found: Iterable[tuple[int, Span | None]],
 ) -> list[str]:
-    """The text of the best span of each question, the first one of equals; "" without any.
+    """Return the text of each question's best span, or "" if it has none.
+
+    Of equally good spans the first counts.
 
     Args:
-        contexts: of each question.
-        found: the number of the question and the best span of each window.
+        contexts: the context of each question.
+        found: for each window, the number of its question and its best span.
     """
     best: list[Span | None] = [None] * len(contexts)
     for question, span in found:
@@ -208,7 +213,7 @@ def answers(
 
 
 def normalize(text: str) -> list[str]:
-    """The words that count: lower case, without ASCII punctuation and articles.
+    """Return the words that count: lower case, without ASCII punctuation and articles.
 
     Example:
         >>> normalize("The  U.S.'s an-the Army")
@@ -219,24 +224,29 @@ def normalize(text: str) -> list[str]:
 
 
 def exact_match(answer: str, gold: str) -> float:
-    """1 where the words are the same, else 0."""
+    """Return 1 if the words are the same, else 0."""
     return float(normalize(answer) == normalize(gold))
 
 
 def f1(answer: str, gold: str) -> float:
-    """The harmonic mean of precision and recall of the words, as often as they occur; 0 where none
-    is shared, also where neither side has any (SQuAD v1.1's own rule)."""
+    """Return the harmonic mean of precision and recall of the words, counted with repetition.
+
+    It is 0 if no word is shared, even if neither side has any word (SQuAD v1.1's own rule).
+    """
     words, wanted = normalize(answer), normalize(gold)
     shared = (Counter(words) & Counter(wanted)).total()
     return 2 * shared / (len(words) + len(wanted)) if shared else 0.0
 
 
 def score(found: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ "EM" and "F1", means over the questions of the best over the gold answers, x 100.
+    """Return "EM" and "F1", x 100.
+
+    A question counts with its best value over the gold answers; the result is the mean over the
+    questions.
 
     Args:
         found: n answers.
-        gold: the texts of the gold answers of each question, at least one.
+        gold: for each question, the texts of its gold answers, at least one.
     """
     return {
         name: 100

@@ -1,4 +1,4 @@
-"""The tasks, a row each: columns, classes, what they are scored by."""
+"""The tasks, one entry each: columns, classes, metrics."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from distilfast.tasks.metrics import METRICS
 
 @dataclass(frozen=True)
 class Task:
-    """A task of one or two texts an example, which are classified ("classes"), given a number
-    ("number"), or of which the second holds the answer to the first ("spans").
+    """A task whose examples are one or two texts.
+
+    Its kind is "classes" (texts are classified), "number" (texts are given a number) or "spans"
+    (the second text holds the answer to the first).
 
     Args:
-        name: as in the official folder.
+        name: the name of the official folder.
         texts: the columns of the one or two texts, in the official files.
         label: the column of the label.
         classes: the labels, in the order of their numbers; () for the other kinds.
-        spans: the label is a span of the second text. The files are SQuAD's.
-        metrics: names in METRICS; the score is their mean. For spans, what the score is called.
-        columns: of official files without a header line.
-        dev: the files of the development sets; the first one counts.
-        hub, hub_texts: the data set and its configuration on the hub, and its text columns, where
-            they have other names. There, labels are numbers and -1 is none.
-        hub_splits: the hub's names of train and of the development sets.
-        epochs: of fine-tuning.
-        max_length: tokens, the special ones included.
-        lenient: lines with fields missing, which the official files hold, are left out.
+        spans: the label is a span of the second text. The files are in SQuAD's format.
+        metrics: names in METRICS; the score is their mean. For spans, the name of the score.
+        columns: the columns of official files that have no header line.
+        dev: the files of the development sets; the score is that of the first.
+        hub, hub_texts: the data set and its configuration on the hub, and its text columns if they
+            have other names there. On the hub labels are numbers, and -1 means no label.
+        hub_splits: the hub's names of the training set and of the development sets.
+        epochs: the epochs of fine-tuning.
+        max_length: tokens, special tokens included.
+        lenient: leave out lines with missing fields, which the official files contain.
     """
 
     name: str
@@ -54,28 +56,29 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Of the head: a logit a class, or one number; a token's start and end logit."""
+        """The outputs of the head: a logit for each class, one number, or for spans the two logits
+        of a token, start and end."""
         return 2 if self.spans else len(self.classes) or 1
 
     @property
     def metric(self) -> str:
-        """What the score is, in words."""
+        """The score's name in words."""
         return (
             self.metrics[0] if len(self.metrics) == 1 else "mean of " + " and ".join(self.metrics)
         )
 
     def score(self, labels: Tensor, logits: Tensor) -> dict[str, float]:
-        """The metrics and their mean, "score", each x 100.
+        """Return the metrics and their mean, "score", each x 100. For spans see `score`.
 
         Args:
             labels: (n,) classes or numbers.
             logits: (n, outputs).
 
-        A correlation that is not defined, as all predictions are the same, is NaN here and counts
-        as 0 in the score, as Matthews' is 0 there. Of spans: `score`.
+        If all predictions are the same, a correlation is not defined: the metric is NaN, and counts
+        as 0 in the score. Matthews' correlation is 0 then.
         """
         predictions = logits.argmax(-1) if self.classes else logits[:, 0]
-        # float64, as predictions close together lose their correlation in scipy's float32
+        # float64: in float32, scipy loses the correlation of predictions that are close together.
         pair = labels.double().cpu().numpy(), predictions.double().cpu().numpy()
         found = {name: 100 * METRICS[name](*pair) for name in self.metrics}
         counted = [0.0 if math.isnan(value) else value for value in found.values()]
@@ -150,8 +153,8 @@ IMDB = Task(
     hub_splits=("train", "test"),
     max_length=512,
 )
-# Epochs and lengths are BERT's (Devlin et al. 2019, section 4.2 and its code). DistilBERT's paper
-# gives none; the learning rate and the batch are those of the other tasks.
+# Epochs and lengths are those of BERT (Devlin et al. 2019, section 4.2 and its code), as
+# DistilBERT's paper gives none. Learning rate and batch are those of the other tasks.
 SQUAD = Task(
     "SQuAD",
     ("question", "context"),

@@ -1,4 +1,4 @@
-"""A task's examples as tokens, and what a model's logits say about them."""
+"""A task's examples as tokens, and the predictions and scores from a model's logits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from distilfast.tasks import squad
 from distilfast.tasks.files import IGNORE_INDEX, Examples
 from distilfast.tasks.table import Task
 
-CHUNK = 10_000  # examples that are tokenised at a time: the tokenizer's own lists are large
-PAD_TO = 8  # the width of a batch is a multiple of it
+CHUNK = 10_000  # examples tokenised at a time, because the tokenizer's own lists are large
+PAD_TO = 8  # the width of a batch is a multiple of this
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split as tokens, one example after the other.
+    """The tokens of n examples, one example after the other.
 
-    input_ids, token_type_ids: (tokens,) int32. offsets: (n + 1,) int64, where each begins.
-    labels: (n,) float32; the class' number, or IGNORE_INDEX.
+    input_ids, token_type_ids: (tokens,) int32.
+    offsets: (n + 1,) int64, where each example begins.
+    labels: (n,) float32; the number of the class, the number to predict, or IGNORE_INDEX.
     """
 
     input_ids: Tensor
@@ -39,11 +40,11 @@ class Encoded:
 
     @property
     def lengths(self) -> Tensor:
-        """(n,) tokens of each example."""
+        """(n,): the number of tokens of each example."""
         return self.offsets.diff()
 
     def batch(self, rows: Tensor, pad_token: int) -> dict[str, Tensor]:
-        """The inputs of a model for some examples, (B, L) each, L a multiple of PAD_TO."""
+        """Return a model's inputs for some examples, (B, L) each, L a multiple of PAD_TO."""
         real, places = self._places(rows)
         return {
             "input_ids": _padded(self.input_ids[places].long(), real, pad_token),
@@ -52,18 +53,18 @@ class Encoded:
         }
 
     def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) bool: where a batch holds a token; and which, the number of each."""
+        """Return where a batch holds tokens, (B, L) bool, and the index of each token."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         column = torch.arange(-(-int(lengths.max()) // PAD_TO) * PAD_TO)
         real = column < lengths[:, None]
         return real, (self.offsets[rows][:, None] + column)[real]
 
     def empty_logits(self, outputs: int) -> Tensor:
-        """For those of all examples, as `take` and `put` know them: (n, outputs) fp32."""
+        """Return a tensor for all examples' logits, (n, outputs) fp32, for `take` and `put`."""
         return torch.zeros(len(self), outputs)
 
     def take(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """The logits of a batch, (B, outputs)."""
+        """Return the logits of a batch, (B, outputs)."""
         return logits[rows]
 
     def put(self, logits: Tensor, rows: Tensor, batch: Tensor) -> None:
@@ -71,7 +72,7 @@ class Encoded:
         logits[rows] = batch
 
     def __add__(self, other: Encoded) -> Encoded:
-        """The examples of both."""
+        """Join the examples of both."""
         return Encoded(
             torch.cat([self.input_ids, other.input_ids]),
             torch.cat([self.token_type_ids, other.token_type_ids]),
@@ -80,21 +81,21 @@ class Encoded:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they are saved."""
+        """Return the tensors by name, as they are saved."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Windows(Encoded):
-    """Windows of questions and contexts; each is an example, and its tokens are the classes.
+    """Windows of questions and contexts. Each window is an example; its tokens are the classes.
 
     labels: (n, 2), the positions of the answer's first and last token.
     questions: (n,) int32, the number of each window's question.
-    chars: (tokens, 2) int32: where in the context each begins and ends; -1: not in it.
-    source: uint8, JSON: the context and the texts of the gold answers of each question.
+    chars: (tokens, 2) int32: each token's begin and end in the context; -1: not in it.
+    source: uint8, JSON: each question's context and the texts of its gold answers.
 
-    Logits of all are one (tokens, 2) tensor, of a batch (B, 2, L) with -inf at the padding: two
-    rows a window.
+    The logits of all windows are one (tokens, 2) tensor. Those of a batch are (B, 2, L), two rows
+    for each window, with -inf at the padding.
     """
 
     questions: Tensor
@@ -113,7 +114,7 @@ class Windows(Encoded):
         logits[places] = batch.transpose(1, 2)[real]
 
     def answers(self, logits: Tensor) -> list[str]:
-        """The text that answers each question.
+        """Return the text that answers each question.
 
         Args:
             logits: (tokens, 2).
@@ -127,14 +128,14 @@ class Windows(Encoded):
         return squad.answers(contexts, zip(self.questions.tolist(), spans, strict=True))
 
     def gold(self) -> list[list[str]]:
-        """The texts of the gold answers of each question."""
+        """Return, for each question, the texts of its gold answers."""
         return [answers for _, answers in self._source()]
 
     def _source(self) -> list[tuple[str, list[str]]]:
         return json.loads(self.source.numpy().tobytes())
 
     def __add__(self, other: Encoded) -> Windows:
-        """The windows of both."""
+        """Join the windows of both."""
         assert isinstance(other, Windows)
         source = self._source()
         return Windows(
@@ -146,27 +147,27 @@ class Windows(Encoded):
 
 
 def _padded(values: Tensor, real: Tensor, fill: float) -> Tensor:
-    """(B, L, ...) with the values where there is a token."""
+    """Return (B, L, ...) with the values at the tokens and ``fill`` at the padding."""
     made = values.new_full((*real.shape, *values.shape[1:]), fill)
     made[real] = values
     return made
 
 
 def _packed(content: Any) -> Tensor:
-    """JSON as bytes: a file of tensors holds nothing else."""
+    """Return JSON as a tensor of bytes: the file can hold only tensors."""
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
 
 
 def encoded(tensors: dict[str, Tensor]) -> Encoded:
-    """A split of its tensors by name."""
+    """Build the examples from their tensors by name."""
     return (Windows if "chars" in tensors else Encoded)(**tensors)
 
 
 def predictions(task: Task, examples: Encoded, logits: Tensor) -> np.ndarray:
-    """What a model says: (n,) classes or numbers, or the answer's text of each question.
+    """Return a model's predictions: (n,) classes or numbers, or a text for each question.
 
     Args:
-        logits: of all examples.
+        logits: those of all examples.
     """
     if isinstance(examples, Windows):
         return np.array(examples.answers(logits), dtype=object)
@@ -174,10 +175,10 @@ def predictions(task: Task, examples: Encoded, logits: Tensor) -> np.ndarray:
 
 
 def score(task: Task, examples: Encoded, logits: Tensor) -> dict[str, float]:
-    """The metrics of a model and its "score", each x 100.
+    """Return the metrics of a model and its "score", each x 100.
 
     Args:
-        logits: of all examples.
+        logits: those of all examples.
     """
     if isinstance(examples, Windows):
         found = squad.score(examples.answers(logits), examples.gold())
@@ -191,7 +192,7 @@ def encode_windows(
     max_length: int,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Windows:
-    """Questions and contexts as windows of at most ``max_length`` tokens."""
+    """Turn questions and contexts into windows of at most ``max_length`` tokens."""
     made = []
     for window in squad.windows(examples.texts, tokenizer, max_length):
         made.append(window)
@@ -220,16 +221,16 @@ def encode(
     max_length: int,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Encoded:
-    """Tokens of texts; of a pair that is too long, the longer text is cut.
+    """Turn texts into tokens. If a pair is too long, its longer text is cut.
 
     Args:
-        tell: is called with the number of examples that are done.
+        tell: called with the number of examples done.
     """
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     for begin in range(0, len(examples.texts), CHUNK):
         columns = map(list, zip(*examples.texts[begin : begin + CHUNK], strict=True))
-        # Types are asked for, as a store is shared by models whose tokenizers differ in that alone.
+        # Request token types always: models whose tokenizers differ only in them share a store.
         made = tokenizer(
             *columns, truncation=True, max_length=max_length, return_token_type_ids=True
         )
@@ -245,10 +246,11 @@ def encode(
 
 
 def order(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """An epoch's batches: all examples in a random order, neighbours in length together.
+    """Return an epoch's batches: all examples in random order, with similar lengths together.
 
-    Of every 50 batches' worth of shuffled examples those of like length share a batch, and the
-    batches are shuffled again. Only one batch of an epoch may be smaller.
+    The shuffled examples are taken in groups of 50 batches. Within a group, examples of similar
+    length share a batch, and the batches are shuffled again. Only one batch of an epoch may be
+    smaller than the rest.
     """
     shuffled = torch.randperm(len(lengths), generator=generator)
     batches: list[Tensor] = []

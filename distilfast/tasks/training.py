@@ -1,8 +1,8 @@
-"""One model on one task: what is set, the loop, the predictions.
+"""Fine-tunes one model on one task: settings, loop, predictions.
 
-The protocol of Sanh et al. 2019 (Devlin et al. 2019 without its grid): AdamW at a rate that falls
-linearly to 0, no warm-up, the last weights. With teachers, `distillation_loss` takes the place of
-the cross entropy: soft targets at T, hard labels at 1 (Hinton et al. 2015).
+The protocol is that of Sanh et al. 2019 (Devlin et al. 2019 without its grid): AdamW, a learning
+rate that falls linearly to 0, no warm-up, the last weights. With teachers, `distillation_loss`
+replaces the cross entropy: soft targets at T, hard labels at 1 (Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class FineTuning:
 
     Args:
         learning_rate: AdamW's at the first step (betas 0.9 and 0.999, epsilon 1e-8).
-        batch_size: examples a step.
-        epochs: null is the task's own: 3, 5 for MRPC and WNLI, 2 for SQuAD.
-        max_length: tokens of an example; null is the task's own: 128, 512 for IMDb, 384 for SQuAD.
+        batch_size: examples per step.
+        epochs: None is the task's own number: 5 for MRPC and WNLI, 2 for SQuAD, else 3.
+        max_length: tokens of an example. None is the task's own: 512 for IMDb, 384 for SQuAD, else
+            128.
         weight_decay: not applied to biases and LayerNorms.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
-        precision: of activations and products; the weights are fp32.
+        precision: that of activations and products; the weights are fp32.
     """
 
     learning_rate: float = 2e-5
@@ -63,12 +64,13 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What teachers say, and how much it counts.
+    """The teachers' logits, and the weights of the loss.
 
     Args:
-        logits: (n, outputs) fp32, of every training example; for spans (tokens, 2).
-        temperature: T of their softmax and the student's.
-        kd_weight, ce_weight: of the loss at T and of the hard labels' at 1.
+        logits: (n, outputs) fp32, for every training example; for spans (tokens, 2).
+        temperature: T of the teachers' softmax and the student's.
+        kd_weight: the weight of the soft targets' loss at T.
+        ce_weight: the weight of the hard labels' loss at temperature 1.
     """
 
     logits: Tensor
@@ -77,15 +79,15 @@ class SoftTargets:
     ce_weight: float = 0.5
 
     def of(self, examples: Encoded, rows: Tensor, device: torch.device) -> SoftTargets:
-        """Those of some examples."""
+        """Return the soft targets of some examples."""
         return replace(self, logits=examples.take(self.logits, rows).to(device))
 
 
 def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model") -> Any:
-    """A model with the task's head, fp32. Weights that it lacks are drawn from ``seed``.
+    """Load a model with the task's head, in fp32. Missing weights are drawn from ``seed``.
 
     Raises:
-        ConfigError: no such model, or one with another task's head or too few positions.
+        ConfigError: there is no such model, it has another task's head, or too few positions.
     """
     import transformers
 
@@ -106,13 +108,13 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
         model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
             source, num_labels=task.outputs, dtype=torch.float32
         )
-    most = _positions(model) // PAD_TO * PAD_TO  # as a batch is padded
+    most = _positions(model) // PAD_TO * PAD_TO  # a batch is padded to a multiple of PAD_TO
     expect(max_length <= most, "--max_length", f"at most {most} ({name!r})", max_length)
     return model
 
 
 def _positions(model: Any) -> int:
-    """Tokens that there are positions for: RoBERTa's begin after the padding token's number."""
+    """Return how many tokens have positions. RoBERTa's begin after the padding token's number."""
     tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
     taken = (getattr(table, "padding_idx", None) for table in tables)
     most = getattr(model.config, "max_position_embeddings", sys.maxsize)
@@ -120,25 +122,25 @@ def _positions(model: Any) -> int:
 
 
 def same_order(config: Any, task: Task) -> bool:
-    """Whether its outputs are the task's classes in their order, as far as they have names."""
+    """Return whether the outputs that have names are the task's classes in their order."""
     found = [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
     wanted = [name.lower() for name in task.classes]
     return found == wanted or sorted(found) != sorted(wanted)
 
 
 def head(task: Task) -> str:
-    """The end of the names of the classes of models that have the task's head."""
+    """Return how the class names of models with the task's head end."""
     return "ForQuestionAnswering" if task.spans else "ForSequenceClassification"
 
 
 def has_head(config: Any) -> bool:
-    """Whether a model has been fine-tuned on some task."""
+    """Return whether a model has been fine-tuned on some task."""
     kinds = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
     return any(a.endswith(kinds) for a in config.architectures or ())
 
 
 def fits(config: Any, task: Task) -> bool:
-    """Whether its head is one of this task's shape."""
+    """Return whether a model's head has this task's shape."""
     kind = head(task)
     return any(a.endswith(kind) for a in config.architectures) and config.num_labels == task.outputs
 
@@ -154,13 +156,14 @@ def fine_tune(
     targets: SoftTargets | None = None,
     tell: Callable[[float], None] = lambda done: None,
 ) -> None:
-    """Train ``model`` in place, on the device where it is.
+    """Train ``model`` in place, on its device.
 
     Args:
         train: n examples.
-        seed: of the order and of dropout; the same bits with the same number of threads on a CPU.
-        targets: None: labels alone.
-        tell: is called with the share done, 0 to 1.
+        seed: that of the examples' order and of dropout. On a CPU, the same seed and number of
+            threads give the same bits.
+        targets: the soft targets; None: hard labels alone.
+        tell: called with the share done, 0 to 1.
 
     Raises:
         FloatingPointError: the loss of a step is not finite.
@@ -188,7 +191,7 @@ def fine_tune(
                 loss.backward()
                 if settings.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                # One wait for the device a step, for an error at the step where it arises.
+                # This waits for the device at every step, so that the error names the right step.
                 if not math.isfinite(value := float(loss.detach())):
                     raise FloatingPointError(f"{task.name}: the loss of step {step + 1} is {value}")
                 optimizer.step()
@@ -201,7 +204,7 @@ def fine_tune(
 
 @torch.inference_mode()
 def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
-    """Logits in fp32, on the CPU, in the order of the examples: (n, outputs), or (tokens, 2)."""
+    """Return fp32 logits on the CPU, in the examples' order: (n, outputs), or (tokens, 2)."""
     device = next(model.parameters()).device
     takes = _takes(model)
     model.eval()
@@ -214,8 +217,7 @@ def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: i
 
 
 def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of a batch, fp32: (B, outputs); of the start and end of spans (B, 2, L), with -inf
-    at the padding."""
+    """Return a batch's logits, fp32: (B, outputs), or for spans (B, 2, L), -inf at the padding."""
     out = model(**inputs)
     if not hasattr(out, "start_logits"):
         return out.logits.float()
@@ -226,18 +228,17 @@ def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def task_loss(
     task: Task, logits: Tensor, labels: Tensor, targets: SoftTargets | None = None
 ) -> Tensor:
-    """The loss of a batch, fp32.
+    """Return the loss of a batch, fp32.
 
     Args:
         logits: (B, outputs), or (B, 2, L).
-        labels: (B,) class numbers or numbers, or (B, 2) positions; IGNORE_INDEX where there is
-            none.
-        targets: of these examples.
+        labels: (B,) class numbers or numbers, or (B, 2) positions; IGNORE_INDEX if there is none.
+        targets: the soft targets of these examples.
 
-    Classes: kd_weight T^2 KL(softmax(targets / T) || softmax(logits / T)) + ce_weight CE(labels);
-    CE alone without targets. Spans: the same, where the classes are the positions of the window,
-    and the mean is over starts and ends. A number: its squared error to the targets and the labels,
-    with the same weights.
+    Classes: kd_weight T^2 KL(softmax(targets / T) || softmax(logits / T)) + ce_weight CE(labels).
+    Without targets: CE alone. Spans: the same, with the positions of the window as classes and the
+    mean over starts and ends. A number: the squared errors to the targets and to the labels, with
+    the same weights.
     """
     logits = logits.float()
     if task.kind != "number":
@@ -272,8 +273,10 @@ def _groups(model: Any, settings: FineTuning) -> list[dict[str, Any]]:
 
 
 def _takes(model: Any) -> set[str]:
-    """The inputs of a batch that it is given. A model of one token type or none is given no types:
-    GPT-2 would look them up as tokens."""
+    """Return the names of the inputs that the model takes.
+
+    A model with at most one token type gets no types: GPT-2 would look them up as tokens.
+    """
     takes = set(inspect.signature(model.forward).parameters)
     one_type = getattr(model.config, "type_vocab_size", 0) < 2
     return takes - {"token_type_ids"} if one_type else takes
