@@ -55,6 +55,7 @@ def test_script_refuses_in_one_line_from_another_folder(recipe: list[str], tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.thorough
 def test_script_refuses_bad_text_in_one_line(recipe: list[str], tmp_path: Path) -> None:
     """The libraries that read it have much to say of their own."""
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
@@ -67,6 +68,7 @@ def test_script_refuses_bad_text_in_one_line(recipe: list[str], tmp_path: Path) 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.thorough
 def test_command_refuses_a_hub_name_without_network_in_one_line(
     recipe: list[str], tmp_path: Path
 ) -> None:

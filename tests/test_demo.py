@@ -64,6 +64,7 @@ def test_demo_compares_three_runs(small: Path, capsys: pytest.CaptureFixture[str
     assert len(untrained) == 1, "both students start from the same weights"
 
 
+@pytest.mark.thorough
 def test_demo_has_nothing_to_do_the_second_time(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_bare_train_runs_the_demos_recipe(small: Path) -> None:
     assert not (small / "runs/demo/undistilled").exists()
 
 
+@pytest.mark.thorough
 def test_full_demo_is_a_run_of_its_own(small: Path) -> None:
     assert demo.main(full=True) == Path("runs/demo-full/report.html")
     summary = json.loads((small / "runs/demo-full/distilled/summary.json").read_text())

@@ -23,6 +23,7 @@ def ratios(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough
 def test_ratios_are_those_of_the_times_beside_them() -> None:
     done = ratios("--quick", "--seconds", "0.5", "--json")
     assert done.returncode == 0, done.stderr

@@ -290,6 +290,7 @@ def test_gradients_are_summed_in_one_call_to_the_same_bits(
 # --- Resume and stops -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stopped_run_goes_on_to_the_same_bits(
     whole: tuple[list[str], Path],
@@ -480,6 +481,7 @@ def poisoned(
     return ["--config", str(recipe)], token
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     poisoned: tuple[list[str], int],
@@ -528,6 +530,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
     assert alone == guilty != set()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replay_of_a_sound_step_is_that_step(
     whole: tuple[list[str], Path],

@@ -121,6 +121,7 @@ def assert_ended(ended: Ended, ranks: Sequence[int], what: str) -> None:
         assert re.fullmatch(line(what), said), (rank, said)
 
 
+@pytest.mark.thorough
 def test_ranks_that_leave_say_nothing(tmp_path: Path) -> None:
     """Though one is busy for longer than the timeout, one is stopped for less, and a stranger
     knocks."""

@@ -499,6 +499,7 @@ def test_any_two_dtypes_agree_with_the_oracle(
                     check_launch(student, teacher, labels, mask, gradient=gradient, **keywords)
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=120,
     deadline=None,
@@ -610,6 +611,7 @@ def test_cross_entropy_alone_finds_a_late_maximum(level: str, masked: bool) -> N
             check_rows(student, teacher, labels, **keywords)
 
 
+@pytest.mark.thorough
 @every_divergence
 def test_rows_with_infinities_and_nan_early_and_late_equal_the_oracle(
     level: str, divergence: str
@@ -639,6 +641,7 @@ def test_rows_with_infinities_and_nan_early_and_late_equal_the_oracle(
                     check_rows(*pair, labels, ce_weight=0.5, **keywords)
 
 
+@pytest.mark.thorough
 def test_many_equal_columns_are_no_late_maximum(level: str) -> None:
     # their sum grows without any of them being high; both sides of the bound on the sums are as
     # good. Not for jsd: a million terms that are all alike are all rounded alike, in fp32 to 1e-4

@@ -585,6 +585,7 @@ def test_dtypes_of_the_two_sides_may_differ(backend, device):
     assert all(x.dtype == BF16 for x in got)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_rows", [3, "auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_autocast_computes_in_half_and_returns_the_parameters_dtype(
@@ -1236,6 +1237,7 @@ def test_one_teachers_logits_are_there_at_a_time(backend, device, monkeypatch, n
     assert {width % chunks.ALIGNMENT for _, width, _ in made} == {0}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_bf16_ensemble_of_twins_is_as_exact_as_the_one(backend, device, softcap):
     # bias, scale and cap are applied in fp32 to each of them, as to one teacher alone

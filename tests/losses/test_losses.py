@@ -798,6 +798,7 @@ def test_micro_batches_with_global_normalizers_add_up_to_the_batch(backend, devi
 # Properties
 
 
+@pytest.mark.thorough
 @modest
 @given(data=st.data())
 def test_parity_of_drawn_calls(backend, device, data):
@@ -858,6 +859,7 @@ def test_masked_equals_filtered(backend, device, seed, keep):
     assert (gradient[~keep] == 0).all()
 
 
+@pytest.mark.thorough
 @modest
 @given(seed=st.integers(0, 1000), shift=st.floats(-20, 20), kind=st.sampled_from(DIVERGENCES))
 def test_divergence_ignores_a_shift_and_is_never_negative(backend, device, seed, shift, kind):
@@ -1037,6 +1039,7 @@ def test_compiled_function_equals_eager(backend, device, divergence):
         torch.testing.assert_close(ours[1], eager[1])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -1054,6 +1057,7 @@ def test_compiled_kd_alone_equals_eager(backend, device, reduction, inplace, dty
     torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.thorough
 def test_compiled_module_equals_eager(backend, device):
     module = DistillationLoss(ce_weight=1.0, backend=backend)
     student, teacher = logits_pair((4, 12), device=device)
@@ -1074,6 +1078,7 @@ def test_compiled_call_without_gradient_equals_eager(backend, device):
         torch.testing.assert_close(compiled(loss)(student, teacher)[:5], loss(student, teacher)[:5])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_call_follows_temperature_and_weights(backend, device, dynamic):
     # numbers that change are symbols to torch.compile, and may not be looked at

@@ -992,6 +992,7 @@ def exported(
 both = pytest.mark.parametrize("architecture", ["auto", "same"])
 
 
+@pytest.mark.thorough
 @both
 def test_exported_model_gives_the_students_logits(
     architecture: str, exported: dict[str, Exported]

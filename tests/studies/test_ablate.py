@@ -74,6 +74,7 @@ def test_rows_that_compare_nothing_are_refused(grid: Any, row: Any, said: str) -
         ablate.chosen_rows(grid, row)
 
 
+@pytest.mark.thorough
 def test_rows_share_steps_data_and_seeds(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

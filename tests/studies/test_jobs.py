@@ -108,6 +108,7 @@ def test_results_are_files_and_what_is_done_is_not_done_again(tmp_path: Path, lo
     assert len(ran(log)) == 5
 
 
+@pytest.mark.thorough
 def test_processes_give_what_one_gives_each_on_its_device(tmp_path: Path, log: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -146,6 +147,7 @@ def test_what_is_done_before_an_error_is_kept(workers: Workers, tmp_path: Path, 
     assert not [f for f in (tmp_path / "out").rglob("*") if f.is_file() and f not in kept]
 
 
+@pytest.mark.thorough
 def test_process_that_dies_is_said_in_one_line(tmp_path: Path, log: Path) -> None:
     done = Job("done", 1, compute, (5, str(log)))
     jobs.run([done], tmp_path, ALONE, "sums")
