@@ -1,6 +1,7 @@
 """The HTML report of a run: one self-contained page of tables, plots, samples and commands.
 
-    from distilfast.report import ModelRow, Report, read_metrics, read_report, write_report
+    from distilfast.report import ModelRow, Report, read_report, write_report
+    from distilfast.driver.metrics import read_metrics
 
 The page needs no network, no JavaScript and no second file. Its plots are inlined SVG whose
 colours are variables of the page's style sheet, so that they follow its light and dark modes.
