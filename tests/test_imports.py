@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from distilfast.cli import COMMANDS
+
 LIBRARY = ROOT / "distilfast"
 KERNELS = ROOT / "kernels" / "distilfast_kernels"
 
@@ -119,6 +121,15 @@ def test_files_are_no_circle() -> None:
         ready = {module for module, imports in below.items() if not imports & set(below)}
         assert ready, f"a circle among {sorted(below)}"
         below = {module: imports for module, imports in below.items() if module not in ready}
+
+
+def test_a_study_is_a_command_and_no_library() -> None:
+    commands = {
+        f"distilfast.studies.{x}" for x in ("glue", "finetune", "ablate", "compare", "pages")
+    }
+    assert commands <= {f"distilfast.{command.module}" for command in COMMANDS.values()}
+    for path in modules():
+        assert not own_imports(path) & commands, path
 
 
 @pytest.mark.parametrize("path", modules(), ids=name)
