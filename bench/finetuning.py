@@ -1,12 +1,12 @@
 """How long does a fine-tuning take, and what does the harness add to a bare loop?
 
-    python bench/finetuning.py --data FOLDER [--task SST-2] [--steps 20] [--rounds 5]
+    python bench/training.py --data FOLDER [--task SST-2] [--steps 20] [--rounds 5]
 
-First it times the loop alone: `finetuning.fine_tune` and a plain PyTorch loop, in turn in one
+First it times the loop alone: `training.fine_tune` and a plain PyTorch loop, in turn in one
 process, over the same batches, made beforehand. Then it times a whole `distilfast glue`, from the
 start of the process to the report, for one seed of the whole task: its wall time, and that of the
 training in it. The default model is all-MiniLM-L6-v2: 6 layers, 384 wide. FOLDER is in GLUE's
-official layout. Appends to bench/results/finetuning.csv.
+official layout. Appends to bench/results/training.csv.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from kit import measure
 
 from distilfast import models, tasks
 from distilfast.machine import best_precision
-from distilfast.sources import lookup as names
-from distilfast.tasks import Encoded, Task
-from distilfast.tasks import training as finetuning
+from distilfast.sources import lookup
+from distilfast.tasks import Encoded, Task, training
 from distilfast.tasks.training import FineTuning
 
-RESULTS = Path(__file__).parent / "results" / "finetuning.csv"
+RESULTS = Path(__file__).parent / "results" / "training.csv"
 
 
 def plain_loop(model: Any, batches: list[Any], settings: FineTuning, seed: int) -> None:
@@ -67,7 +66,7 @@ def pairs(
     times, same = ([], []), True
 
     def model() -> Any:
-        made = finetuning.load(source, task, 0, settings.max_length)
+        made = training.load(source, task, 0, settings.max_length)
         models.choose_attention(made, torch.device("cpu"), int(train.lengths.max()))
         return made
 
@@ -77,7 +76,7 @@ def pairs(
     for number in range(rounds + 1):
         ours, theirs = model(), model()
         sides = (
-            lambda m=ours: finetuning.fine_tune(m, train, task, settings, 0, pad_token=pad_token),
+            lambda m=ours: training.fine_tune(m, train, task, settings, 0, pad_token=pad_token),
             lambda m=theirs: plain_loop(m, batches, settings, 0),
         )
         for side in (0, 1) if number % 2 else (1, 0):
@@ -121,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     import transformers
 
-    source = names.model_source("--model", options.model)
+    source = lookup.model_source("--model", options.model)
     task = tasks.find(options.task, options.data)
     precision = best_precision(torch.device("cpu"))
     settings = FineTuning(precision=precision, epochs=1, max_length=options.max_length)

@@ -12,7 +12,7 @@ from conftest import make_teacher
 from distilfast import config as configs
 from distilfast import demo, train
 from distilfast.driver import loop
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def small(
     lines = [json.dumps({"text": " ".join(words * 2)}) for _ in range(40)]
     text.write_text("\n".join(lines))
     assets = {"asset:all-MiniLM-L6-v2": lambda: encoder, "asset:wikipedia-sample": lambda: text}
-    monkeypatch.setattr(names, "ASSETS", assets)
+    monkeypatch.setattr(lookup, "ASSETS", assets)
     monkeypatch.setattr(demo, "FULL", (3, 3))
     monkeypatch.chdir(tmp_path)
     parse = configs.parse

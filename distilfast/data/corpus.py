@@ -19,7 +19,7 @@ from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
 from distilfast.data.masking import permutation
 from distilfast.data.store import FORMAT, Store
 from distilfast.models.tokenizers import fingerprint
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -180,9 +180,9 @@ def locate(spec: SourceSpec) -> list[Path] | None:
     Raises:
         ConfigError: nothing has that name, or no file has a known type.
     """
-    path = names.local_path("data.source", spec.name)
+    path = lookup.local_path("data.source", spec.name)
     if path is None:
-        names.require_hub("data.source", spec.name, "dataset", spec.revision)
+        lookup.require_hub("data.source", spec.name, "dataset", spec.revision)
         return None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     known = [p for p in files if p.suffix in READERS]

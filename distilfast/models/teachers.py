@@ -13,7 +13,7 @@ from torch import nn
 from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
 from distilfast.models.families import FAMILIES, family
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
 def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     import transformers
 
-    source = names.model_source("teacher", spec.name, spec.revision)
+    source = lookup.model_source("teacher", spec.name, spec.revision)
     revision = spec.revision if source == spec.name else None
     with loading(f"teacher: {spec.name!r}"):
         config = transformers.AutoConfig.from_pretrained(

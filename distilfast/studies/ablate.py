@@ -33,9 +33,8 @@ from distilfast.config import Config, parse
 from distilfast.driver import checks
 from distilfast.errors import ConfigError, expect
 from distilfast.report import Chart, Report, Table, markdown, write_report
-from distilfast.sources import lookup as names
-from distilfast.studies import flags as options
-from distilfast.studies import jobs
+from distilfast.sources import lookup
+from distilfast.studies import flags, jobs
 from distilfast.studies.figures import Difference, difference, over_seeds
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
@@ -65,7 +64,7 @@ FIXED = ("output", "seed", "data.", "steps", "epochs", "resume", "checkpoint.", 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    parser = options.Parser("distilfast ablate", __doc__)
+    parser = flags.Parser("distilfast ablate", __doc__)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a run's YAML; --set changes its keys")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="set in all rows")
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--row", nargs="+", action="append", metavar="NAME KEY=VALUE", help="a row of your own")
     add(
         "--seeds",
-        type=options.positive,
+        type=flags.positive,
         default=5,
         help="number of seeds; the first is the configuration's, the others follow it",
     )
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     shown = {name: " ".join(changes) for name, changes in rows.items()}
     shown |= {
-        f"teacher {teacher.name}": identity(names.model_source("teacher", teacher.name))
+        f"teacher {teacher.name}": identity(lookup.model_source("teacher", teacher.name))
         for config in runs.values()
         for teacher in config.teachers
     }
@@ -171,7 +170,7 @@ def chosen_rows(
         key, _, values = axis.partition("=")
         if not key or not values:
             raise ConfigError(f"--grid: expected KEY=A,B, got {axis!r}")
-        axes.append([f"{key}={value}" for value in options.names("--grid", values)])
+        axes.append([f"{key}={value}" for value in flags.names("--grid", values)])
     if axes:
         rows |= {" ".join(changes): changes for changes in itertools.product(*axes)}
     for name, *changes in own or ():

@@ -27,8 +27,7 @@ from distilfast import tasks
 from distilfast.errors import ConfigError
 from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
-from distilfast.studies import flags as options
-from distilfast.studies import jobs
+from distilfast.studies import flags, jobs
 from distilfast.studies.figures import difference, over_seeds, short, with_spread
 from distilfast.studies.flags import add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, read_tokens, slug
@@ -51,7 +50,7 @@ LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    parser = options.Parser("distilfast finetune", __doc__)
+    parser = flags.Parser("distilfast finetune", __doc__)
     add, default = parser.add_argument, Teaching(weights=(1.0,))
     add("--teacher", nargs="+", required=True, metavar="MODEL",
         help="fine-tuned first if it lacks the task's head; a name given twice is fine-tuned from "
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--data", default="glue", metavar="FOLDER|glue",
         help="a folder in GLUE's official layout; glue: from the hub")  # fmt: skip
     add("--output", required=True, metavar="FOLDER")
-    add("--seeds", type=options.positive, default=5, help="the students' seeds: 0 to SEEDS - 1")
+    add("--seeds", type=flags.positive, default=5, help="the students' seeds: 0 to SEEDS - 1")
     add("--temperature", type=float, default=default.temperature, help="T of the soft targets")
     add("--kd_weight", type=float, default=default.kd_weight, help="weight of the soft targets")
     add("--ce_weight", type=float, default=default.ce_weight, help="weight of the hard labels")

@@ -11,7 +11,7 @@ import torch
 from distilfast import tasks
 from distilfast.errors import ConfigError
 from distilfast.machine import best_precision
-from distilfast.studies import flags as options
+from distilfast.studies import flags
 from distilfast.studies.jobs import Workers
 from distilfast.tasks.training import FineTuning
 
@@ -23,7 +23,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+        if action.default in (None, False, argparse.SUPPRESS, []) or "default" in text:
             return text
         return f"{text} (default: %(default)s)".strip()
 
@@ -87,14 +87,14 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     default = FineTuning()
     add = parser.add_argument
     add("--learning_rate", type=float, help=f"default {default.learning_rate:g}")
-    add("--batch_size", type=options.positive, help=f"default {default.batch_size}")
-    add("--epochs", type=options.positive, help="default 3; MRPC and WNLI 5, SQuAD 2")
-    add("--max_length", type=options.positive, help="default 128 tokens; IMDb 512, SQuAD 384")
+    add("--batch_size", type=flags.positive, help=f"default {default.batch_size}")
+    add("--epochs", type=flags.positive, help="default 3; MRPC and WNLI 5, SQuAD 2")
+    add("--max_length", type=flags.positive, help="default 128 tokens; IMDb 512, SQuAD 384")
     add("--weight_decay", type=float, help=f"default {default.weight_decay:g}")
     add("--max_grad_norm", type=float, help=f"default {default.max_grad_norm:g}; 0: no clipping")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="auto: bf16 if the device computes in it")  # fmt: skip
-    add("--processes", type=options.positive,
+    add("--processes", type=flags.positive,
         help="jobs at a time; default: one per GPU, or one for every four cores")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: CUDA devices if there are any")
 

@@ -23,8 +23,7 @@ import yaml
 from distilfast import tasks
 from distilfast.errors import ConfigError
 from distilfast.report import Chart, Report, markdown, write_report
-from distilfast.studies import flags as options
-from distilfast.studies import jobs
+from distilfast.studies import flags, jobs
 from distilfast.studies.figures import macro, median_score, short, summary, table
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
@@ -39,11 +38,11 @@ GRID = (16, 32), (2e-5, 3e-5, 5e-5), (2, 3, 4)  # batch, rate, epochs: Devlin et
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    parser = options.Parser("distilfast glue", __doc__)
+    parser = flags.Parser("distilfast glue", __doc__)
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="[NAME=]MODEL",
         help="folders or hub names, the teacher first")  # fmt: skip
-    add("--seeds", type=options.positive, default=5, help="seeds 0 to SEEDS - 1")
+    add("--seeds", type=flags.positive, default=5, help="seeds 0 to SEEDS - 1")
     add("--grid", action="store_true",
         help="try BERT's grid of 18 settings; the best on the development set counts")  # fmt: skip
     add_task_options(parser)

@@ -14,10 +14,9 @@ from torch import nn
 from distilfast import tasks
 from distilfast.errors import ConfigError
 from distilfast.models import loading
-from distilfast.sources import lookup as names
-from distilfast.studies import flags as options
-from distilfast.tasks import GLUE, Examples, Task
-from distilfast.tasks import training as finetuning
+from distilfast.sources import lookup
+from distilfast.studies import flags
+from distilfast.tasks import GLUE, Examples, Task, training
 from distilfast.tasks.training import FineTuning
 
 
@@ -36,7 +35,7 @@ def named_models(key: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def chosen_tasks(given: str, data: str) -> list[Task]:
-    wanted = list(GLUE) if given == "all" else options.names("--tasks", given)
+    wanted = list(GLUE) if given == "all" else flags.names("--tasks", given)
     found = [tasks.find(name, data) for name in wanted]
     if len({task.name for task in found}) < len(found):
         raise ConfigError(f"--tasks: expected each task once, got {given!r}")
@@ -96,7 +95,7 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     """
     import transformers
 
-    source = names.model_source(key, name)
+    source = lookup.model_source(key, name)
     with loading(f"{key}: the tokenizer of {name!r}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     # Without a tokenizer's files transformers makes one that has only special tokens.
@@ -106,12 +105,12 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     length = max(settings.max_length or task.max_length for task in chosen)
     # One task for each shape of head.
     for task in {(task.kind, task.outputs): task for task in chosen}.values():
-        model = finetuning.load(source, task, 0, length, key)
+        model = training.load(source, task, 0, length, key)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
-    fine_tuned = finetuning.has_head(transformers.AutoConfig.from_pretrained(source))
+    fine_tuned = training.has_head(transformers.AutoConfig.from_pretrained(source))
     return Model(source, identity(source), tokenizer, work, fine_tuned)
 
 

@@ -9,8 +9,7 @@ from dataclasses import asdict
 from distilfast import tasks
 from distilfast.studies.folder import read_tokens
 from distilfast.studies.jobs import Result, Tell
-from distilfast.tasks import Task
-from distilfast.tasks import training as finetuning
+from distilfast.tasks import Task, training
 from distilfast.tasks.training import FineTuning
 
 
@@ -28,15 +27,13 @@ def fine_tune(
     """A job: fine-tune one model on one task from one seed; score it on the development sets."""
     splits = {split: read_tokens(file) for split, file in files.items()}
     length = settings.max_length or task.max_length
-    model = finetuning.load(source, task, seed, length).to(device)
+    model = training.load(source, task, seed, length).to(device)
     began = time.monotonic()
-    finetuning.fine_tune(
-        model, splits["train"], task, settings, seed, pad_token=pad_token, tell=tell
-    )
+    training.fine_tune(model, splits["train"], task, settings, seed, pad_token=pad_token, tell=tell)
     seconds = time.monotonic() - began
     metrics = {}
     for split in task.dev:
-        logits = finetuning.predict(model, splits[split], settings, pad_token=pad_token)
+        logits = training.predict(model, splits[split], settings, pad_token=pad_token)
         metrics[split] = tasks.score(task, splits[split], logits)
     return {
         "score": metrics[task.dev[0]]["score"],

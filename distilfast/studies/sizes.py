@@ -15,7 +15,7 @@ from torch import nn
 
 from distilfast import models
 from distilfast.errors import ConfigError, expect
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 
 MIB = 1 << 20
 
@@ -105,7 +105,7 @@ def _load(name: str, given: str) -> Candidate:
     import huggingface_hub
     import transformers
 
-    source = names.model_source("MODEL", given)
+    source = lookup.model_source("MODEL", given)
     with models.loading(f"MODEL: {given!r}"):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or type(config) not in transformers.MODEL_MAPPING:

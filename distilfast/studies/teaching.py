@@ -16,8 +16,7 @@ from distilfast.errors import expect, not_negative, positive
 from distilfast.losses import combine_teachers
 from distilfast.studies.folder import read_tokens
 from distilfast.studies.jobs import Result, Tell
-from distilfast.tasks import Encoded, Task
-from distilfast.tasks import training as finetuning
+from distilfast.tasks import Encoded, Task, training
 from distilfast.tasks.training import FineTuning, SoftTargets
 
 COMBINED = 1024  # the number of examples whose logits are combined at a time
@@ -95,13 +94,13 @@ def learn(
         how = taught.teaching
         soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
     length = settings.max_length or task.max_length
-    model = finetuning.load(source, task, seed, length).to(device)
+    model = training.load(source, task, seed, length).to(device)
     pad_token = tokenizer.pad_token_id
-    finetuning.fine_tune(
+    training.fine_tune(
         model, train, task, settings, seed, pad_token=pad_token, targets=soft, tell=tell
     )
     dev = splits[task.dev[0]]
-    predicted = finetuning.predict(model, dev, settings, pad_token=pad_token)
+    predicted = training.predict(model, dev, settings, pad_token=pad_token)
     score = tasks.score(task, dev, predicted)
     if keep:
         model.to("cpu").save_pretrained(keep)
@@ -127,10 +126,10 @@ def logits(
     """A job: compute a teacher's logits of every set, and save them to ``place``."""
     from safetensors.torch import save_file
 
-    model = finetuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
+    model = training.load(source, task, 0, settings.max_length or task.max_length).to(device)
     found = {}
     for split, file in files.items():
-        found[split] = finetuning.predict(model, read_tokens(file), settings, pad_token=pad_token)
+        found[split] = training.predict(model, read_tokens(file), settings, pad_token=pad_token)
         tell(len(found) / len(files))
     with atomic.file(Path(place)) as temporary:  # other runs may share the cache
         save_file(found, temporary)

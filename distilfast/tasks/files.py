@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilfast.errors import ConfigError
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 from distilfast.tasks import squad
 from distilfast.tasks.table import IMDB, SENTENCES, TASKS, Task
 
@@ -30,7 +30,7 @@ def find(name: str, data: str, key: str = "--tasks") -> Task:
     if task := plain.get(_plain(name)):
         return task
     known = ", ".join(TASKS)
-    folder = None if data in HUBS else names.local_path("--data", data)
+    folder = None if data in HUBS else lookup.local_path("--data", data)
     if folder is None and data not in HUBS:
         raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
     one_folder = Path(name).name == name not in ("", "..")  # not "a/b": it also names outputs
@@ -81,7 +81,7 @@ def read(task: Task, data: str) -> dict[str, Examples]:
         ConfigError: a folder, column or field is missing; a label is outside the task (the error
             names its line, or the question's id); a set is empty.
     """
-    folder = None if data in HUBS else names.local_path("--data", data)
+    folder = None if data in HUBS else lookup.local_path("--data", data)
     if data not in HUBS and (folder is None or not folder.is_dir()):
         raise ConfigError(f"--data: expected a folder or {' or '.join(HUBS)}, got {data!r}")
     splits = ("train", *task.dev)
@@ -228,7 +228,7 @@ def _from_hub(task: Task) -> dict[str, Examples]:
     if task.hub is None:
         raise ConfigError(f"--data: expected a folder for the task {task.name}, got the hub")
     name, part = task.hub
-    names.require_hub("--data", name, repo_type="dataset")
+    lookup.require_hub("--data", name, repo_type="dataset")
     datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         loaded = datasets.load_dataset(name, part)

@@ -34,8 +34,7 @@ from distilfast.config import (
     TeacherSpec,
 )
 from distilfast.data.masking import Masker
-from distilfast.driver import checks, export, step
-from distilfast.driver import heldout as evaluate
+from distilfast.driver import checks, export, heldout, step
 from distilfast.driver.heldout import Evaluator, Scores
 from distilfast.driver.processes import World
 from distilfast.losses import combine_teachers, distillation_loss
@@ -1014,7 +1013,7 @@ def test_exported_model_fills_masks(architecture: str, exported: dict[str, Expor
     answers = made.loaded["answers"]
     assert len(answers) == 5
     tokenizer = models.load_teachers(made.config.teachers)[1]
-    [guesses] = evaluate.fill(made.student.eval(), tokenizer, ["the river of the [MASK]"], k=5)
+    [guesses] = heldout.fill(made.student.eval(), tokenizer, ["the river of the [MASK]"], k=5)
     assert [word for word, _ in guesses] == [answer["token_str"] for answer in answers]
     wanted = [answer["score"] for answer in answers]
     assert [share for _, share in guesses] == pytest.approx(wanted, rel=1e-4)

@@ -22,8 +22,7 @@ from distilfast.losses import combine_teachers
 from distilfast.studies import finetune, jobs, teaching
 from distilfast.studies.figures import difference
 from distilfast.studies.teaching import Teaching, agreements
-from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read
-from distilfast.tasks import training as finetuning
+from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read, training
 from distilfast.tasks.training import FineTuning
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -87,7 +86,7 @@ def says(model: Path, examples: tasks.Encoded) -> Tensor:
 
     kind = transformers.AutoModelForSequenceClassification
     loaded = kind.from_pretrained(model).eval()
-    return finetuning.predict(loaded, examples, FineTuning(), pad_token=0)
+    return training.predict(loaded, examples, FineTuning(), pad_token=0)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -185,10 +184,10 @@ def test_students_learn_from_the_distribution_of_the_teachers(finished: Path) ->
     task = find("words", str(finished / "data"))
     settings = FineTuning(1e-3, batch_size=8, epochs=1, max_length=24)
     for name, file in (("ensemble", targets), ("bert-from-seed-0", first)):
-        student = finetuning.load(str(finished / "small"), task, 1, 24)
-        soft = finetuning.SoftTargets(file["train"], 2.0, 0.5, 0.5)
-        finetuning.fine_tune(student, splits["train"], task, settings, 1, pad_token=0, targets=soft)
-        logits = finetuning.predict(student, splits["dev"], settings, pad_token=0)
+        student = training.load(str(finished / "small"), task, 1, 24)
+        soft = training.SoftTargets(file["train"], 2.0, 0.5, 0.5)
+        training.fine_tune(student, splits["train"], task, settings, 1, pad_token=0, targets=soft)
+        logits = training.predict(student, splits["dev"], settings, pad_token=0)
         found = json.loads((out / f"students/taught-by-{name}/seed-1.json").read_text())
         assert found["score"] == task.score(splits["dev"].labels, logits)["score"]
 
@@ -317,7 +316,7 @@ def test_texts_without_labels_are_for_taught_students_alone(
     def fine_tune(model: Any, train: Any, *_: Any, targets: Any, **__: Any) -> None:
         seen.append((train, targets))
 
-    monkeypatch.setattr(finetuning, "fine_tune", fine_tune)
+    monkeypatch.setattr(training, "fine_tune", fine_tune)
     given = ("--transfer", str(place / "texts.tsv"), "--seeds", "1", "--output", str(tmp_path))
     assert cli.main(command(place, *given, teachers=("headed", "other"))) == 0
     (alone, none), *taught = seen

@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from distilfast import tasks
 from distilfast.config import ConfigError
-from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read
-from distilfast.tasks import training as finetuning
+from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read, training
 from distilfast.tasks.training import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -274,7 +273,7 @@ def test_predictions_are_in_the_order_of_the_examples(
 ) -> None:
     model = load(model_folder, SENTENCE, 0, 16).train()
     dev = words["dev"]
-    monkeypatch.setattr(finetuning, "EVALUATION_BATCH", batch_size)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", batch_size)
     logits = predict(model, dev, SETTINGS, pad_token=0)
     assert logits.shape == (70, 2)
     with torch.no_grad():

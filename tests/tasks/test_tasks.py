@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distilfast import tasks
 from distilfast.config import ConfigError
-from distilfast.sources import lookup as names
+from distilfast.sources import lookup
 from distilfast.tasks import GLUE, IMDB, TASKS, Encoded, Examples, encode, find, order, read, tokens
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, dict[str, list[Any]]]
         return datasets.DatasetDict({k: datasets.Dataset.from_dict(v) for k, v in splits.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(names, "require_hub", lambda *_, **__: None)
+    monkeypatch.setattr(lookup, "require_hub", lambda *_, **__: None)
     return asked
 
 
