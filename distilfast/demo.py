@@ -27,7 +27,7 @@ from distilfast.driver.heldout import fill
 from distilfast.driver.metrics import read_metrics
 from distilfast.errors import ConfigError
 from distilfast.report import Guess, ModelRow, Report, Sample, write_report
-from distilfast.report.training import train_command
+from distilfast.report.training_run import train_command
 
 # With --full: the optimiser steps of the teacher and of each student, in place of the recipes'.
 FULL = (900, 500)

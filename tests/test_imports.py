@@ -19,12 +19,12 @@ KERNELS = ROOT / "kernels" / "distilfast_kernels"
 
 # What is below what: a wing, or a file beside the wings, may import these and nothing else of ours.
 # Whatever is not written here imports nothing of ours.
-GROUND = {"_version", "atomic", "errors", "machine", "parts", "progress"}
+GROUND = {"_version", "atomic", "errors", "loss_parts", "machine", "progress"}
 MAY_IMPORT = {
     "losses": {"machine"},
-    "config": {"errors", "parts"},
+    "config": {"errors", "loss_parts"},
     "sources": {"errors"},
-    "report": {"atomic", "errors", "parts"},
+    "report": {"atomic", "errors", "loss_parts"},
     "models": {"config", "errors", "sources"},
     "data": {"atomic", "config", "errors", "models", "sources"},
     "driver": {*GROUND, "config", "data", "losses", "models", "report"},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from distilfast.errors import expect, fraction, not_negative, positive
-from distilfast.parts import LOSSES
+from distilfast.loss_parts import LOSSES
 
 
 @dataclass(frozen=True)

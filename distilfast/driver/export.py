@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distilfast import __version__, atomic
 from distilfast.config import Config, to_yaml
-from distilfast.parts import LOSSES
+from distilfast.loss_parts import LOSSES
 
 CARD = """\
 ---

@@ -31,7 +31,7 @@ from distilfast.driver.metrics import Metrics, Progress
 from distilfast.driver.processes import World
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.driver.watch import guard
-from distilfast.parts import AGREEMENT
+from distilfast.loss_parts import AGREEMENT
 
 
 class TrainingError(RuntimeError):

@@ -15,7 +15,7 @@ from distilfast.driver import export, processes
 from distilfast.driver.checks import Setup
 from distilfast.driver.processes import World
 from distilfast.report import write_report
-from distilfast.report.training import training_report
+from distilfast.report.training_run import training_report
 
 
 def write(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distilfast import models
 from distilfast.config import LossConfig
 from distilfast.data import MicroBatch
+from distilfast.loss_parts import AGREEMENT, LOGGED, LOSSES
 from distilfast.losses import (
     DetailedOutput,
     DistillationOutput,
@@ -27,7 +28,6 @@ from distilfast.losses import (
 )
 from distilfast.losses.linear import linear_distillation_loss
 from distilfast.models import Teacher
-from distilfast.parts import AGREEMENT, LOGGED, LOSSES
 
 PARTS = tuple(LOGGED)  # the values that are summed over a step
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilfast.parts import LOGGED
+from distilfast.loss_parts import LOGGED
 from distilfast.report.content import Chart, ModelRow, Report
 from distilfast.report.numbers import fixed
 

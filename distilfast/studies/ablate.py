@@ -40,7 +40,7 @@ from distilfast.studies.flags import add_task_options, add_tuning_options, tunin
 from distilfast.studies.folder import TokenStore, claim, slug
 from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_inputs
 from distilfast.studies.jobs import Job, Result, Tell, Workers
-from distilfast.studies.scoring import fine_tune
+from distilfast.studies.task_job import fine_tune
 from distilfast.tasks import Task
 from distilfast.tasks.training import FineTuning
 

@@ -20,7 +20,7 @@ from distilfast.driver.metrics import read_metrics
 from distilfast.errors import ConfigError, expect
 from distilfast.report import Report, read_report, write_report
 from distilfast.report.merging import flat_keys, merge
-from distilfast.report.training import training_report
+from distilfast.report.training_run import training_report
 from distilfast.studies.flags import Parser
 
 COMMAND = "distilfast report"

@@ -4,9 +4,7 @@ A task is one entry in TASKS, with its columns, classes and metrics. The protoco
 al. 2019 (DistilBERT) for GLUE (Wang et al. 2019): docs/evaluation.md.
 """
 
-from distilfast.tasks.files import HUBS, IGNORE_INDEX, Examples, find, read, read_texts
-from distilfast.tasks.metrics import METRICS
-from distilfast.tasks.table import (
+from distilfast.tasks.catalogue import (
     ENTAILMENT,
     GLUE,
     GLUE_HUB,
@@ -16,6 +14,8 @@ from distilfast.tasks.table import (
     TASKS,
     Task,
 )
+from distilfast.tasks.files import HUBS, IGNORE_INDEX, Examples, find, read, read_texts
+from distilfast.tasks.metrics import METRICS
 from distilfast.tasks.tokens import (
     PAD_TO,
     Encoded,

@@ -11,7 +11,7 @@ from typing import Any
 from distilfast.errors import ConfigError
 from distilfast.sources import lookup
 from distilfast.tasks import squad
-from distilfast.tasks.table import IMDB, SENTENCES, TASKS, Task
+from distilfast.tasks.catalogue import IMDB, SENTENCES, TASKS, Task
 
 log = logging.getLogger("distilfast.tasks")
 IGNORE_INDEX = -100  # the label of an example that has none

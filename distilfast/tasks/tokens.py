@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distilfast.tasks import squad
+from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX, Examples
-from distilfast.tasks.table import Task
 
 CHUNK = 10_000  # examples tokenised at a time, because the tokenizer's own lists are large
 PAD_TO = 8  # the width of a batch is a multiple of this

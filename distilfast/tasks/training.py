@@ -21,8 +21,8 @@ from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
 from distilfast.models import choose_attention, loading
 from distilfast.sources.lookup import model_source
+from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX
-from distilfast.tasks.table import Task
 from distilfast.tasks.tokens import PAD_TO, Encoded, order
 
 EVALUATION_BATCH = 64

@@ -17,7 +17,7 @@ import pytest
 
 from distilfast import report as report_module
 from distilfast.driver.metrics import read_metrics
-from distilfast.parts import LOGGED
+from distilfast.loss_parts import LOGGED
 from distilfast.report import (
     Chart,
     Guess,
