@@ -135,6 +135,7 @@ def sums(world: processes.World, layout: tuple[int, str]) -> tuple[float, float]
     norms = []
     for steps in (SMALL_SUM, 1):
         config = configs.Config(
+            precision="bf16",
             batch=configs.BatchConfig(sequences=steps * world.ranks, micro_sequences=1),
             zero=configs.ZeroConfig(*layout),
             steps=1,
