@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distilfast.losses.reference import DIVERGENCES, Options
+from distilfast.losses.divergences import DIVERGENCES
+from distilfast.losses.reference import Options
 
 FP32 = torch.finfo(torch.float32)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -5,7 +5,7 @@ test that has to fail then, by an assertion: any other exception means that the 
 malformed. Where more text is needed to find the place than is to be replaced, «these marks» are
 around the part that is.
 
-The tables are triton.py (the Triton kernels and reference.py), linear.py (the fused head) and
+The tables are triton.py (Triton, reference.py and divergences.py), linear.py (the fused head) and
 cpp.py (the C++ kernels and their launcher). A mutation takes a line or two there, for which ruff's
 format is off.
 

@@ -18,7 +18,7 @@ from typing import Any
 import distilfast_kernels
 import pytest
 
-from distilfast.losses import backends, reference
+from distilfast.losses import backends, divergences, reference
 from mutations import Mutation, load
 from mutations.triton import MUTATIONS
 
@@ -44,8 +44,12 @@ def kernels_of(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reference_of(folder: Path) -> Iterator[None]:
-    """The torch backend computes what reference.py in this folder says."""
-    module = load("distilfast_mutated_reference", folder / "reference.py")
+    """The torch backend computes what reference.py and divergences.py in this folder say."""
+    load(divergences.__name__, folder / "divergences.py")
+    try:
+        module = load("distilfast_mutated_reference", folder / "reference.py")
+    finally:
+        sys.modules[divergences.__name__] = divergences
     torch_backend = backends.BACKENDS["torch"]
     torch_backend = dataclasses.replace(
         torch_backend,

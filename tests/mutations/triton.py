@@ -36,7 +36,7 @@ from mutations.calls import (
     UNDERFLOW,
 )
 
-REFERENCE = "reference.py"
+DIVERGENCES, REFERENCE = "divergences.py", "reference.py"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 SATURATED = call(near.test_saturated_jsd_keeps_its_gradient)
@@ -623,6 +623,24 @@ TABLE = {
         ("the sum has no weights", SUMS, "weight * reduced", "reduced"),
         ("rows have no weights", SUMS, "weight * values", "values"),
     ],
+    DIVERGENCES: [
+        ("reference: T squared", AT["forward_kl", 2.0], "temperature**2 * loss", "loss"),
+        ("reference: the gradient's T", AT["forward_kl", 2.0], "grad.mul_(temperature)", "grad"),
+        ("reference: the mean", AT["reverse_kl", 2.0],
+         "(d.masked_fill(q_is_0, 0) - loss[:, None])", "d.masked_fill(q_is_0, 0)"),
+        ("reference: 1 - beta", AT["jsd", 2.0], "(1 - beta) * q * _from", "q * _from"),
+        ("reference: no series", NEAR["forward_kl", 0.001],
+         "near = d.abs() < NEAR", "near = d.abs() < 0"),
+        ("reference: phi", NEAR["forward_kl", 0.15],
+         "range(15 if x.dtype == torch.float64 else 8, 2, -1)",
+         "range(15 if x.dtype == torch.float64 else 8, 3, -1)"),
+        ("reference: psi", NEAR["jsd", 0.15],
+         "series.mul_(-x).add_(1 / k)", "series.mul_(x).add_(1 / k)"),
+        ("reference: what rounding left", NEAR["forward_kl", 0.001],
+         "    d = d - torch.where", "    torch.where"),
+        ("reference: saturated", SATURATED,
+         "saturated = (kl_q_m > farthest / 2)", "saturated = (kl_q_m > 2 * farthest)"),
+    ],
     REFERENCE: [
         ("reference: a total of 0 leaves kd in", NOTHING_COUNTS,
          "if not scale.is_cuda and bool((scale != 0).all()):", "if True:"),
@@ -635,11 +653,6 @@ TABLE = {
         ("reference: the mask needs every row", PROJECTED, "needed = needed & (mask != 0)", "pass"),
         ("reference: a label needs no row", PROJECTED,
          "needed = needed | ((labels != ignore_index) & (ce_scale != 0))", "pass"),
-        ("reference: T squared", AT["forward_kl", 2.0], "temperature**2 * loss", "loss"),
-        ("reference: the gradient's T", AT["forward_kl", 2.0], "grad.mul_(temperature)", "grad"),
-        ("reference: the mean", AT["reverse_kl", 2.0],
-         "(d.masked_fill(q_is_0, 0) - loss[:, None])", "d.masked_fill(q_is_0, 0)"),
-        ("reference: 1 - beta", AT["jsd", 2.0], "(1 - beta) * q * _from", "q * _from"),
         ("reference: half of MSE's gradient", PARTS, "(2 * difference)", "difference.clone()"),
         ("reference: ce at T", PARTS,
          "log_q = s.log_softmax(-1)\n    loss", "log_q = (s / 2).log_softmax(-1)\n    loss"),
@@ -664,17 +677,6 @@ TABLE = {
          "h.logits_(x.clone()) for h, x in zip(heads[:1] * 2,"),
         ("the bias' gradient is the last block's", HEAD["bias"],
          "bias_gradient += total.sum(0)", "bias_gradient[:] = total.sum(0)"),
-        ("reference: no series", NEAR["forward_kl", 0.001],
-         "near = d.abs() < NEAR", "near = d.abs() < 0"),
-        ("reference: phi", NEAR["forward_kl", 0.15],
-         "range(15 if x.dtype == torch.float64 else 8, 2, -1)",
-         "range(15 if x.dtype == torch.float64 else 8, 3, -1)"),
-        ("reference: psi", NEAR["jsd", 0.15],
-         "series.mul_(-x).add_(1 / k)", "series.mul_(x).add_(1 / k)"),
-        ("reference: what rounding left", NEAR["forward_kl", 0.001],
-         "    d = d - torch.where", "    torch.where"),
-        ("reference: saturated", SATURATED,
-         "saturated = (kl_q_m > farthest / 2)", "saturated = (kl_q_m > 2 * farthest)"),
         ("reference: entropy", COUNTED, "entropies.append(-(log_p", "entropies.append((log_p"),
         ("reference: agreement of the last", FIRST_OF_EQUALS,
          ".where(x == x.amax(-1, keepdim=True), s.shape[-1]).amin(-1)",
@@ -683,7 +685,8 @@ TABLE = {
 }
 # fmt: on
 MUTATIONS = [
-    Mutation(file, name, "torch" if file == REFERENCE else "triton", caught_by, old, new)
+    Mutation(file, name, backend, caught_by, old, new)
     for file, table in TABLE.items()
+    for backend in ["torch" if file in (DIVERGENCES, REFERENCE) else "triton"]
     for name, caught_by, old, new in table
 ]
