@@ -321,6 +321,18 @@ def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) 
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def read(**arguments: Any) -> dict[str, Any]:
+    """A loss's arguments without those that its weights leave unread: it refuses them."""
+    soft = arguments.get("kd_weight", 1.0) or any(
+        arguments.get(name) for name in ("cos_weight", "mse_weight")
+    )
+    unread = [] if arguments.get("ce_weight") else ["labels", "ce_normalizer"]
+    if not soft:
+        unread += ["mask", "kd_normalizer", "teacher_weights"]
+        unread += ["teacher_hidden", "teacher_weight", "teacher_bias"]
+    return {k: None if k in unread else v for k, v in arguments.items()}
+
+
 def value_and_grad(
     loss_fn: Callable[..., Any],
     student: Tensor,

@@ -139,7 +139,7 @@ def ours(case: HeadCase, backend: str, logits_dtype: torch.dtype | None = None) 
             x.weight,
             x.teacher_hidden,
             x.teacher_weight,
-            x.labels,
+            x.labels if case.loss in ("kl_ce", "ce") else None,
             student_bias=x.bias,
             teacher_bias=x.teacher_bias,
             temperature=case.temperature,

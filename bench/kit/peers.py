@@ -179,7 +179,10 @@ def ours(backend: str, inplace: bool) -> Callable[[Case], Loss]:
             inplace_backward=inplace,
             backend=backend,
         )
-        return lambda student, teacher, labels: loss(student[0], teacher[0], labels).loss
+        hard = case.loss in ("kl_ce", "ce")
+        return lambda student, teacher, labels: (
+            loss(student[0], teacher[0], labels if hard else None).loss
+        )
 
     return build
 

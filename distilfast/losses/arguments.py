@@ -13,6 +13,7 @@ from torch import Tensor
 from distilfast.losses.divergences import DIVERGENCES
 from distilfast.losses.reference import Options
 
+SOFT = ("kd_weight", "cos_weight", "mse_weight")  # the weights of the losses that read a teacher
 FP32 = torch.finfo(torch.float32)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -70,6 +71,21 @@ def check_options(
     if not _is_number(jsd_beta) or not 0 < jsd_beta < 1:
         raise ValueError(f"jsd_beta: expected a number between 0 and 1, got {jsd_beta!r}")
     check_reduction(reduction, normalizers)
+
+
+def check_used(weights: dict[str, float], readers: Sequence[str], given: dict[str, Any]) -> None:
+    """Raise a ValueError if an argument is given that only losses of weight 0 would read.
+
+    ``readers`` are the names of those losses' weights. None is an argument that is not given.
+    """
+    if any(weights[name] for name in readers):
+        return
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None, as nothing reads it where {', '.join(readers)} "
+                f"{'is' if len(readers) == 1 else 'are'} 0, got a {type(value).__name__}"
+            )
 
 
 def check_statistics(statistics: bool, kd_weight: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distilfast.losses import backends
 from distilfast.losses.arguments import (
+    SOFT,
     as_layers,
     check_ensemble_mode,
     check_labels,
@@ -23,6 +24,7 @@ from distilfast.losses.arguments import (
     check_statistics,
     check_teacher,
     check_tensor,
+    check_used,
     check_vocab,
     normalize_weights,
 )
@@ -103,7 +105,9 @@ def distillation_loss(
     Args:
         student_logits: (..., V_s), bf16, fp16, fp32 or fp64 (fp64: torch backend only).
         teacher_logits: (..., V_t), the same leading shape; the dtype may differ. Gets no gradient.
+            With ce_weight alone it is not read.
         labels: (...) int64, never shifted here; ``ignore_index`` where there is no hard label.
+            None if ce_weight is 0, since nothing would read them.
         temperature: T, of the soft targets on both sides; > 0.
         kd_weight, ce_weight, cos_weight, mse_weight: >= 0, not all 0. A part of weight 0 is not
             computed and is 0.
@@ -111,14 +115,16 @@ def distillation_loss(
             ``jsd_beta * (1 - jsd_beta)`` times the KL, so a weight tuned for one is wrong for the
             other.
         jsd_beta: the teacher's share of the mixture, 0 < jsd_beta < 1.
-        mask: (...) bool, or float row weights >= 0, for kd, cos and mse. None: all ones.
+        mask: (...) bool, or float row weights >= 0, for kd, cos and mse. None: all ones. With
+            ce_weight alone only None: ignored rows of ce have the label ``ignore_index``.
         ignore_index: the label of rows without a hard label.
         vocab_size: columns from here on are padding; required if V_s != V_t.
         reduction: "mean" divides kd, cos and mse by the sum of the mask, and ce by the number of
             labelled rows (a divisor of 0 gives 0). "sum" does not divide. "none" returns (...),
             times the mask.
         kd_normalizer, ce_normalizer: a number or 0-d tensor that replaces those divisors: the
-            global count of a batch that is spread over micro-batches and ranks.
+            global count of a batch that is spread over micro-batches and ranks. Only for parts
+            whose weight is not 0.
         inplace_backward: the backward overwrites ``student_logits`` with its gradient. This saves
             a tensor of its size and costs a second reading of both logits. Nothing else may read
             the student's logits afterwards. Works for rows that are dense or padded; other logits
@@ -155,6 +161,8 @@ def distillation_loss(
     }
     normalizers = {"kd_normalizer": kd_normalizer, "ce_normalizer": ce_normalizer}
     check_options(temperature, weights, divergence, jsd_beta, reduction, normalizers)
+    check_used(weights, SOFT, {"mask": mask, "kd_normalizer": kd_normalizer})
+    check_used(weights, ("ce_weight",), {"labels": labels, "ce_normalizer": ce_normalizer})
     check_statistics(statistics, kd_weight)
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
@@ -180,9 +188,7 @@ def distillation_loss(
     check_mask(mask, leading, device)
     backend = backends.choose(backend, device, (student_logits.dtype, teacher_logits.dtype))
 
-    rows, totals = flatten_rows(
-        labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
-    )
+    rows, totals = flatten_rows(labels, mask, device, reduction, kd_normalizer, ce_normalizer)
     # In place is for eager mode: compiled code itself decides which memory may be overwritten.
     flat = as_matrix(student_logits)
     inplace = inplace_backward and not torch.compiler.is_compiling()
@@ -368,7 +374,8 @@ class DistillationLoss(nn.Module):
         probe = torch.zeros(0, width if isinstance(width, int) else 2)
         backend = keywords.get("backend", "auto")
         known = {**keywords, "backend": "torch" if backend in tuple(backends.BACKENDS) else backend}
-        distillation_loss(probe, probe, torch.zeros(0, dtype=torch.int64), **known)
+        labels = torch.zeros(0, dtype=torch.int64) if keywords.get("ce_weight") else None
+        distillation_loss(probe, probe, labels, **known)
 
     def forward(
         self,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distilfast.losses import backends
 from distilfast.losses.arguments import (
+    SOFT,
     check_ensemble_mode,
     check_labels,
     check_like,
@@ -34,6 +35,7 @@ from distilfast.losses.arguments import (
     check_statistics,
     check_teacher,
     check_tensor,
+    check_used,
     check_vocab,
     normalize_weights,
 )
@@ -85,7 +87,7 @@ def linear_distillation_loss(
         student_hidden: (..., D_s).
         student_weight: (V_s, D_s), as ``nn.Linear.weight`` or a tied embedding.
         teacher_hidden: (..., D_t), or a sequence: an ensemble. May not require a gradient.
-            teacher_hidden and teacher_weight may be None if only ce_weight is > 0.
+            All that is a teacher's has to be None if only ce_weight is > 0.
         teacher_weight: (V_t, D_t), or a sequence. A teacher's weight and bias are constants here,
             whether they require a gradient or not.
         labels: (...) int64.
@@ -138,6 +140,14 @@ def linear_distillation_loss(
     }
     normalizers = {"kd_normalizer": kd_normalizer, "ce_normalizer": ce_normalizer}
     check_options(temperature, weights, divergence, jsd_beta, reduction, normalizers)
+    teachers = {
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "teacher_weights": teacher_weights,
+    }
+    check_used(weights, SOFT, {**teachers, "mask": mask, "kd_normalizer": kd_normalizer})
+    check_used(weights, ("ce_weight",), {"labels": labels, "ce_normalizer": ce_normalizer})
     check_statistics(statistics, kd_weight)
     check_ensemble_mode("ensemble", ensemble)
     scales = _pair("logit_scale", logit_scale, 1.0)
@@ -159,7 +169,7 @@ def linear_distillation_loss(
             "cos_weight, mse_weight: expected 0 with ensemble='probability', whose logits are "
             f"known only up to a constant, got {cos_weight} and {mse_weight}; use ensemble='logit'"
         )
-    shares = normalize_weights("teacher_weights", teacher_weights, max(1, len(t_hidden)))
+    shares = normalize_weights("teacher_weights", teacher_weights, len(t_hidden)) if soft else []
     check_tensor("student_hidden", student_hidden)
     leading, device = student_hidden.shape[:-1], student_hidden.device
     _check_head("student", student_hidden, student_weight, student_bias, leading, device)
@@ -173,9 +183,6 @@ def linear_distillation_loss(
     )
     check_labels(labels, ignore_index, ce_weight, leading, device)
     check_mask(mask, leading, device)
-
-    if not soft:  # the labels alone: no teacher is projected
-        t_hidden, t_weight, t_bias, shares = [], [], [], []
 
     if torch.is_autocast_enabled(device.type):  # the operator casts the heads
         dtype = torch.get_autocast_dtype(device.type)
@@ -191,11 +198,9 @@ def linear_distillation_loss(
     read = (student_hidden, *t_hidden, student_weight)  # under autocast of different dtypes
     backend = backends.choose(backend, device, [x.dtype for x in read])
 
-    rows, totals = flatten_rows(
-        labels if ce_weight else None, mask, device, reduction, kd_normalizer, ce_normalizer
-    )
+    rows, totals = flatten_rows(labels, mask, device, reduction, kd_normalizer, ce_normalizer)
     if not soft:  # then only a label can make a row needed
-        rows, totals[0] = rows._replace(mask=None, kd_normalizer=None), 0.0
+        totals[0] = 0.0
     heads = scales[0], softcaps[0], scales[1], softcaps[1]
     numbers = Numbers(
         temperature, tuple(weights.values()), jsd_beta, tuple(totals), heads, tuple(shares)

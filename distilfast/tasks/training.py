@@ -249,7 +249,7 @@ def task_loss(
         return distillation_loss(
             logits,
             targets.logits,
-            labels,
+            labels if targets.ce_weight else None,
             temperature=targets.temperature,
             kd_weight=targets.kd_weight,
             ce_weight=targets.ce_weight,

@@ -23,6 +23,7 @@ from oracle import (
     make_mask,
     mse_rows,
     plain_rows,
+    read,
     value_and_grad,
 )
 
@@ -42,7 +43,7 @@ modest = settings(
 
 def run(student, teacher, labels=None, **keywords):
     """(DistillationOutput, gradient of the student's logits)."""
-    return value_and_grad(distillation_loss, student, teacher, labels, **keywords)
+    return value_and_grad(distillation_loss, student, teacher, **read(labels=labels, **keywords))
 
 
 def parity(student, teacher, labels=None, *, backend, **keywords):
@@ -301,13 +302,11 @@ def test_gradcheck_in_float64(keywords, reduction):
         return distillation_loss(
             logits,
             teacher,
-            labels,
-            mask=mask,
             temperature=1.7,
             vocab_size=5,
             reduction=reduction,
             backend="torch",
-            **keywords,
+            **read(labels=labels, mask=mask, **keywords),
         ).loss
 
     assert torch.autograd.gradcheck(loss, student.requires_grad_())

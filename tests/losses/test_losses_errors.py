@@ -173,6 +173,46 @@ def test_ce_weight_without_labels_is_refused(call):
         call(labels=None)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("labels", {"ce_weight": 0.0}),
+        ("ce_normalizer", {"ce_weight": 0.0, "labels": None}),
+        ("mask", {"kd_weight": 0.0}),
+        ("kd_normalizer", {"kd_weight": 0.0}),
+    ],
+)
+def test_argument_that_nothing_reads_is_refused(call, device, name, weights):
+    # a mask that ce alone leaves unread, or labels without a weight, look as if they counted
+    given = {"mask": torch.ones(2, 3, device=device), "kd_normalizer": 6, "ce_normalizer": 6}
+    with value_error(name, "expected None", *weights.keys() & set(WEIGHTS)):
+        call(**weights, **{k: v for k, v in given.items() if k == name})
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher_hidden", "teacher_weight", "teacher_bias", "teacher_weights", "labels"]
+)
+def test_argument_that_nothing_reads_is_refused_by_the_fused_head(name):
+    hidden, weight = torch.ones(2, 3), torch.ones(5, 3)
+    given = {
+        "teacher_hidden": hidden,
+        "teacher_weight": weight,
+        "teacher_bias": torch.ones(5),
+        "teacher_weights": [1.0],
+        "labels": torch.ones(2, dtype=torch.int64),
+    }
+    of_a_teacher = {k: v for k, v in given.items() if k != name and name == "labels"}
+    weights = {"kd_weight": float(name == "labels"), "ce_weight": float(name != "labels")}
+    arguments = {
+        **dict.fromkeys(("teacher_hidden", "teacher_weight")),
+        **of_a_teacher,
+        **({} if name == "labels" else {"labels": given["labels"]}),
+        name: given[name],
+    }
+    with value_error(name, "expected None"):
+        linear_distillation_loss(hidden, weight, **arguments, **weights)
+
+
 @pytest.mark.parametrize("name", ["kd_normalizer", "ce_normalizer"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_normalizer_without_mean_is_refused(call, name, reduction):

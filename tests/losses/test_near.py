@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from oracle import DIVERGENCES, IGNORE, INF
+from oracle import DIVERGENCES, IGNORE, INF, read
 from torch import Tensor
 
 from distilfast import distillation_loss, linear_distillation_loss
@@ -162,7 +162,7 @@ def test_label_beside_a_small_divergence(backend, device, divergence):
     for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
         leaf = student.clone().requires_grad_()
         named = dict(zip(("kd_weight", "ce_weight"), weights, strict=True))
-        loss = distillation_loss(leaf, teacher, labels, **named, **keywords).loss
+        loss = distillation_loss(leaf, teacher, **read(labels=labels, **named), **keywords).loss
         gradients.append(torch.autograd.grad(loss, leaf)[0])
     torch.testing.assert_close(gradients[2], gradients[0] + gradients[1], rtol=1e-4, atol=1e-7)
 

@@ -162,8 +162,6 @@ TABLE = {
          "    return wanted\n\n\ndef _logits_dtype", "    return widest\n\n\ndef _logits_dtype"),
         ("fp16 is rounded first", TORCH, LATE,
          'reduction == "none" or student_hidden.dtype == torch.float16', 'reduction == "none"'),
-        ("teachers are read for labels alone", TORCH, PROJECTED,
-         "t_hidden, t_weight, t_bias, shares = [], [], [], []", "pass"),
         ("logits_dtype is not asked", TORCH, ROUNDED,
          "    return wanted\n\n\ndef _check_head", "    return torch.float32\n\n\ndef _check_head"),
     ],
