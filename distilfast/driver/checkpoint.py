@@ -75,8 +75,17 @@ class Checkpoints:
     waits until the one before it is on disk.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, keep: int, start: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        keep: int,
+        start: int = 0,
+        timeout_s: float = 300.0,
+    ):
         self.folder, self.rank, self.ranks, self.keep = folder, rank, ranks, keep
+        self.timeout_s = timeout_s  # of a rank whose part does not grow
         self.saved = start  # the step of the last save, which may still be being written
         self._copy: Tensor | None = None
         self._thread: threading.Thread | None = None
@@ -164,7 +173,7 @@ class Checkpoints:
     def _write_part(
         self, scratch: Path, parts: dict[str, Any], header: bytes, data: Tensor
     ) -> None:
-        path = scratch / f"state-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
+        path = scratch / self._part(self.rank)
         said = scratch / f"rank-{self.rank}.json"
         try:
             mark("begin")
@@ -181,13 +190,29 @@ class Checkpoints:
                 _replace(said, json.dumps({"error": reason}))
             raise OSError(reason) from error
 
+    def _part(self, rank: int) -> str:
+        return f"state-{rank:05d}-of-{self.ranks:05d}.safetensors"
+
+    def _wait_for(self, said: Path, rank: int) -> None:
+        """Wait for another rank's last word, ``said``, as long as its part grows."""
+        part, size, since = said.with_name(self._part(rank)), -1, time.monotonic()
+        while not said.exists():
+            time.sleep(POLL_S)
+            with contextlib.suppress(OSError):  # it has not begun
+                before, size = size, part.stat().st_size
+                since = since if size == before else time.monotonic()
+            if time.monotonic() - since > self.timeout_s:
+                raise OSError(
+                    f"rank {rank} has written nothing of its part for {self.timeout_s:g} s "
+                    "(rank_timeout_s)"
+                )
+
     def _publish(self, scratch: Path, manifest: dict[str, Any]) -> None:
         """Wait for every rank's file, then give the folder its name."""
         files: dict[str, Any] = {}
         for rank in range(self.ranks):
             said = scratch / f"rank-{rank}.json"
-            while not said.exists():
-                time.sleep(POLL_S)
+            self._wait_for(said, rank)
             entry = json.loads(said.read_text())
             if "error" in entry:
                 raise OSError(entry["error"])

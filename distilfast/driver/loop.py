@@ -81,7 +81,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     folder, keep = output / "checkpoints", config.checkpoint.keep
     if start:
         runner.restore(Saved(folder, start))
-    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep, start)
+    limit_s = config.rank_timeout_s
+    checkpoints = Checkpoints(folder, world.rank, world.ranks, keep, start, limit_s)
     if config.checkpoint.every:
         checkpoints.reserve(runner.piece_bytes(), world.device.type == "cuda")
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,25 @@ def test_full_disk_on_one_rank_is_told_by_name(
     assert {p.name for p in tmp_path.iterdir()} == {"step-2", "tmp-step-4"}
     assert not list(tmp_path.glob(f"tmp-step-4/state-{culprit:05d}*"))
     assert newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_rank_that_writes_nothing_is_named_after_the_timeout(tmp_path: Path, grows: bool) -> None:
+    """A part that takes long but grows is waited for."""
+    first = Checkpoints(tmp_path, 0, 2, 3, timeout_s=0.5)
+    first.save(2, pieces(made_up({"a": 9}), 0, 2))
+    if not grows:
+        with pytest.raises(CheckpointError, match=r"step-2 could .* rank 1 .* for 0\.5 s"):
+            first.wait()
+        return
+    scratch = tmp_path / "tmp-step-2"
+    for size in range(1, 6):
+        time.sleep(0.2)
+        scratch.mkdir(exist_ok=True)
+        (scratch / "state-00001-of-00002.safetensors").write_bytes(b"x" * size)
+    (scratch / "rank-1.json").write_text("{}")
+    first.wait()
+    assert (tmp_path / "step-2").is_dir()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a disk that is full")
