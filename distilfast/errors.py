@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +30,25 @@ def not_negative(key: str, value: float) -> None:
 
 def fraction(key: str, value: float) -> None:
     expect(0 <= value < 1, key, "a number from 0 up to, not including, 1", value)
+
+
+def writable(key: str, folder: Path) -> None:
+    """Raise a ConfigError unless ``folder`` can be written to, or made if it is missing.
+
+    It makes a file there that has no name and is gone at once. Permissions alone do not tell: a
+    file system may be read-only, or refuse what they allow.
+    """
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        if not there.is_dir():
+            raise ConfigError(f"{key}: expected a folder, got the file {str(there)!r}")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: expected a folder that can be written to, got {str(folder)!r}: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def shortened(text: str) -> str:

@@ -18,6 +18,7 @@ from distilfast import atomic
 from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
 from distilfast.data.masking import permutation
 from distilfast.data.store import FORMAT, Store
+from distilfast.errors import writable
 from distilfast.models.tokenizers import fingerprint
 from distilfast.sources import lookup
 
@@ -77,9 +78,11 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
 
 def check(config: Config, folder: Path) -> None:
     """Check that a store can be made in ``folder``, as far as possible without reading the text."""
-    for parent in (folder, *folder.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"data.prepared: expected a folder, got the file {str(parent)!r}")
+    import datasets
+
+    for place in (folder, folder.parent):  # it is made beside its place, and renamed
+        writable("data.prepared", place)
+    writable("HF_DATASETS_CACHE", Path(datasets.config.HF_DATASETS_CACHE))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
     if not config.sources:

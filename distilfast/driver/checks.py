@@ -21,7 +21,8 @@ from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
 from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.processes import World
-from distilfast.errors import ConfigError
+from distilfast.errors import ConfigError, writable
+from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
 
 log = logging.getLogger("distilfast")
@@ -67,21 +68,19 @@ def chosen_precision(config: Config, device: torch.device) -> Literal["bf16", "f
     if config.precision != "auto":
         return config.precision
     before = Path(config.output) / "config.yaml"
-    if config.resume == "auto" and before.is_file():
-        with contextlib.suppress(ConfigError):  # `check_output` will report the error
+    with contextlib.suppress(ConfigError, OSError):  # `check` will report the error
+        if config.resume == "auto" and before.is_file():
             kept = configs.parse(["--config", str(before)]).precision
             return kept if kept != "auto" else best_precision(device)
     return best_precision(device)
 
 
 def prepare(config: Config, world: World) -> Setup:
-    """Load and check everything. Writes the tokens if they are missing, and nothing else.
+    """Load and check what `check` has not. Writes the tokens if they are missing, and nothing else.
 
     Raises:
         ConfigError: the first error that is found.
     """
-    config.batch.check(world.ranks, config.data.max_length)
-    world.first(lambda: check_output(config, Path(config.output)))
     teachers, tokenizer, student = world.together(lambda: load_models(config))
     models.choose_attention(student, world.device, config.data.max_length)
     if world.device.type == "cpu" and config.precision == "bf16":
@@ -89,10 +88,44 @@ def prepare(config: Config, world: World) -> Setup:
     folder = config.token_folder
     world.first(lambda: data.prepare(config, tokenizer, folder))
     store = world.together(lambda: data.Store.open(folder))
+    batches = make_batches(config, tokenizer, store)
+    return Setup(teachers, tokenizer, student, batches, count_steps(config, batches.epoch_size))
+
+
+def check(config: Config, ranks: int, device: torch.device) -> None:
+    """Check all that can be checked before models and tokens are there. Writes nothing.
+
+    Raises:
+        ConfigError: the first error that is found.
+    """
+    config.batch.check(ranks, config.data.max_length)
+    check_backend(config, device)
+    output = Path(config.output)
+    for folder in (output, *(output / name for name in ("checkpoints", "model", "tensorboard"))):
+        writable("output", folder)
+    check_output(replace(config, precision=chosen_precision(config, device)), output)
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Check that the losses can be computed on this machine, by computing one.
+
+    Only this finds a missing compiler, or a cache for what it makes that cannot be written to.
+    """
+    name, probe = config.loss.backend, torch.zeros(1, 8, device=device, requires_grad=True)
+    try:
+        distillation_loss(probe, probe.detach(), backend=name)
+    except Exception as error:  # a compiler may raise anything
+        reason = " ".join(str(error).removeprefix("backend: ").split())
+        raise ConfigError(
+            f"loss.backend: expected one that works here, got {name!r}: {reason}"
+        ) from error
+
+
+def make_batches(config: Config, tokenizer: Any, store: data.Store) -> data.Batches:
+    """The masked batches of a run."""
     special, mask_token = tokenizer.all_special_ids, tokenizer.mask_token_id
     masker = Masker.from_counts(store.counts, special, mask_token, config.masking, config.seed)
-    batches = data.Batches(store, masker, tokenizer.pad_token_id, config.batch)
-    return Setup(teachers, tokenizer, student, batches, count_steps(config, batches.epoch_size))
+    return data.Batches(store, masker, tokenizer.pad_token_id, config.batch)
 
 
 def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
@@ -145,12 +178,9 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 def check_output(config: Config, output: Path) -> None:
     """Check that the folder is empty or holds this run."""
-    for parent in (output, *output.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"output: expected a folder, got the file {str(parent)!r}")
     # A run writes these before config.yaml, and may have been killed then.
     first = (config.token_folder.name, "config.yaml.tmp")
-    if not output.exists() or all(p.name.startswith(first) for p in output.iterdir()):
+    if not output.is_dir() or all(p.name.startswith(first) for p in output.iterdir()):
         return
     if config.resume == "never":
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -31,9 +30,8 @@ def check(arguments: Sequence[str]) -> int:
     """Check everything that `train` checks, and print what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    config.batch.check(ranks, config.data.max_length)
-    checks.check_output(config, Path(config.output))
+    ranks, device = int(os.environ.get("WORLD_SIZE", "1")), processes.own_device()
+    checks.check(config, ranks, device)
     teachers, tokenizer, student = checks.load_models(config)
     for teacher in teachers:
         print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
@@ -46,14 +44,14 @@ def check(arguments: Sequence[str]) -> int:
     if (folder / "store.json").is_file():
         store = data.prepare(config, tokenizer, folder)
         print(f"data:     {folder}: {describe_store(store)}")
-        epoch_size = int(store.sizes(config.batch).sum())
+        epoch_size = checks.make_batches(config, tokenizer, store).epoch_size
         steps = checks.count_steps(config, epoch_size)
         print(f"steps:    {steps:,} = {config.batch.before(steps) / epoch_size:.2f} epochs")
     else:
         data.check(config, folder)
         print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
         print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
-    precision = checks.chosen_precision(config, processes.own_device())
+    precision = checks.chosen_precision(config, device)
     print(f"batch:    {describe_batch(config.batch, ranks)}, {precision}")
     print(f"output:   {config.output}")
     return 0

@@ -24,7 +24,7 @@ from distilfast.config import Config
 from distilfast.data.masking import philox
 from distilfast.driver import engine, optimizers, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
-from distilfast.driver.checks import Setup, check_shared, claim, prepare, settled
+from distilfast.driver.checks import Setup, check, check_shared, claim, prepare, settled
 from distilfast.driver.engine import Engine
 from distilfast.driver.heldout import Evaluator
 from distilfast.driver.metrics import Metrics, Progress
@@ -48,6 +48,7 @@ def run(config: Config) -> bool:
 def distil(config: Config, world: World) -> bool:
     """`run`, once the processes are connected."""
     config = settled(config, world)
+    world.first(lambda: check(config, world.ranks, world.device))
     setup = prepare(config, world)
     output = Path(config.output)
     if world.first(lambda: (output / "summary.json").is_file()):

@@ -63,6 +63,8 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     # One process partitions nothing, and resume never would refuse the run's folder.
     config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
     config = checks.settled(config, world := processes.start())
+    checks.check_output(config, output)
+    checks.check_backend(config, world.device)
     setup = checks.prepare(config, world)
     if not 1 <= step <= setup.steps:
         raise ConfigError(f"--step: expected 1 to {setup.steps}, got {step}")

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from distilfast import config as configs
@@ -102,7 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     _, tokenizer, _ = checks.load_models(first)
     length = max(settings.max_length or task.max_length for task in chosen)
     for name in rows:  # find errors of all rows before the first is trained
-        _, _, student = checks.load_models(runs[name, first.seed])
+        config = runs[name, first.seed]
+        config.batch.check(1, config.data.max_length)
+        checks.check_backend(config, torch.device(workers.devices[0]))
+        _, _, student = checks.load_models(config)
         most = student.config.max_position_embeddings
         expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
     what = {

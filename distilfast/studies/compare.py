@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from distilfast import __version__, atomic
-from distilfast.errors import ConfigError, expect
+from distilfast.errors import ConfigError, expect, writable
 from distilfast.machine import cpu_name
 from distilfast.report import Report, Table, markdown, write_report
 from distilfast.studies.flags import Parser, positive
@@ -115,8 +115,7 @@ def _precisions(text: str) -> list[str]:
 
 def _check_output(output: Path) -> None:
     """Check that the files to be overwritten are those of an earlier comparison."""
-    for parent in output.parents:
-        expect(parent.is_dir() or not parent.exists(), "--output", "a folder", str(parent))
+    writable("--output", output)
     if output.is_dir() and not any(output.iterdir()):
         return
     try:

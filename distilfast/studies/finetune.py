@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from distilfast import tasks
-from distilfast.errors import ConfigError
+from distilfast.errors import ConfigError, writable
 from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.studies import flags, jobs
@@ -84,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = tuning(given, workers)
     inputs = read_inputs(task, given, settings)
     output = Path(given.output)
+    cache = Path(given.cache or output / "logits")
+    writable("--cache" if given.cache else "--output", cache)
     what = {
         "command": "finetune",
         "task": task.name,
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     identities = {"student": inputs.student.identity}
     identities |= {teacher.name: teacher.model.identity for teacher in inputs.teachers}
     claim(output, what, identities, {task.name: inputs.identity})
-    run = Run(inputs, settings, teaching, workers, output, Path(given.cache or output / "logits"))
+    run = Run(inputs, settings, teaching, workers, output, cache)
     rows = run(range(given.seeds))
     write(rows, inputs, what, output, shlex.join(["distilfast", "finetune", *arguments]))
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distilfast import tasks
-from distilfast.errors import ConfigError
+from distilfast.errors import ConfigError, writable
 from distilfast.models import fingerprint
 from distilfast.progress import Bar
 from distilfast.studies import jobs
@@ -24,12 +24,13 @@ def claim(
     """Mark the folder as this command's: settings.json records all that decides its figures.
 
     Raises:
-        ConfigError: the folder holds something else, or figures of other settings. Nothing is
-            written then.
+        ConfigError: the folder cannot be written to, or holds something else, or figures of other
+            settings. Nothing is written then.
     """
+    writable("--output", output)
     file = output / "settings.json"
     wanted = {**what, "models": dict(models), "data": dict(data)}
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and any(output.iterdir()):
         if not file.is_file():
             raise ConfigError(
                 f"--output: expected a new folder, got {str(output)!r} of something else"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distilfast.driver.metrics import read_metrics
-from distilfast.errors import ConfigError, expect
+from distilfast.errors import ConfigError, expect, writable
 from distilfast.report import Report, read_report, write_report
 from distilfast.report.merging import flat_keys, merge
 from distilfast.report.training_run import training_report
@@ -71,6 +71,7 @@ def _named(run: str) -> tuple[str, Path]:
 def _check_output(output: Path) -> None:
     """Check that the page and the JSON to be overwritten are earlier ones of this command."""
     expect(output.suffix == ".html", "--output", "a file named *.html", str(output))
+    writable("--output", output.parent)
     data = output.with_suffix(".json")
     if output.exists() or data.exists():
         try:

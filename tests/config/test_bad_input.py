@@ -13,16 +13,19 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import distilfast_kernels
 import pytest
 import torch
 import yaml
 from conftest import ROOT, WORDS, make_teacher
 
 from distilfast import cli, config, train
+from distilfast.losses import backends
 
 Refuse = Callable[..., str]
 
@@ -964,6 +967,10 @@ FOUND_BY_CHECK = [
     {"data.source": "recipe.yaml"},
     {"data.prepared": "folder"},
     {"output": "folder"},
+    # Not even root can make anything here.
+    {"data.prepared": "/proc/nothing/tokens"},
+    {"output": "/proc/nothing/run"},
+    {"output": "x" * 300},
 ]
 
 
@@ -976,6 +983,43 @@ def test_check_says_what_train_says(
     Path("folder", "thesis.txt").write_text("dear to someone", encoding="utf-8")
     given = changed(base, changes)
     assert refuse("check", *given, program=quiet_check) == refuse(*given)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpp"])
+def test_backend_that_cannot_be_used_is_refused(
+    name: str, base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distilfast_kernels, "unavailable", lambda _: "it is not there")
+    given = arguments(base, loss__backend=name)
+    expected = f"loss.backend: expected one that works here, got {name!r}: "
+    assert refuse(*given).startswith(expected)
+    assert refuse(*given).endswith("it is not there")
+    assert refuse("check", *given, program=quiet_check) == refuse(*given)
+
+
+def test_backend_that_fails_at_its_first_call_is_refused(
+    base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the cache for compiled kernels cannot be written to."""
+
+    def launch(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    broken = replace(backends.BACKENDS["torch"], distillation=launch)
+    monkeypatch.setitem(backends.BACKENDS, "torch", broken)
+    assert refuse(*arguments(base, loss__backend="torch")) == (
+        "loss.backend: expected one that works here, got 'torch': "
+        "[Errno 13] Permission denied: '/cache'"
+    )
+
+
+def test_cache_that_cannot_be_written_to_is_refused(
+    base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nothing")
+    message = refuse("--config", str(base))
+    assert message.startswith("HF_DATASETS_CACHE: expected a folder that can be written to, got")
+    assert refuse("check", "--config", str(base), program=quiet_check) == message
 
 
 def quiet_check(arguments: list[str]) -> int:

@@ -128,6 +128,11 @@ def test_what_cannot_be_fine_tuned_is_found_before_anything_is_trained(
     for changed, said in (
         (("--max_length", "65"), "--max_length: expected at most 64 ('as configured'), got 65"),
         (("--row", "deep", "student.layers=[9]"), "student.layers"),
+        (
+            ("--output", "/proc/nothing"),
+            "--output: expected a folder that can be written",
+        ),
+        (("--set", "batch.sequences=null", "batch.tokens=9"), "batch.tokens: expected at least"),
         (("--row", "a b", "loss.kd_weight=0", "--row", "a-b", "loss.kd_weight=2"), "'a b'"),
     ):
         assert cli.main([*arguments, *changed]) == 2

@@ -357,6 +357,10 @@ def test_compiled_models_are_measured(tmp_path: Path) -> None:
             ["{bert}", "--output={tmp}/one.tsv/x"],
             "--output: expected a folder, got",
         ),
+        (
+            ["{bert}", "--output=/proc/nothing"],
+            "--output: expected a folder that can be written to, got '/proc/nothing'",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line_before_anything_is_measured(

@@ -393,6 +393,8 @@ def refused(
         (("--student", "nowhere.d"), "--student: expected an existing file or folder"),
         (("--transfer", "nothing.tsv"), "--transfer: expected a file, got 'nothing.tsv'"),
         (("--seeds", "0"), "--seeds: expected a whole number from 1"),
+        (("--output", "/proc/nothing"), "--output: expected a folder that can be written to, got"),
+        (("--cache", "/proc/nothing"), "--cache: expected a folder that can be written to, got"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )

@@ -277,7 +277,7 @@ def spoil(path: str, content: str) -> None:
         ("run --output mine.html", "--output: expected a new file, or a page of `distilfast"),
         ("run --output data.html", "--output: expected a new file, or a page of `distilfast"),
         ("run --output own/report.html", "--output: expected a new file, or a page of `dist"),
-        ("run --output mine.html/x.html", "--output: expected a file that can be written, got"),
+        ("run --output mine.html/x.html", "--output: expected a folder, got the file 'mine.html'"),
         ("run --outptu x.html", "--outptu x.html"),
     ],
 )
