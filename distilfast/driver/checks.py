@@ -21,7 +21,7 @@ from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
 from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.processes import World
-from distilfast.errors import ConfigError, writable
+from distilfast.errors import ConfigError, expect, writable
 from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
 
@@ -140,14 +140,23 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
 
 
 def count_steps(config: Config, epoch_size: int) -> int:
-    """The number of optimiser steps: as configured, or the whole steps in the epochs, at least one.
+    """The number of optimiser steps: as configured, or the whole steps in the epochs.
 
     ``epoch_size`` is in the unit of the batch.
+
+    Raises:
+        ConfigError: the epochs are smaller than the first step.
     """
     if config.steps:
         return config.steps
-    total = int((config.epochs or 0) * epoch_size)
-    return max(1, bisect.bisect_right(range(total + 1), total, key=config.batch.before) - 1)
+    total, unit = int((config.epochs or 0) * epoch_size), config.batch.unit
+    expect(
+        config.batch.before(1) <= total,
+        f"batch.{unit if config.batch.warmup_from is None else 'warmup_from'}",
+        f"at most {total} (epochs {config.epochs:g} of {epoch_size} {unit})",
+        config.batch.before(1),
+    )
+    return bisect.bisect_right(range(total + 1), total, key=config.batch.before) - 1
 
 
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:

@@ -124,7 +124,10 @@ def main(arguments: Sequence[str]) -> int:
         for teacher in config.teachers
     }
     claim(output, what, shown, splits.identities)
-    data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
+    store = data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
+    for name in rows:
+        config = runs[name, first.seed]
+        checks.count_steps(config, int(store.sizes(config.batch).sum()))
     trained = train(runs, workers, output)
     tuned = fine_tune_all(runs, splits, tokenizer, settings, workers, output)
     found = {

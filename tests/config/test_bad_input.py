@@ -24,7 +24,7 @@ import torch
 import yaml
 from conftest import ROOT, WORDS, make_teacher
 
-from distilfast import cli, config, train
+from distilfast import cli, config, data, train
 from distilfast.losses import backends
 
 Refuse = Callable[..., str]
@@ -1020,6 +1020,18 @@ def test_cache_that_cannot_be_written_to_is_refused(
     message = refuse("--config", str(base))
     assert message.startswith("HF_DATASETS_CACHE: expected a folder that can be written to, got")
     assert refuse("check", "--config", str(base), program=quiet_check) == message
+
+
+def test_epochs_smaller_than_a_batch_are_refused(store: Path, base: Path, refuse: Refuse) -> None:
+    """With the largest batch that fits."""
+    changes = {"data.prepared": str(store), "steps": None, "epochs": 2, "batch.sequences": 300}
+    message = refuse(*changed(base, changes))
+    n = len(data.Store.open(store).train)
+    expected = f"at most {2 * n} (epochs 2 of {n} sequences), got 300"
+    assert message == f"batch.sequences: expected {expected}"
+    assert refuse("check", *changed(base, changes), program=quiet_check) == message
+    changes |= {"batch.sequences": None, "batch.tokens": 10**6}
+    assert refuse(*changed(base, changes)).startswith("batch.tokens: expected at most ")
 
 
 def quiet_check(arguments: list[str]) -> int:

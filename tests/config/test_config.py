@@ -160,9 +160,14 @@ def test_epochs_are_whole_steps_of_whatever_size(
 ) -> None:
     size, first, steps = warmup
     batch = BatchConfig(size, warmup_from=first, warmup_steps=steps)
-    found = checks.count_steps(Config(epochs=epochs, batch=batch), epoch_size)
-    assert found == 1 or batch.before(found) <= epochs * epoch_size
-    assert batch.before(found + 1) > int(epochs * epoch_size)
+    config, most = Config(epochs=epochs, batch=batch), int(epochs * epoch_size)
+    if most < batch.before(1):
+        key = "warmup_from" if steps else "sequences"
+        with pytest.raises(ConfigError, match=rf"^batch\.{key}: expected at most {most} \("):
+            checks.count_steps(config, epoch_size)
+        return
+    found = checks.count_steps(config, epoch_size)
+    assert batch.before(found) <= most < batch.before(found + 1)
 
 
 def test_teachers_and_sources_become_lists(tmp_path: Path) -> None:
