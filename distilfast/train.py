@@ -6,8 +6,9 @@
 
 Without --config it runs the demo's recipe. The training loop is in `driver/loop.py`.
 
-Exit status: 0, if it is done, or a signal stopped it and a checkpoint was written; 2, if the
-configuration or the inputs were found wrong before training; 1 otherwise.
+Exit status: 0, if it is done, or SIGTERM stopped it and a checkpoint was written; 130, if Ctrl-C
+stopped it, with a checkpoint too, or at once by a second Ctrl-C; 2, if the configuration or the
+inputs were found wrong before training; 1 otherwise.
 """
 
 from __future__ import annotations
@@ -43,12 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"distilfast: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except loop.Interrupted:
+        return 130
     return 0
 
 
 def script() -> None:
     """`main` as a program of its own."""
-    status = main()
+    try:
+        status = main()
+    except KeyboardInterrupt:  # before training, or a second one; other ranks may be anywhere
+        print("distilfast: stopped", file=sys.stderr)
+        sys.exit(130)
     if status != 1:  # after an error, other ranks may not reach the barrier
         processes.finish()
     sys.exit(status)

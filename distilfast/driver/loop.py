@@ -38,15 +38,26 @@ class TrainingError(RuntimeError):
     """Training cannot continue. The weights are those after the last whole step."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) has stopped a run on all ranks, and its state is saved."""
+
+
 def run(config: Config) -> bool:
-    """Train as configured, or resume a stopped run. False: stopped by a signal."""
-    world = processes.start()
+    """Train as configured, or resume a stopped run. False: stopped by SIGTERM.
+
+    Raises:
+        Interrupted: stopped by SIGINT.
+    """
+    world, stop = processes.start(), Stop()
     with guard(world.patient, config.rank_timeout_s, advice(config)):
-        return distil(config, world)
+        complete = distil(config, world, stop)
+    if not complete and stop.interrupted:
+        raise Interrupted
+    return complete
 
 
-def distil(config: Config, world: World) -> bool:
-    """`run`, once the processes are connected."""
+def distil(config: Config, world: World, stop: Stop) -> bool:
+    """`run`, once the processes are connected. False: stopped by a signal."""
     config = settled(config, world)
     world.first(lambda: check(config, world.ranks, world.device))
     setup = prepare(config, world)
@@ -58,11 +69,13 @@ def distil(config: Config, world: World) -> bool:
     world.together(lambda: check_shared(config, output))
     if start:
         world.first(lambda: print(f"{output} goes on from step {start}"))
-    with Stop() as stop:
-        complete = train(config, world, setup, output, start, stop)
-    if not complete:
-        world.first(lambda: print(f"stopped; {advice(config)}"))
-    return complete
+    with stop:
+        done = train(config, world, setup, output, start, stop)
+    if done == setup.steps:
+        return True
+    stop.interrupted = world.count([stop.interrupted])[0] > 0  # all ranks end alike
+    world.first(lambda: print(f"stopped after step {done} of {setup.steps}; {advice(config)}"))
+    return False
 
 
 def advice(config: Config) -> str:
@@ -74,9 +87,9 @@ def advice(config: Config) -> str:
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> bool:
-    """Train from step ``start`` to the last and write the results. False: a signal stopped training
-    and a checkpoint was written."""
+def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> int:
+    """Train from step ``start`` to the last and write the results. Return the number of steps that
+    are done: fewer than all if a signal stopped training. Then a checkpoint was written."""
     teacher = teacher_side(config, world, setup.teachers)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
     folder, keep = output / "checkpoints", config.checkpoint.keep
@@ -148,13 +161,13 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
             complete = True
         world.together(checkpoints.wait)
     if not complete:
-        return False
+        return checkpoints.saved
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
         results.write(config, world, setup, output, scores, metrics.lines(), weights)
     world.first(lambda: None)  # no rank leaves before the results are written
-    return True
+    return setup.steps
 
 
 def teacher_side(config: Config, world: World, teachers: Sequence[models.Teacher]) -> TeacherSide:
@@ -275,7 +288,7 @@ class Stop:
     second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.interrupted = False  # by any of them; by SIGINT
 
     def __enter__(self) -> Stop:
         self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -288,4 +301,4 @@ class Stop:
     def request(self, number: int, _: object) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.interrupted = True, self.interrupted or number == signal.SIGINT

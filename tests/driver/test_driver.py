@@ -328,14 +328,16 @@ def test_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_run_stopped_in_its_first_step_begins_anew(
-    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """And one that is stopped again where it went on from saves nothing twice."""
     recipe, straight = whole
     step = loop.optimiser_step
 
+    by = signal.SIGTERM
+
     def stopped(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), by)
         return step(*arguments)
 
     changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
@@ -347,11 +349,17 @@ def test_run_stopped_in_its_first_step_begins_anew(
     def stop_in_the_sixth(*arguments: Any) -> Any:
         return (stopped if arguments[5] == 5 else step)(*arguments)
 
-    for found in (["step-4", "step-5"], ["step-4", "step-5"]):
+    # Ctrl-C saves too; its exit status is what shells expect.
+    for signalled, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        by = signalled
         with monkeypatch.context() as patch:
             patch.setattr(loop, "optimiser_step", stop_in_the_sixth)
-            run(recipe, *changes)
-        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == found
+            capsys.readouterr()
+            assert train.main([*recipe, *changes]) == status
+        told = f"stopped after step 5 of 10; the same command goes on from {folder}\n"
+        assert capsys.readouterr().out.endswith(told)
+        found = sorted(p.name for p in (folder / "checkpoints").iterdir())
+        assert found == ["step-4", "step-5"]
     run(recipe, *changes)
     assert metrics(folder) == metrics(straight)
 
@@ -375,7 +383,10 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over(
 
 
 @pytest.mark.thorough
-def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signal_saves_and_exits(
+    whole: tuple[list[str], Path], tmp_path: Path, by: signal.Signals, status: int
+) -> None:
     recipe, _ = whole
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -391,13 +402,13 @@ def test_sigterm_saves_and_exits_with_0(whole: tuple[list[str], Path], tmp_path:
             assert time.monotonic() < deadline, "no step within two minutes"
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(by)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, err
-    assert "goes on from" in out
+    assert process.returncode == status, err
     step = checkpoint.newest(folder / "checkpoints")
+    assert f"stopped after step {step} of 100000; the same command goes on from" in out
     assert step > 0
     assert metrics(folder)[-1]["step"] == step
 
