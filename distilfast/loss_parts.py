@@ -13,6 +13,7 @@ class Part(NamedTuple):
     output: str | None  # its field of DistillationOutput; None: a loss over hidden states
     title: str  # in a model card; {T} is the temperature
     unit: str  # of its curve
+    rows: str  # which rows it is a mean over: the field of `driver.step.Normalizers`
 
     @property
     def weight(self) -> str:
@@ -20,13 +21,14 @@ class Part(NamedTuple):
 
 
 LOSSES = (
-    Part("kd", "kd", "KL at T = {T:g}", "soft-target loss, nats"),
-    Part("ce", "ce", "masked-LM cross entropy", "hard-label cross entropy, nats"),
-    Part("hidden_cos", None, "hidden-state cosine", "cosine loss of hidden states"),
-    Part("logit_cos", "cos", "logit cosine", "cosine loss of logits"),
-    Part("mse", "mse", "logit squared error", "squared error of logits, summed over V"),
+    Part("kd", "kd", "KL at T = {T:g}", "soft-target loss, nats", "rows"),
+    Part("ce", "ce", "masked-LM cross entropy", "hard-label cross entropy, nats", "masked"),
+    Part("hidden_cos", None, "hidden-state cosine", "cosine loss of hidden states", "tokens"),
+    Part("logit_cos", "cos", "logit cosine", "cosine loss of logits", "rows"),
+    Part("mse", "mse", "logit squared error", "squared error of logits, summed over V", "rows"),
 )
 AGREEMENT = "agreement"  # the share of kd's rows where both models have the same largest logit
+NOTHING_MASKED = "no held-out token was masked, so nothing was measured"
 # The logged values in this order, each with the title and unit of its curve.
 LOGGED = {
     "loss": ("Training loss", "weighted sum of its parts"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distilfast import __version__, atomic
 from distilfast.config import Config, to_yaml
-from distilfast.loss_parts import LOSSES
+from distilfast.loss_parts import LOSSES, NOTHING_MASKED
 
 CARD = """\
 ---
@@ -42,7 +42,7 @@ On the held-out part of the same data, at the masked positions:
 | model | cross entropy (nats) | accuracy | agreement with the teacher |
 |---|---|---|---|
 {rows}
-
+{undefined}
 ## Configuration
 
 ```yaml
@@ -79,6 +79,7 @@ def export(
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
     """Format the model card."""
     loss = config.loss
+    scores = summary["scores"]["student"]
     weights = {part.title.format(T=loss.temperature): getattr(loss, part.weight) for part in LOSSES}
     return CARD.format(
         name=Path(config.output).name,
@@ -95,11 +96,12 @@ def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
         minutes=summary["seconds"] / 60,
         device=summary["device"],
         rows="\n".join(_row(name, scores) for name, scores in summary["scores"].items()),
+        undefined=f"\n{NOTHING_MASKED}.\n" if scores["eval_loss"] is None else "",
         config=to_yaml(config),
     )
 
 
 def _row(name: str, scores: dict[str, Any]) -> str:
-    agreement = scores["eval_agreement"]
-    shown = "" if agreement is None else f"{agreement:.1%}"
-    return f"| {name} | {scores['eval_loss']:.3f} | {scores['eval_accuracy']:.1%} | {shown} |"
+    formats = {"eval_loss": ".3f", "eval_accuracy": ".1%", "eval_agreement": ".1%"}
+    cells = ["" if scores[k] is None else format(scores[k], form) for k, form in formats.items()]
+    return f"| {' | '.join([name, *cells])} |"

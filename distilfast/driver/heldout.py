@@ -18,15 +18,15 @@ Predict = Callable[[MicroBatch], Tensor]  # the logits at the masked positions, 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores over all masked held-out tokens.
+    """Scores over all masked held-out tokens. If there are none, nothing is defined: None.
 
     eval_loss: cross entropy in nats.
     eval_accuracy: the share of tokens that the first guess gets right.
     eval_agreement: the share of tokens where the first guess is the teacher's; None without one.
     """
 
-    eval_loss: float
-    eval_accuracy: float
+    eval_loss: float | None
+    eval_accuracy: float | None
     eval_agreement: float | None
 
 
@@ -71,7 +71,8 @@ class Evaluator:
                 ]
             ).double()
         loss, right, agreeing, tokens = self.world.sum(sums).tolist()
-        tokens = max(tokens, 1)
+        if not tokens:
+            return Scores(None, None, None)
         known = self.guesses is not None and keep is None
         return Scores(loss / tokens, right / tokens, agreeing / tokens if known else None)
 

@@ -31,7 +31,7 @@ from distilfast.driver.metrics import Metrics, Progress
 from distilfast.driver.processes import World
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.driver.watch import guard
-from distilfast.loss_parts import AGREEMENT
+from distilfast.loss_parts import AGREEMENT, LOSSES
 
 
 class TrainingError(RuntimeError):
@@ -219,7 +219,7 @@ def optimiser_step(
         return None, True
     sums = world.sum(torch.stack(parts).double().sum(0))
     # The step waits for the device only here, and for the gradient norm below.
-    *values, tokens = torch.cat([sums, counts[2:]]).tolist()
+    *values, rows, masked, tokens = torch.cat([sums, counts]).tolist()
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
@@ -231,7 +231,7 @@ def optimiser_step(
     line = {
         "step": step + 1,
         "tokens": int(tokens),
-        **{part: totals[part] for part in PARTS if _is_computed(config, part)},
+        **_logged(config, totals, {"rows": rows, "masked": masked, "tokens": tokens}),
         "grad_norm": norm,
         "learning_rate": rate,
         "tokens_per_second": tokens / (time.perf_counter() - began),
@@ -272,9 +272,17 @@ def _not_finite(config: Config, step: int, what: str) -> TrainingError:
     )
 
 
-def _is_computed(config: Config, part: str) -> bool:
-    weighted = {AGREEMENT: "kd"}.get(part, part)
-    return part == "loss" or bool(getattr(config.loss, f"{weighted}_weight"))
+def _logged(
+    config: Config, totals: dict[str, float], counts: dict[str, float]
+) -> dict[str, float | None]:
+    """The parts that are computed, as they are logged. A mean over no rows is not defined: None.
+    So is a loss of such parts alone."""
+    used = [part for part in LOSSES if getattr(config.loss, part.weight)]
+    parts = {part.name: totals[part.name] if counts[part.rows] else None for part in used}
+    loss = None if set(parts.values()) == {None} else totals["loss"]
+    if "kd" in parts:
+        parts[AGREEMENT] = totals[AGREEMENT] if counts["rows"] else None
+    return {"loss": loss, **parts}
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

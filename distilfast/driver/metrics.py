@@ -9,7 +9,9 @@ from typing import Any
 
 from distilfast import atomic
 from distilfast.errors import shortened
+from distilfast.loss_parts import NOTHING_MASKED
 from distilfast.progress import Bar
+from distilfast.report.numbers import fixed
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -94,11 +96,14 @@ class Progress(Bar):
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a step's line of metrics."""
-        figures = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        figures = f"loss {fixed(line['loss'], 3)}  {line['tokens_per_second']:,.0f} tokens/s"
         self.update(line["step"], figures)
 
     def evaluated(self, step: int, scores: dict[str, Any]) -> None:
         """Show an evaluation."""
+        if scores["eval_loss"] is None:
+            self.say(f"step {step}: {NOTHING_MASKED}")
+            return
         agreement = scores["eval_agreement"]
         shown = "" if agreement is None else f", agreement {agreement:.1%}"
         self.say(

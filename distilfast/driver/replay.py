@@ -87,7 +87,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     for before in range(start, step - 1):
         line, _ = loop.optimiser_step(config, world, setup, runner, teacher, before, loop.Stop())
         assert line is not None  # no signal stops it
-        print(f"step {before + 1}: loss {line['loss']:.6g}")
+        print(f"step {before + 1}: loss {_shown(line['loss'])}")
 
     micro = config.batch.micro_sequences
     shares = [setup.batches.step(step - 1, rank, ranks, micro) for rank in range(ranks)]
@@ -111,8 +111,12 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     for line in read_metrics(output / "metrics.jsonl"):
         if line["step"] == step and "loss" in line:
             shown = {key: line[key] for key in (*PARTS, "grad_norm") if key in line}
-            print("recorded:", "  ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+            print("recorded:", "  ".join(f"{k} {_shown(value)}" for k, value in shown.items()))
     return pieces.total().finite
+
+
+def _shown(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.6g}"
 
 
 class Pieces:

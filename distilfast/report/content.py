@@ -18,8 +18,8 @@ class ModelRow:
     name: str
     parameters: int
     size_mib: float  # size of the weights
-    eval_loss: float  # cross entropy in nats at masked positions
-    eval_accuracy: float  # share of masked tokens that are the first guess, 0 to 1
+    eval_loss: float | None  # cross entropy in nats at masked positions; None: nothing was masked
+    eval_accuracy: float | None  # share of masked tokens that are the first guess, 0 to 1
     eval_agreement: float | None  # share of first guesses that are the teacher's; None: a teacher
     train_time_s: float | None
     steps: int | None
@@ -73,7 +73,8 @@ class Chart:
 
     title: str
     unit: str
-    values: dict[str, list[float]]  # row name -> a value for each seed; not finite: only counted
+    # row name -> a value for each seed; None or not finite: only counted
+    values: dict[str, list[float | None]]
     zero: bool = False  # the values are differences: show their signs, and a line at 0
     caption: str = ""
 

@@ -16,6 +16,7 @@ from distilfast.report.plots import (
     forest,
     heldout_panels,
     levels_of,
+    number,
     styles_of,
     training_panels,
 )
@@ -44,9 +45,9 @@ def _figures(table: Table) -> list[bool]:
 def _best_students(models: Sequence[ModelRow]) -> set[str]:
     """Return the students with the lowest held-out loss, if there are at least two students."""
     losses = {
-        row.name: row.eval_loss
+        row.name: loss
         for row in models
-        if row.eval_agreement is not None and math.isfinite(row.eval_loss)
+        if row.eval_agreement is not None and math.isfinite(loss := number(row.eval_loss))
     }
     best = {name for name, loss in losses.items() if loss == min(losses.values())}
     return best if len(best) < len(losses) else set()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distilfast.loss_parts import NOTHING_MASKED
 from distilfast.report.content import ModelRow, Report
 
 
@@ -32,12 +33,15 @@ def training_report(
     if summary is None:
         steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
         return replace(report, lead=f"Not finished: {max(steps, default=0):,} steps so far.")
-    last = summary["scores"]["student"]
+    last, taken = summary["scores"]["student"], f"{summary['steps']:,} steps"
+    lead = f"{taken}; {NOTHING_MASKED}."
+    if last["eval_loss"] is not None:
+        figures = f"{last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%}"
+        lead = f"Held-out loss {figures} after {taken}."
     return replace(
         report,
         title=f"{name}: {summary['parameters'] / 1e6:.1f} M parameters",
-        lead=f"Held-out loss {last['eval_loss']:.3f}, accuracy {last['eval_accuracy']:.1%} after "
-        f"{summary['steps']:,} steps.",
+        lead=lead,
         models=list(_rows(name, summary)),
         facts={"device": summary["device"], "tokens": f"{summary['tokens']:,}"},
     )

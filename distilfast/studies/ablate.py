@@ -36,7 +36,7 @@ from distilfast.errors import ConfigError, expect
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup
 from distilfast.studies import flags, jobs
-from distilfast.studies.figures import Difference, difference, over_seeds
+from distilfast.studies.figures import Difference, difference, mean, over_seeds
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
 from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_inputs
@@ -152,8 +152,8 @@ class Row:
     tasks: dict[str, list[Result]]
 
     @property
-    def eval_loss(self) -> list[float]:
-        """The held-out loss of each seed, in nats."""
+    def eval_loss(self) -> list[float | None]:
+        """The held-out loss of each seed, in nats; None if no held-out token was masked."""
         return [run["eval_loss"] for run in self.runs]
 
     @property
@@ -398,8 +398,9 @@ def table(
     lines = []
     for name, row in rows.items():
         cells = []
-        for part, values, digits in (("score", row.score, 1), ("eval_loss", row.eval_loss, 3)):
-            cells.append(f"{statistics.fmean(values):.{digits}f}")
+        figures = (("score", mean(row.score), 1), ("eval_loss", mean(row.eval_loss), 3))
+        for part, value, digits in figures:
+            cells.append("" if value is None else f"{value:.{digits}f}")
             found = differences.get(name, {}).get(part)
             cells += ["", ""] if found is None else found.cells(digits)
         cells += [f"{statistics.fmean(r['score'] for r in row.tasks[t.name]):.1f}" for t in chosen]

@@ -61,6 +61,12 @@ def over_seeds(scores: Sequence[float | None]) -> dict[str, Any]:
     return {"scores": shown, "median": median, "stdev": _stdev(defined)}
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of those that are defined; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined else None
+
+
 def _stdev(scores: Sequence[float]) -> float | None:
     return statistics.stdev(scores) if len(scores) > 1 else None
 
@@ -163,18 +169,23 @@ def short(name: str) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of one row from another, with a value for each seed."""
+    """The difference of one row from another, with a value for each seed: None if one of the two
+    is not defined. Such a seed does not count in the figures."""
 
-    values: list[float]
+    values: list[float | None]
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
+    def defined(self) -> list[float]:
+        return [value for value in self.values if value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.values)
 
     @property
     def stdev(self) -> float | None:
         """The sample's standard deviation; None for a single seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return _stdev(self.defined)
 
     @property
     def p(self) -> float | None:
@@ -183,15 +194,18 @@ class Difference:
 
         if not self.stdev:
             return None
-        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+        return float(stats.ttest_1samp(self.defined, 0.0).pvalue)
 
     def cells(self, digits: int) -> list[str]:
         """Format mean ± standard deviation, and p, for a table."""
+        if self.mean is None:
+            return ["", ""]
         spread = "" if self.stdev is None else f" ± {self.stdev:.{digits}f}"
         p = "" if self.p is None else "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"
         return [f"{self.mean:+.{digits}f}{spread}", p]
 
 
-def difference(ours: Sequence[float], baseline: Sequence[float]) -> Difference:
+def difference(ours: Sequence[float | None], baseline: Sequence[float | None]) -> Difference:
     """Return the differences, paired by seed."""
-    return Difference([a - b for a, b in zip(ours, baseline, strict=True)])
+    pairs = zip(ours, baseline, strict=True)
+    return Difference([None if a is None or b is None else a - b for a, b in pairs])

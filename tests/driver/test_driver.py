@@ -287,6 +287,36 @@ def test_gradients_are_summed_in_one_call_to_the_same_bits(
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(one).items())
 
 
+def test_mean_over_no_tokens_is_null(
+    whole: tuple[list[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    """Where nothing is masked, as 0.0 would be the best loss there is."""
+    recipe, _ = whole
+    changes = ("--masking.probability=1e-9", "--steps=2", "--tensorboard=true")
+    both = run(recipe, *changes, f"--output={tmp_path / 'both'}")
+    assert "step 2: no held-out token was masked" in capsys.readouterr().err
+    *_, first, last, heldout = map(json.loads, (both / "metrics.jsonl").read_text().splitlines())
+    undefined = dict.fromkeys(("eval_loss", "eval_accuracy", "eval_agreement"))
+    assert heldout == {"step": 2, **undefined}
+    assert first["ce"] is None  # what the labels alone would give
+    assert min(last["loss"], last["kd"], last["hidden_cos"], last["agreement"]) > 0
+    summary = json.loads((both / "summary.json").read_text())
+    assert set(summary["scores"]) == {"teacher", "untrained student", "student"}
+    assert all(scores == undefined for scores in summary["scores"].values())
+    for file in ("model/README.md", "report.html"):
+        assert "no held-out token was masked, so nothing was measured." in (both / file).read_text()
+    assert "| student |  |  |  |" in (both / "model" / "README.md").read_text()
+
+    alone = ("--loss.kd_rows=masked", "--loss.hidden_cos_weight=0")
+    alone = run(recipe, *changes, *alone, f"--output={tmp_path / 'alone'}")
+    line = json.loads((alone / "metrics.jsonl").read_text().splitlines()[1])
+    assert [line[key] for key in ("loss", "kd", "ce", "agreement")] == [None] * 4
+    assert cli.main(["replay", "--step=2", "--config", str(alone / "config.yaml")]) == 0
+    assert "recorded: loss not defined" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(both), str(alone), f"--output={page}"]) == 0
+
+
 # --- Resume and stops -----------------------------------------------------------------------------
 
 

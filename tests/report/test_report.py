@@ -47,7 +47,7 @@ def metrics(steps: int, *, hidden: bool = True, kd: bool = True) -> list[dict[st
     return lines
 
 
-def student(name: str, loss: float, **changes: Any) -> ModelRow:
+def student(name: str, loss: float | None, **changes: Any) -> ModelRow:
     row = ModelRow(name, 22_713_216, 86.64, loss, 0.5853, 0.7421, 192.0, 3000)
     return replace(row, **changes)
 
@@ -226,7 +226,7 @@ def test_page_marks_the_word_that_was_hidden(tmp_path: Path) -> None:
         ([student("t", 1.0, eval_agreement=None), student("a", 2.5)], None),  # nothing to beat
         ([student("a", 2.5), student("b", NAN)], None),
         ([student("a", 2.5), student("b", 2.5)], None),
-        ([student("a", math.inf), student("b", NAN)], None),
+        ([student("a", math.inf), student("b", NAN), student("c", None)], None),
     ],
 )
 def test_best_student_is_the_lowest_finite_loss_of_several(
@@ -467,8 +467,8 @@ def test_charts_of_differences_show_signs_and_zero() -> None:
     assert [label for _, label, _ in below["ticks"]] == ["−4", "−2", "0"]
 
 
-@pytest.mark.parametrize("values", [[], [NAN, math.inf], [10**400]])
-def test_charts_without_a_finite_value_have_no_dot(values: list[float]) -> None:
+@pytest.mark.parametrize("values", [[], [None, NAN, math.inf], [10**400]])
+def test_charts_without_a_finite_value_have_no_dot(values: list[float | None]) -> None:
     (row,) = plots.forest(Chart("", "", {"a": values}))["rows"]
     assert (row["dots"], row["median"], row["label"]) == ([], None, "–")
 
@@ -574,8 +574,8 @@ def test_read_report_returns_what_was_written(tmp_path: Path) -> None:
         ({"facts": {"a": 3}}, "report.facts['a']: expected str, got 3"),
         ({"config": 3}, "report.config: expected str | dict[str, str], got 3"),
         ({"config": {"a": 3}}, "report.config['a']: expected str, got 3"),
-        ({"charts": [{"title": "", "unit": "", "values": {"a": ["2"]}}]}, "float, got '2'"),
-        ({"charts": [{"title": "", "unit": "", "values": {"a": [True]}}]}, "float, got True"),
+        ({"charts": [{"title": "", "unit": "", "values": {"a": ["2"]}}]}, "float | None, got '2'"),
+        ({"charts": [{"title": "", "unit": "", "values": {"a": [True]}}]}, "| None, got True"),
         ({"tables": [{"title": "t", "columns": ["a"], "rows": [["b", "c"]]}]},
          "table 't', row 1: expected 1 cells, got 2"),
         ({"surprise": 1}, "report: expected title, lead, models, "),

@@ -38,6 +38,12 @@ def test_differences_and_p_are_those_worked_by_hand() -> None:
     assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
 
 
+def test_seed_without_a_figure_does_not_count() -> None:
+    found = difference([1.0, None, 3.0, 5.0], [0.0, 0.0, None, 2.0])
+    assert (found.values, found.mean) == ([1.0, None, None, 3.0], 2.0)
+    assert difference([None], [1.0]).cells(1) == ["", ""]
+
+
 def test_p_is_left_out_where_a_test_has_nothing_to_go_by() -> None:
     assert difference([1.0], [0.0]).p is None
     assert difference([1.0, 1.0], [0.0, 0.0]).p is None
