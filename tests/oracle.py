@@ -18,15 +18,22 @@ as at least half a unit in the last place of the terms it subtracts ("size" belo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 PARTS = ("kd", "ce", "cos", "mse")
+ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+MODES = ("probability", "logit")  # of an ensemble
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 IGNORE = -100
 INF = math.inf
 NAN = math.nan
@@ -120,6 +127,18 @@ def mse_rows(s: Tensor, t: Tensor) -> Rows:
     gap = torch.where(both, 0.0, s - t)
     value = gap.square().sum(-1)
     return Rows(value, torch.where(value.isfinite()[:, None], 2 * gap, NAN))
+
+
+def combined_rows(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float, mode: str
+) -> Tensor:
+    """An ensemble's logits; teachers of weight 0 are not looked at."""
+    total = sum(weights)
+    used = [(t.double(), w / total) for t, w in zip(teachers, weights, strict=True) if w > 0]
+    if mode == "logit":
+        return torch.stack([w * t for t, w in used]).sum(0)
+    shares = [math.log(w) + torch.log_softmax(t / temperature, -1) for t, w in used]
+    return temperature * torch.logsumexp(torch.stack(shares), 0)
 
 
 # The yardstick: the same rows as a user would write them
@@ -352,6 +371,66 @@ def value_and_grad(
         upstream = torch.full_like(loss, upstream)
     (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss))
     return output, gradient
+
+
+def parity(
+    loss_fn: Callable[..., Any],
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    backend: str,
+    **keywords: Any,
+) -> tuple[Any, Tensor]:
+    """value_and_grad of a loss of logits, whose loss, parts and gradient are within the budget."""
+    output, gradient = value_and_grad(
+        loss_fn, student, teacher, labels, backend=backend, **keywords
+    )
+    assert gradient.dtype == student.dtype
+    check(output, gradient, expect(student, teacher, labels, **keywords))
+    return output, gradient
+
+
+@contextmanager
+def value_error(*words: object) -> Iterator[None]:
+    """A ValueError whose message holds every word; sizes compare without brackets."""
+    with pytest.raises(ValueError) as caught:
+        yield
+    message = re.sub(r"[\[\]()]", "", str(caught.value))
+    missing = [word for word in words if str(word) not in message]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+def assert_second_backward_repeats(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """A backward that scales a saved gradient in place would be wrong the second time."""
+    first, second, third = (
+        torch.autograd.grad(loss, leaves, torch.full_like(loss, by), retain_graph=True)
+        for by in (1.0, 4.0, 1.0)
+    )
+    # a power of two rounds as it does
+    torch.testing.assert_close(second, tuple(4 * x for x in first))
+    assert_same(third, first)
+
+
+def assert_double_backward_raises(
+    loss: Tensor, leaves: Sequence[Tensor], upstream_needs_grad: bool
+) -> None:
+    """The penalty also holds the leaves themselves, so that a first gradient cut off from the graph
+    would pass silently with half of the second one missing."""
+    upstream = torch.ones_like(loss, requires_grad=upstream_needs_grad)
+
+    def penalise() -> None:
+        gradients = torch.autograd.grad(loss, leaves, upstream, create_graph=True)
+        torch.stack([x.square().sum() for x in (*gradients, *leaves)]).sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"(?i)double|twice|second"):
+        penalise()
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """fullgraph: a graph break is an error; aot_eager: the tracing without the code generation."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
 # Data
