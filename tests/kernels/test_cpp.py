@@ -1,16 +1,16 @@
 """What is the C++ kernels' own: vectors and their rests, the maximum from a row's first columns,
 streamed gradients, threads, the library and its loader, the build. The mathematics is tested for
-every backend, and so for every instruction set, in test_losses.py and its neighbours.
+every backend, and so for every instruction set, in test_losses.py and its neighbours, and what the
+launchers share with Triton's in test_launchers.py.
 
-The launchers are called as `losses.py` calls them, with outputs that hold NaN and lie inside more
-NaN: an element that is not written stays NaN, one that is written too much is missed outside. What
-is read too much only a page that must not be touched can tell, in a process of its own.
+What is read too much only a page that must not be touched can tell, in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import json
 import os
 import platform
@@ -26,45 +26,51 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kernel_calls
 import pytest
 import torch
 from conftest import ROOT, cpu_levels
 from distilfast_kernels import cpp
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from oracle import (
-    DIVERGENCES,
-    IGNORE,
-    INF,
-    NAN,
-    PARTS,
-    Expected,
-    assert_same,
-    assert_within,
-    check,
-    expect,
-    logits_pair,
-    value_and_grad,
-)
-from test_combine_teachers import by_hand
-from test_triton import (
-    ALL_PARTS,
+from kernel_calls import (
     assert_nothing_else_was_written,
     bits,
+    expect_of_cpp,
     hole,
-    options,
     placed,
     some_labels,
+)
+from oracle import (
+    ALL_PARTS,
+    BF16,
+    DIVERGENCES,
+    FP16,
+    FP32,
+    IGNORE,
+    INF,
+    MODES,
+    NAN,
+    PARTS,
+    assert_same,
+    check,
+    logits_pair,
+    value_and_grad,
 )
 from torch import Tensor
 
 from distilfast import distillation_loss
-from distilfast.losses import backends, reference
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+launch, check_launch, check_hidden, check_combination = (
+    functools.partial(call, "cpp")
+    for call in (
+        kernel_calls.launch,
+        kernel_calls.check_launch,
+        kernel_calls.check_hidden,
+        kernel_calls.check_combination,
+    )
+)
+SOFT = {"kd_weight": 0.0}
 DTYPES = (FP32, FP16, BF16)
 CSRC = ROOT / "kernels" / "csrc"
-SOFT = {"kd_weight": 0.0}
 # Each branch of the kernel: every divergence alone, beside a cross entropy, beside everything; and
 # the other parts alone.
 TERMS = [
@@ -112,61 +118,6 @@ FIRST_COLUMNS = constant("FIRST_COLUMNS")
 LARGE_BYTES = constant("LARGE_BYTES")
 
 
-# Calling the launchers
-
-
-def launch(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    gradient: Tensor | None,
-    scale: float = 1.0,
-    heads: Any = reference.PLAIN,
-    **keywords: Any,
-) -> Tensor:
-    """(4, N) parts by row; the gradient goes where it is told to."""
-    by = torch.full((), scale)
-    chosen = options(**{"vocab_size": student.shape[1], **keywords})
-    kernel = backends.BACKENDS["cpp"].distillation
-    return kernel(student, teacher, labels, mask, by, by, chosen, gradient, heads)
-
-
-def wanted_rows(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
-) -> Expected:
-    """The oracle's rows. Two things are added to their budget.
-
-    Where one token has nearly all of the probability its logarithm is nearly 0, and so are the
-    gradient and its budget. The kernels count from a whole number of bits above the maximum: what
-    they round there is a part of a bit. And the plain level has no fused multiply-add, so that a
-    logit's own size costs it digits.
-    """
-    found = expect(student, teacher, labels, reduction="none", **keywords)
-    temperature, by = keywords.get("temperature", 2.0), keywords.get("grad_output", 1.0)
-    weight = keywords.get("kd_weight", 1.0) * torch.as_tensor(by).abs().double().reshape(-1, 1)
-    vocab = keywords.get("vocab_size", student.shape[1])
-    s, t = student[:, :vocab].double(), teacher[:, :vocab].double()
-    both = torch.cat([(x / temperature).softmax(1) for x in (s, t)], 1)
-    highest = both.nan_to_num(0).amax(1, keepdim=True)
-    slack = found.grad_slack + 2.0**-23 * temperature * weight * highest
-    values = dict(found.slack)
-    if os.environ.get("DISTILFAST_CPU_LEVEL") == "plain":
-        both = torch.cat([s, t], 1)
-        digits = both.abs().nan_to_num(0, 0, 0).amax(1) / temperature * 2.0**-23  # of exponents
-        ce_weight = keywords.get("ce_weight", 0.0)
-        slack = slack + digits[:, None] * (temperature * weight + ce_weight * temperature)
-        values["kd"] = values["kd"] + temperature**2 * digits
-        values["ce"] = values["ce"] + temperature * digits
-        values["loss"] = (
-            values["loss"]
-            + keywords.get("kd_weight", 1.0) * temperature**2 * digits
-            + ce_weight * temperature * digits
-        )
-    return found._replace(slack=values, grad_slack=slack)
-
-
 def check_rows(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
 ) -> None:
@@ -174,32 +125,7 @@ def check_rows(
     output, gradient = value_and_grad(
         distillation_loss, student, teacher, labels, reduction="none", backend="cpp", **keywords
     )
-    check(output, gradient, wanted_rows(student, teacher, labels, **keywords))
-
-
-def check_launch(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    gradient: Tensor,
-    scale: float = 1.0,
-    **keywords: Any,
-) -> None:
-    """Every row's parts and gradient are the oracle's, and nothing else is written, inputs
-    included. gradient: a `hole`."""
-    inputs = [x for x in (student, teacher, labels, mask) if x is not None]
-    before = [x.clone() for x in inputs]
-    wanted = wanted_rows(student, teacher, labels, mask=mask, grad_output=scale, **keywords)
-    parts = launch(student, teacher, labels, mask, gradient=gradient, scale=scale, **keywords)
-    for part, row in zip(PARTS, parts, strict=True):
-        assert_within(part, row, wanted.value[part], wanted.slack[part])
-    assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
-    assert (gradient[:, keywords.get("vocab_size", gradient.shape[1]) :] == 0).all()
-    assert_nothing_else_was_written(gradient)
-    for x, as_it_was in zip(inputs, before, strict=True):
-        assert torch.equal(bits(x), bits(as_it_was)), "an input was written to"
+    check(output, gradient, expect_of_cpp(student, teacher, labels, **keywords))
 
 
 # Vectors, four at a time, one at a time, and the rest
@@ -215,9 +141,9 @@ def test_poisoned_gradient_is_written_whole_around_each_boundary(
     for vocab in (*range(1, 71), *range(255, 259)):
         student, teacher = logits_pair((4, vocab), dtypes=(dtype, dtype))
         mask = torch.tensor([1.0, 0.0, 0.5, 2.0])
-        gradient = hole(4, vocab, dtype, "cpu", shift=vocab * 7 % 17)
+        gradient = hole(4, vocab, dtype, shift=vocab * 7 % 17)
         with told(vocab=vocab):
-            labels = some_labels(4, vocab, "cpu")
+            labels = some_labels(4, vocab)
             check_launch(student, teacher, labels, mask, gradient=gradient, **terms)
 
 
@@ -234,7 +160,7 @@ def test_poisoned_gradient_of_long_rows_is_written_whole(
         student, teacher = logits_pair((2, vocab), dtypes=(dtype, dtype))
         student[1] = student[1].flip(0)
         for terms in ({}, ALL_PARTS):
-            gradient = hole(2, vocab, dtype, "cpu", shift=vocab % 17)
+            gradient = hole(2, vocab, dtype, shift=vocab % 17)
             with told(vocab=vocab, terms=terms):
                 labels = torch.tensor([vocab - 1, min(FIRST_COLUMNS, vocab - 1)])
                 terms = {"divergence": divergence, **terms}
@@ -252,19 +178,11 @@ def test_poisoned_gradient_of_padded_rows_is_written_whole(level: str, dtype: to
         pair = logits_pair((5, width), dtypes=(dtype, dtype))
         student, teacher = (placed(x, stride=stride + i) for i, x in enumerate(pair))
         student[:, vocab:], teacher[:, vocab:] = NAN, INF
-        gradient = hole(5, width, dtype, "cpu", stride=stride + 2, shift=vocab % 17)
-        labels, mask = some_labels(5, vocab, "cpu"), torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5])
+        gradient = hole(5, width, dtype, stride=stride + 2, shift=vocab % 17)
+        labels, mask = some_labels(5, vocab), torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5])
         with told(vocab=vocab, width=width, stride=stride):
-            check_launch(
-                student,
-                teacher,
-                labels,
-                mask,
-                gradient=gradient,
-                vocab_size=vocab,
-                divergence=DIVERGENCES[vocab % 3],
-                **ALL_PARTS,
-            )
+            keywords = {"vocab_size": vocab, "divergence": DIVERGENCES[vocab % 3], **ALL_PARTS}
+            check_launch(student, teacher, labels, mask, gradient=gradient, **keywords)
 
 
 @every_dtype
@@ -274,11 +192,11 @@ def test_rows_at_every_address_give_the_same_bits(level: str, dtype: torch.dtype
     for vocab in (3, 70, 133):
         student, teacher = logits_pair((2, vocab), dtypes=(dtype, dtype))
         labels = torch.tensor([0, vocab - 1])
-        first = hole(2, vocab, dtype, "cpu")
+        first = hole(2, vocab, dtype)
         wanted = launch(student, teacher, labels, gradient=first, **ALL_PARTS)
         for shift in range(1, 64 // dtype.itemsize + 1):
             elsewhere = [placed(x, shift=shift + i) for i, x in enumerate((student, teacher))]
-            gradient = hole(2, vocab, dtype, "cpu", shift=shift + 3)
+            gradient = hole(2, vocab, dtype, shift=shift + 3)
             parts = launch(*elsewhere, labels, gradient=gradient, **ALL_PARTS)
             with told(vocab=vocab, shift=shift):
                 assert_same([parts, gradient], [wanted, first])
@@ -289,9 +207,7 @@ def test_rows_at_every_address_give_the_same_bits(level: str, dtype: torch.dtype
 def test_poisoned_rows_that_nothing_needs_become_zero(level: str, dtype: torch.dtype) -> None:
     # the early way out: no logit is read, each gradient is overwritten
     for vocab in (*range(1, 36), FIRST_COLUMNS + 1):
-        student, teacher, gradient = (
-            hole(3, vocab + 2, dtype, "cpu", shift=vocab % 3) for _ in range(3)
-        )
+        student, teacher, gradient = (hole(3, vocab + 2, dtype, shift=vocab % 3) for _ in range(3))
         for labels, mask, weights in (
             (None, torch.zeros(3), {**ALL_PARTS, "ce_weight": 0.0}),
             (torch.full((3,), IGNORE), torch.zeros(3), ALL_PARTS),
@@ -318,7 +234,7 @@ def test_gradient_in_place_of_the_logits_is_the_same_to_the_bit(
         for weights in ({}, {"ce_weight": 1.0}, ALL_PARTS):
             keywords = {"divergence": divergence, "temperature": temperature, **weights}
             keywords["scale"] = -0.5
-            beside = hole(4, vocab, dtype, "cpu")
+            beside = hole(4, vocab, dtype)
             wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
             inside = placed(student)
             parts = launch(inside, teacher, labels, mask, gradient=inside, **keywords)
@@ -343,7 +259,7 @@ def test_gradient_of_fewer_bits_in_place_of_fp32_logits_is_the_same_to_the_bit(
         for weights in ({}, {"ce_weight": 1.0}, ALL_PARTS):
             keywords = {"divergence": divergence, "scale": -0.5, "temperature": 2.5, **weights}
             keywords["heads"] = heads
-            beside = hole(5, vocab, dtype, "cpu")
+            beside = hole(5, vocab, dtype)
             wanted = launch(student, teacher, labels, mask, gradient=beside, **keywords)
             inside = placed(student)
             room = inside.untyped_storage()
@@ -418,66 +334,6 @@ def test_product_of_another_level_is_refused(level: str) -> None:
         cpp.product(hidden, weight, None, torch.empty(3, 5))
 
 
-@every_divergence
-def test_launch_without_a_gradient_loses_nothing_and_writes_nothing(
-    level: str, divergence: str
-) -> None:
-    for dtype, vocab in ((FP32, 69), (BF16, FIRST_COLUMNS + 69), (FP16, 700)):
-        pair = logits_pair((5, vocab + 3), dtypes=(dtype, dtype))
-        student, teacher = (placed(x) for x in pair)
-        labels = torch.tensor([0, IGNORE, vocab - 1, IGNORE, 5])
-        mask = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0])
-        keywords = {"vocab_size": vocab, "divergence": divergence, **ALL_PARTS}
-        before = [x.clone() for x in (student, teacher, labels, mask)]
-        gradient = torch.empty_like(student)
-        wanted = launch(student, teacher, labels, mask, gradient=gradient, **keywords)
-        parts = launch(student, teacher, labels, mask, gradient=None, **keywords)
-        assert_same([parts, student, teacher, labels, mask], [wanted, *before])
-        assert_nothing_else_was_written(student)
-        assert_nothing_else_was_written(teacher)
-
-
-@needs_library
-def test_labels_mask_and_scales_may_have_any_stride() -> None:
-    # every other element, and one for all: neither is dense
-    student, teacher = logits_pair((5, 40))
-    labels = some_labels(5, 40, "cpu").repeat_interleave(2)[::2]
-    mask = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]).repeat_interleave(2)[::2]
-    assert labels.stride() == mask.stride() == (2,)
-    gradient = hole(5, 40, FP32, "cpu")
-    check_launch(student, teacher, labels, mask, gradient=gradient, **ALL_PARTS)
-    transposed = student.T.contiguous().T, teacher.T.contiguous().T
-    check_launch(*transposed, gradient=gradient)
-    check_launch(student, teacher[:1].expand(5, 40), gradient=gradient)
-    by = torch.tensor([1.0, -2.0, 0.0, 0.25, 3.0])
-    for scale in (by, by.repeat_interleave(3)[::3], by[1].expand(5)):
-        chosen = options(40, **ALL_PARTS)
-        cpp.distillation(student, teacher, labels, mask, scale, scale, chosen, gradient)
-        keywords = {"mask": mask, "reduction": "none", "grad_output": scale}
-        wanted = expect(student, teacher, labels, **keywords, **ALL_PARTS)
-        assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
-
-
-@pytest.mark.parametrize("label", [-1, 40, 43, 2**31, 2**40 + 3, -(2**40), -(2**63)])
-def test_wrong_label_makes_its_own_row_nan_and_no_other(level: str, label: int) -> None:
-    # the launcher's contract, that losses.py does not rely on; 40 and 43 are a wider head's padding
-    student, teacher = logits_pair((4, 44), dtypes=(BF16, BF16))
-    labels = torch.tensor([7, 8, IGNORE, 39])
-    clean, wrong = (hole(4, 44, BF16, "cpu") for _ in range(2))
-    keywords = {"vocab_size": 40, **ALL_PARTS}
-    wanted = launch(student, teacher, labels, gradient=clean, **keywords)
-    spoilt = labels.clone()
-    spoilt[1] = label
-    parts = launch(student, teacher, spoilt, gradient=wrong, **keywords)
-    assert parts[1].isnan().tolist() == [False, True, False, False]
-    assert wrong[1, :40].isnan().all()
-    assert (wrong[:, 40:] == 0).all()
-    others = [0, 2, 3]
-    assert_same([parts[:, others], wrong[others]], [wanted[:, others], clean[others]])
-    assert_same([parts[others]], [wanted[others]])  # its other parts are what they were
-    assert_nothing_else_was_written(wrong)
-
-
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("student_dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 def test_any_two_dtypes_agree_with_the_oracle(
@@ -488,73 +344,15 @@ def test_any_two_dtypes_agree_with_the_oracle(
         pair = logits_pair((6, vocab), dtypes=(student_dtype, teacher_dtype))
         student, teacher = placed(pair[0], stride=vocab + 3), placed(pair[1], shift=1)
         teacher[3, : vocab // 2] = -INF
-        labels = some_labels(6, vocab, "cpu")
+        labels = some_labels(6, vocab)
         mask = torch.arange(6).remainder(3).float()
         for divergence in DIVERGENCES:
-            gradient = hole(6, vocab, student_dtype, "cpu", shift=2)
+            gradient = hole(6, vocab, student_dtype, shift=2)
             for weights in ({}, {"ce_weight": 2.0}, ALL_PARTS):
                 keywords = {"divergence": divergence, **weights}
                 gradient.fill_(NAN)
                 with told(vocab=vocab, **keywords):
                     check_launch(student, teacher, labels, mask, gradient=gradient, **keywords)
-
-
-@pytest.mark.thorough
-@settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_parity_of_drawn_launches(level: str, data: st.DataObject) -> None:
-    draw = data.draw
-    n_rows = draw(st.integers(0, 9), label="rows")
-    vocab = draw(st.integers(1, 200), label="vocab")
-    dtypes = draw(st.tuples(*[st.sampled_from(DTYPES)] * 2), label="dtypes")
-    width = vocab + draw(st.sampled_from([0, 0, 1, 8, 30]), label="padding")
-    layout = st.tuples(st.sampled_from([0, 0, 1, 3, 8]), st.integers(0, 16))
-    layouts = [draw(layout, label=name) for name in ("student", "teacher", "gradient")]
-    pair = logits_pair(
-        (n_rows, width),
-        seed=draw(st.integers(0, 10_000), label="seed"),
-        scale=draw(st.sampled_from([0.5, 3.0, 8.0, 30.0]), label="size"),
-        offset=draw(st.sampled_from([0.0, 0.0, -100.0, 300.0]), label="offset"),
-        near=draw(st.booleans(), label="near"),
-        dtypes=dtypes,
-    )
-    student, teacher = (
-        placed(x, stride=width + more, shift=shift)
-        for x, (more, shift) in zip(pair, layouts, strict=False)
-    )
-    student[:, vocab:], teacher[:, vocab:] = NAN, INF
-    gradient = hole(
-        n_rows, width, dtypes[0], "cpu", stride=width + layouts[2][0], shift=layouts[2][1]
-    )
-    weight = st.sampled_from([0.0, 0.3, 1.0, 5.0])
-    weights = {f"{part}_weight": draw(weight, label=part) for part in PARTS}
-    column = st.one_of(st.just(IGNORE), st.integers(0, vocab - 1))
-    labels = draw(st.lists(column, min_size=n_rows, max_size=n_rows), label="labels")
-    weight = st.sampled_from([0.0, 0.5, 1.0, 3.0])
-    mask = draw(st.none() | st.lists(weight, min_size=n_rows, max_size=n_rows), label="mask")
-    check_launch(
-        student,
-        teacher,
-        torch.tensor(labels, dtype=torch.int64),
-        None if mask is None else torch.tensor(mask, dtype=FP32),
-        gradient=gradient,
-        vocab_size=vocab,
-        temperature=draw(
-            st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 3.9, 4.0, 7.3, 20.0]), label="temperature"
-        ),
-        divergence=draw(st.sampled_from(DIVERGENCES), label="divergence"),
-        jsd_beta=draw(st.floats(0.05, 0.95), label="beta"),
-        # a loss scale of 128 times 5 times a squared error's slope is more than fp16 holds
-        scale=draw(
-            st.sampled_from([1.0, -0.5, 2.0 if dtypes[0] == FP16 else 128.0]), label="scale"
-        ),
-        **weights,
-    )
 
 
 # The maximum: of the first columns, and looked for only where the sums say that it is not there
@@ -670,12 +468,12 @@ def test_streamed_gradient_is_that_of_small_batches_to_the_bit(
     columns = torch.tensor([0, 1, vocab - 1, IGNORE, vocab // 2])
     labels, mask = columns.repeat(13)[:few], torch.arange(few).remainder(4) / 2
     large = student.repeat(times, 1), teacher.repeat(times, 1), labels.repeat(times)
-    gradient = hole(n_rows, vocab, dtype, "cpu", shift=1)
+    gradient = hole(n_rows, vocab, dtype, shift=1)
     assert gradient.numel() * dtype.itemsize > LARGE_BYTES
     assert gradient.data_ptr() % 64 == dtype.itemsize
     before = [x.clone() for x in large]
     for terms in ({}, {"ce_weight": 1.0, "divergence": "reverse_kl"}, {**ALL_PARTS}):
-        small = hole(few, vocab, dtype, "cpu")
+        small = hole(few, vocab, dtype)
         assert few * vocab * dtype.itemsize < LARGE_BYTES
         wanted = launch(student, teacher, labels, mask, gradient=small, **terms)
         parts = launch(*large, mask.repeat(times), gradient=gradient.fill_(NAN), **terms)
@@ -699,11 +497,11 @@ def test_streamed_gradient_of_short_rows_is_that_of_small_batches_to_the_bit(
     n_rows = 40  # begin at each element of a line
     stride = LARGE_BYTES // (n_rows * dtype.itemsize) // 64 * 64 + 65
     longest = 70
-    memory = hole(n_rows, longest, dtype, "cpu", stride=stride, shift=1)
+    memory = hole(n_rows, longest, dtype, stride=stride, shift=1)
     assert n_rows * stride * dtype.itemsize >= LARGE_BYTES
     for vocab in range(1, longest + 1):
         student, teacher = logits_pair((n_rows, vocab), dtypes=(dtype, dtype))
-        labels = some_labels(n_rows, vocab, "cpu")
+        labels = some_labels(n_rows, vocab)
         terms = {"divergence": DIVERGENCES[vocab % 3], **(ALL_PARTS if vocab % 2 else {})}
         small, gradient = torch.empty_like(student), memory[:, :vocab]
         wanted = launch(student, teacher, labels, gradient=small, **terms)
@@ -762,7 +560,7 @@ def everything(n_rows: int, vocab: int) -> list[Tensor]:
     found = []
     for dtype in DTYPES:
         student, teacher = logits_pair((n_rows, vocab), dtypes=(dtype, dtype))
-        labels, mask = some_labels(n_rows, vocab, "cpu"), torch.arange(n_rows).add(1).remainder(3)
+        labels, mask = some_labels(n_rows, vocab), torch.arange(n_rows).add(1).remainder(3)
         mask = mask.float()
         for divergence in DIVERGENCES:
             gradient = torch.empty_like(student)
@@ -952,7 +750,7 @@ def test_library_refuses_a_level_above_the_best_and_below_the_first() -> None:
     ):
         nothing = ctypes.byref(structure())  # no rows
         function = getattr(library, f"distilfast_{name}")
-        assert [function(nothing, level, 1) for level in range(best + 1)] == [0] * (best + 1)
+        assert not any(function(nothing, level, 1) for level in range(best + 1))
         for level in (best + 1, len(cpp.LEVELS), 100, -1):
             assert function(nothing, level, 1) == errno.ENOTSUP, (name, level)
 
@@ -1248,21 +1046,6 @@ def test_accumulate_adds_in_fp32_inside_wider_rows(
 # scale
 
 
-@every_dtype
-def test_scale_multiplies_in_fp32_and_rounds_once(level: str, dtype: torch.dtype) -> None:
-    rows = torch.tensor([-3.0, 1.0, 0.0, 1 / 3, 1e-3])
-    for columns in (*range(1, 71), 255, 256, 257, FIRST_COLUMNS + 1):
-        values, _ = logits_pair((5, columns), dtypes=(dtype, dtype))
-        for by in (torch.tensor(1 / 3), rows, rows.repeat_interleave(2)[::2], rows[3].expand(5)):
-            for stride in (columns, columns + 3):
-                gradient = placed(values, stride=stride, shift=columns % 17)
-                cpp.scale([gradient], by)
-                exact = values.float() * (by[:, None] if by.ndim else by)
-                with told(columns=columns, stride=stride):
-                    assert_same([gradient], [exact.to(dtype)])
-                    assert_nothing_else_was_written(gradient)
-
-
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 def test_scale_reads_and_rounds_every_number_as_torch_does(level: str, dtype: torch.dtype) -> None:
     # all 65,536 of them, alone in the rest of a row, too: subnormal, infinite, NaN, -0
@@ -1286,48 +1069,7 @@ def test_scale_reads_and_rounds_every_number_as_torch_does(level: str, dtype: to
                 ]
 
 
-def test_scale_takes_what_is_empty_or_single(level: str) -> None:
-    for empty in (torch.ones(0, 5), torch.ones(3, 0)):
-        cpp.scale([empty], torch.tensor(2.0))
-    for by in (torch.tensor([2.0]), torch.tensor(2.0), torch.tensor(2.0, dtype=BF16)):
-        single = torch.ones(1, 40)
-        backends.BACKENDS["cpp"].scale([single], by)
-        assert (single == 2).all()
-
-
 # hidden_cosine
-
-
-def check_hidden(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    mask: Tensor | None,
-    gradients: list[Tensor],
-    scale: float = 1.0,
-) -> None:
-    """Rows and gradients of a launch against the oracle's, layer by layer."""
-    by = torch.full((), scale)
-    rows = cpp.hidden_cosine(students, teachers, mask, by, gradients)
-    layers = [
-        expect(
-            *pair,
-            mask=mask,
-            kd_weight=0.0,
-            cos_weight=1.0,
-            reduction="none",
-            grad_output=scale / len(students),
-            dtype=g.dtype,
-        )
-        for *pair, g in zip(students, teachers, gradients, strict=True)
-    ]
-    value = sum(layer.value["cos"] for layer in layers) / len(layers)
-    slack = sum(layer.slack["cos"] for layer in layers) / len(layers)
-    assert_within("rows", rows, value, slack)
-    for gradient, layer in zip(gradients, layers, strict=True):
-        assert_within("gradient", gradient, layer.grad, layer.grad_slack)
-        assert_nothing_else_was_written(gradient)
-    # without gradients the same rows
-    assert_same([cpp.hidden_cosine(students, teachers, mask, by, [])], [rows])
 
 
 @every_dtype
@@ -1344,7 +1086,7 @@ def test_poisoned_gradient_of_hidden_rows_is_written_whole_around_each_boundary(
         student[2] = 0
         student[3, : width // 2], teacher[3, : width // 2] = -INF, -INF
         gradient = hole(
-            5, width, FP32 if wide else dtype, "cpu", stride=width + width % 4, shift=width % 17
+            5, width, FP32 if wide else dtype, stride=width + width % 4, shift=width % 17
         )
         before = student.clone(), teacher.clone()
         with told(width=width):
@@ -1369,43 +1111,17 @@ def test_hidden_layers_of_any_dtypes_and_widths_are_averaged(
         s[1], t[1] = NAN, INF
     students, teachers = [s for s, _ in pairs], [t.T.contiguous().T for _, t in pairs]
     for dtype in (student_dtype, FP32):
-        gradients = [hole(7, width, dtype, "cpu", stride=width + 2) for width in widths]
+        gradients = [hole(7, width, dtype, stride=width + 2) for width in widths]
         check_hidden(students, teachers, mask, gradients, scale=3.0)
-    # one scale a row, as reduction none brings
-    by = torch.tensor([1.0, -2.0, 0.0, 0.5, 1.0, 4.0, 1.0])
-    for scale in (by, by.repeat_interleave(2)[::2]):
-        gradient = hole(7, 33, student_dtype, "cpu")
-        cpp.hidden_cosine(students[:1], teachers[:1], mask, scale, [gradient])
-        keywords = {"kd_weight": 0.0, "cos_weight": 1.0, "reduction": "none", "mask": mask}
-        wanted = expect(students[0], teachers[0], grad_output=scale, **keywords)
-        assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
 
 
 # combine_teachers
 
 
-def check_combination(
-    teachers: list[Tensor],
-    weights: list[float],
-    temperature: float,
-    mode: str,
-    z: Tensor,
-    size: float = 1.0,
-) -> None:
-    """size: of the logits; beyond 100 their own rounding counts."""
-    vocab = z.shape[1]
-    before = [t.clone() for t in teachers]
-    cpp.combine_teachers(teachers, weights, temperature, mode, vocab, z)
-    wanted = by_hand([t[:, :vocab] for t in teachers], weights, temperature, mode)
-    assert_within("z", z, wanted, 1e-5 * max(1.0, temperature, size / 100))
-    assert_nothing_else_was_written(z)
-    assert_same(teachers, before)
-
-
 WEIGHTS = {1: [1.0], 2: [0.25, 0.75], 5: [0.1, 0.0, 0.2, 0.3, 0.4]}
 
 
-@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", WEIGHTS)
 def test_poisoned_combination_is_written_whole_around_each_boundary(
     level: str, count: int, mode: str
@@ -1420,13 +1136,13 @@ def test_poisoned_combination_is_written_whole_around_each_boundary(
             teachers.append(placed(logits, stride=vocab + k + 2, shift=k))
             if not weights[k]:
                 teachers[k].fill_(NAN)  # not read
-        z = hole(4, vocab, FP32, "cpu", stride=vocab + vocab % 3, shift=vocab % 17)
+        z = hole(4, vocab, FP32, stride=vocab + vocab % 3, shift=vocab % 17)
         with told(vocab=vocab):
             temperature = (0.5, 1.0, 2.0, 7.3)[vocab % 4]
             check_combination(teachers, weights, temperature, mode, z)
 
 
-@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", WEIGHTS)
 def test_combination_of_teachers_that_exclude_columns_equals_the_definition(
     level: str, count: int, mode: str
@@ -1440,10 +1156,10 @@ def test_combination_of_teachers_that_exclude_columns_equals_the_definition(
         teachers[k][0, [count + j for j in range(count) if j != k]] = -INF
         teachers[k][0, 30] = -INF
         teachers[k][1, 1 + k :] = -INF  # all but the first few
-    check_combination(teachers, weights, 2.0, mode, hole(3, vocab, FP32, "cpu"))
+    check_combination(teachers, weights, 2.0, mode, hole(3, vocab, FP32))
 
 
-@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 def test_what_one_teacher_spoils_is_spoilt_and_no_other_row(
     level: str, bad: float, mode: str
@@ -1454,23 +1170,18 @@ def test_what_one_teacher_spoils_is_spoilt_and_no_other_row(
             teachers = [logits_pair((3, 70), seed=k)[0] for k in range(3)]
             teachers[who][1, columns] = bad
             with told(who=who, columns=columns):
-                z = hole(3, 70, FP32, "cpu")
+                z = hole(3, 70, FP32)
                 check_combination(teachers, [0.2, 0.3, 0.5], 2.0, mode, z)
 
 
-@pytest.mark.parametrize("mode", ["probability", "logit"])
-@pytest.mark.parametrize("n_rows", [0, 1, 3])
-def test_combination_of_any_rows_equals_the_definition(level: str, n_rows: int, mode: str) -> None:
-    # one teacher twice, so that two are exactly equal; far below 0; one whose columns are not dense
-    first, other = logits_pair((n_rows, 264), offset=-700.0)
-    teachers = [first, first.clone(), other.T.contiguous().T]
-    z = hole(n_rows, 264, FP32, "cpu")
-    check_combination(teachers, [0.25, 0.25, 0.5], 0.5, mode, z, size=700)
-    # and teachers far apart, whose sum is one of them; the size of the third is rounded away where
-    # there is a fused multiply-add
+@pytest.mark.parametrize("mode", MODES)
+def test_combination_of_teachers_far_apart_is_one_of_them(level: str, mode: str) -> None:
+    # the size of the third is rounded away where there is a fused multiply-add
+    first, _ = logits_pair((3, 264), offset=-700.0)
     teachers = [first, first + 500.0, first.flip(1) * 30]
     size = 700 if mode == "probability" and level != "plain" else 30 * 700
-    check_combination(teachers, [0.25, 0.25, 0.5], 4.0, mode, z.fill_(NAN), size=size)
+    z = hole(3, 264, FP32)
+    check_combination(teachers, [0.25, 0.25, 0.5], 4.0, mode, z, size=size)
 
 
 # What is touched beyond a tensor: nothing
@@ -1652,19 +1363,10 @@ def test_sanitizers_find_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     for level, flags in chosen["LEVELS"].items():
         source, target = str(CSRC / f"{level}.cpp"), str(tmp_path / f"{level}.o")
-        command = [
-            compiler,
-            *chosen["FLAGS"],
-            *flags,
-            "-O1",
-            "-g",
-            *checks,
-            "-c",
-            source,
-            "-o",
-            target,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [compiler, *chosen["FLAGS"], *flags, "-O1", "-g", *checks]
+        done = subprocess.run(
+            [*command, "-c", source, "-o", target], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     library = str(tmp_path / "library.so")
     linked = sorted(str(path) for path in tmp_path.glob("*.o"))

@@ -14,10 +14,10 @@ import test_cpp_digits as digits
 import test_cpp_rows as rows
 import test_heads as heads
 import test_hidden_cosine as hidden
+import test_launchers as launchers
 import test_losses as values
 import test_losses_edges as edges
-import torch
-from oracle import DIVERGENCES, NAN
+from oracle import BF16, DIVERGENCES, FP16, FP32, MODES, NAN
 
 from mutations import Mutation, call, calls
 from mutations.calls import (
@@ -37,7 +37,6 @@ from mutations.calls import (
     UNDERFLOW,
 )
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PLAIN, AVX2, AVX512, AVX512_BF16 = "plain", "avx2", "avx512", "avx512bf16"
 LAUNCHER = "cpp.py"
 
@@ -71,7 +70,7 @@ TEACHERS = {
         mode=mode,
         dtypes=(FP32, FP32, FP32),
     )
-    for mode in ensembles.MODES
+    for mode in MODES
 }
 BY_PROBABILITY, BY_LOGIT = TEACHERS["probability"], TEACHERS["logit"]
 HEAD_MIXED = call(heads.test_dtypes_of_the_sides_may_differ, name="bias", dtypes=(BF16, FP32))
@@ -79,11 +78,6 @@ OVER_LOGITS = call(kernels.test_padding_beside_logits_that_their_gradient_overwr
 PRODUCT = call(kernels.test_product_of_bf16_is_one_of_fp32, n=9, vocab=100, bias=True)
 ACCUMULATED = call(kernels.test_accumulate_adds_in_fp32_inside_wider_rows, dtype=FP32, width=131)
 BIAS_OF_MANY_ROWS = call(heads.test_bias_gradient_is_added_to_and_not_only_by_whole_blocks)
-SCALED = call(rows.test_scaled_rows_inside_wider_ones_are_scaled_whole, dtype=FP32)
-STREAMED = {
-    dtype: call(rows.test_streamed_gradient_is_the_stored_one, dtype=dtype)
-    for dtype in (FP32, BF16, FP16)
-}
 IN_PLACE = call(
     kernels.test_gradient_in_place_of_the_logits_is_the_same_to_the_bit,
     divergence="reverse_kl",
@@ -95,6 +89,27 @@ WIDENED = {
     for dtype in (BF16, FP16)
     for n_cols in (64, 3)
 }
+SCALED = call(launchers.test_scale_multiplies_in_fp32_and_rounds_once, shift=1, dtype=FP32)
+STREAMED = {
+    dtype: call(
+        kernels.test_streamed_gradient_of_short_rows_is_that_of_small_batches_to_the_bit,
+        dtype=dtype,
+    )
+    for dtype in (FP32, BF16, FP16)
+}
+FAR = call(
+    kernels.test_maximum_behind_the_first_columns_costs_no_digits,
+    divergence="forward_kl",
+    dtype=FP32,
+)
+LABELS_ALONE = call(values.test_parity_of_labels_alone_with_a_late_maximum, low=-95.0)
+ANY_STRIDE = call(launchers.test_labels_mask_and_scales_may_have_any_stride)
+NAN_OR_ZERO = call(launchers.test_nan_in_a_row_is_not_taken_for_a_zero_vector, side="student")
+UNKNOWN = {
+    label: call(launchers.test_wrong_label_makes_its_own_row_nan_and_no_other, label=label)
+    for label in (-1, 300)
+}
+ANY_FACTOR = call(launchers.test_scale_takes_everything_that_a_backward_brings)
 ROUNDED = {
     dtype: call(digits.test_rounding_is_to_nearest_even, dtype=dtype) for dtype in (BF16, FP16)
 }
@@ -108,16 +123,6 @@ EXPONENTIAL = {
 LOGARITHM = call(digits.test_logarithm_is_as_exact_as_fp32)
 DIGITS = call(digits.test_fp32_probabilities_keep_their_digits)
 PEAKS = call(digits.test_peak_in_any_column_stays_in_range, dtype=FP32)
-FAR = {
-    (temperature, who): call(
-        digits.test_maximum_far_above_the_first_columns_is_found,
-        dtype=FP32,
-        temperature=temperature,
-        who=who,
-    )
-    for temperature in (1.0, 2.0, 7.3)
-    for who in ("student", "teacher")
-}
 TWO_DTYPES = call(
     values.test_parity_in_every_dtype,
     divergence="forward_kl",
@@ -131,15 +136,6 @@ NAN_HALF = {
     side: call(rows.test_nan_of_halves_makes_its_row_nan, divergence="forward_kl", side=side)
     for side in ("student", "teacher")
 }
-LABELS_ALONE = call(
-    digits.test_maximum_far_above_the_first_columns_is_found_for_labels_alone, low=-95.0
-)
-ANY_STRIDE = call(kernels.test_labels_mask_and_scales_may_have_any_stride)
-NAN_OR_ZERO = call(rows.test_nan_beside_a_zero_vector_is_no_zero_vector, side="student")
-UNKNOWN = {
-    label: call(rows.test_unknown_label_makes_its_own_row_nan, label=label) for label in (-1, 9)
-}
-ANY_FACTOR = call(kernels.test_scale_takes_what_is_empty_or_single)
 ASKED_FOR = call(kernels.test_level_asked_for_is_the_level_used)
 UNKNOWN_LEVEL = call(kernels.test_library_refuses_a_level_above_the_best_and_below_the_first)
 BEST_LEVEL = call(kernels.test_best_level_is_the_default_and_one_that_runs_here)
@@ -206,9 +202,9 @@ TABLE = {
         ("a power where T is not whole", AVX512, AT[7.3], "row.power = 0;", ""),
         ("no temperature", AVX2, FORWARD, "float(LOG2_E / temperature)", "float(LOG2_E)"),
         # the range of a row
-        ("any l_s will do", PLAIN, FAR[2.0, "student"], "l_s <= RANGE", "l_s == l_s"),
-        ("any l_t will do", AVX2, FAR[1.0, "teacher"], "l_t <= RANGE", "l_t == l_t"),
-        ("any l_1 will do", AVX512, FAR[7.3, "student"], "l_1 <= RANGE", "l_1 == l_1"),
+        ("any l_s will do", PLAIN, FAR, "l_s <= RANGE", "l_s == l_s"),
+        ("any l_t will do", AVX2, FAR, "l_t <= RANGE", "l_t == l_t"),
+        ("any l_1 will do", AVX512, FAR, "l_1 <= RANGE", "l_1 == l_1"),
         ("a range of 2^120", AVX512, FAR_DIGITS,
          "l_s <= RANGE && l_t <= RANGE && (power > 1 || l_1 <= RANGE)",
          "l_s <= 0x1p120 && l_t <= 0x1p120 && (power > 1 || l_1 <= 0x1p120)"),
@@ -299,7 +295,7 @@ TABLE = {
          "bits * LN_2 * a.temperature * a.temperature * weight",
          "bits * LN_2 * a.temperature * a.temperature"),
         ("a negative label is known", PLAIN, UNKNOWN[-1], "known = «label >= 0» &&", "true"),
-        ("n_cols is a known label", AVX2, UNKNOWN[9], "label < n_cols", "label <= n_cols"),
+        ("n_cols is a known label", AVX2, UNKNOWN[300], "label < n_cols", "label <= n_cols"),
         ("CE's logit is not below the maximum", AVX512, FORWARD,
          "double(widen(s[label])) - row.top_s", "double(widen(s[label]))"),
         ("CE at T in the gradient", PLAIN, AT[7.3],
@@ -319,7 +315,7 @@ TABLE = {
         ("divergences in another order", AVX512, FORWARD,
          "weight != 0 ? «int(a.divergence)»",
          "a.divergence % JSD ? JSD - int(a.divergence) : int(a.divergence)"),
-        ("NaN is 0", AVX512, UNKNOWN[9], "- above) : «NOT_A_NUMBER»", "0"),
+        ("NaN is 0", AVX512, UNKNOWN[300], "- above) : «NOT_A_NUMBER»", "0"),
         ("log2(e)", PLAIN, FORWARD, "row.scale = float(«LOG2_E»", "1.4436950408889634"),
         ("ln(2)", AVX2, FORWARD, "bits * «LN_2» * a.temperature", "0.6932471805599453"),
         ("labels alone never look for a maximum", AVX2, LABELS_ALONE,
@@ -621,7 +617,7 @@ TABLE = {
          "half = «magnitude >= 0x477ff000» ?", "magnitude >= 0x48000000"),
         ("fp16 has no NaN", PLAIN, ROUNDED[FP16],
          "half = «magnitude > 0x7f800000» ?", "magnitude > 0x7fffffff"),
-        ("2^200 is negative", PLAIN, FAR[1.0, "student"],
+        ("2^200 is negative", PLAIN, FAR,
          "min(«128.5f», max(-126.5f, x)); }\n//", "130.5f"),
         ("NaN is 2^-126.5", PLAIN, NAN_HALF["student"],
          "«max(-126.5f, x)»); }\n//", "max(x, -126.5f)"),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import test_combine_teachers as ensembles
 import test_heads as heads
 import test_hidden_cosine as hidden
+import test_launchers as launchers
 import test_linear as fused
 import test_losses as values
 import test_losses_edges as edges
 import test_near as near
 import test_triton as launches
-import torch
-from oracle import INF, NAN
+from oracle import BF16, DIVERGENCES, FP16, FP32, INF, MODES, NAN
 
 from mutations import Mutation, call
 from mutations.calls import (
@@ -37,7 +37,6 @@ from mutations.calls import (
 )
 
 DIVERGENCES, REFERENCE = "divergences.py", "reference.py"
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 SATURATED = call(near.test_saturated_jsd_keeps_its_gradient)
 
@@ -50,7 +49,7 @@ AROUND_TILES = {
         dtype=BF16,
         warps=1,
     )
-    for kind in edges.DIVERGENCES
+    for kind in DIVERGENCES
 }
 NOT_NEEDED = call(
     launches.test_poisoned_rows_that_nothing_needs_become_zero_around_each_boundary,
@@ -89,9 +88,9 @@ MOVING_MAXIMA = call(
 FAR_MAXIMA = call(
     launches.test_maxima_that_move_apart_keep_the_divergence, gap=150.0, temperature=1.0
 )
-WRONG_LABEL = call(launches.test_wrong_label_makes_its_own_row_nan_and_no_other, label=303)
-NEGATIVE_LABEL = call(launches.test_wrong_label_makes_its_own_row_nan_and_no_other, label=-1)
-ANY_STRIDE = call(launches.test_labels_mask_and_scales_may_have_any_stride)
+WRONG_LABEL = call(launchers.test_wrong_label_makes_its_own_row_nan_and_no_other, label=303)
+NEGATIVE_LABEL = call(launchers.test_wrong_label_makes_its_own_row_nan_and_no_other, label=-1)
+ANY_STRIDE = call(launchers.test_labels_mask_and_scales_may_have_any_stride)
 PARTS = call(values.test_loss_is_the_weighted_sum_of_unweighted_parts)
 PEAK = call(launches.test_maxima_that_move_apart_keep_the_divergence, gap=40.0, temperature=7.3)
 PARITY_UNDER_MASKS = call(
@@ -106,7 +105,7 @@ BANNED = {
 LEADING_MINUS_INF = call(edges.test_minus_inf_leading_columns_do_not_break_a_running_maximum)
 ANY_IGNORE_INDEX = call(edges.test_ignore_index_may_be_any_number, ignore_index=-1)
 ZERO_VECTOR = call(edges.test_zero_vector_has_cosine_loss_one_and_no_gradient, side="both")
-NAN_OR_ZERO = call(launches.test_nan_in_a_row_is_not_taken_for_a_zero_vector, side="student")
+NAN_OR_ZERO = call(launchers.test_nan_in_a_row_is_not_taken_for_a_zero_vector, side="student")
 OUTSIDE_THE_MASK = {
     low: call(
         launches.test_row_outside_the_mask_is_scored_by_its_label_whatever_its_logits,
@@ -116,7 +115,7 @@ OUTSIDE_THE_MASK = {
     for low in (-INF, -1e20, NAN)
 }
 NO_GRADIENT = call(
-    launches.test_launch_without_a_gradient_loses_nothing_and_writes_nothing,
+    launchers.test_launch_without_a_gradient_loses_nothing_and_writes_nothing,
     divergence="forward_kl",
 )
 HIDDEN_MASKED = call(
@@ -134,10 +133,10 @@ HIDDEN_POISONED = call(
 HIDDEN_ZERO = call(hidden.test_zero_vector_gives_one_and_no_gradient, dtype=FP32, side="student")
 TEACHERS = {
     mode: call(launches.test_combination_of_teachers_equals_the_definition, count=2, mode=mode)
-    for mode in ("probability", "logit")
+    for mode in MODES
 }
 TEACHERS_ALIKE = call(
-    launches.test_combination_of_any_rows_equals_the_definition, n_rows=3, mode="probability"
+    launchers.test_combination_of_any_rows_equals_the_definition, n_rows=3, mode="probability"
 )
 TEACHERS_GROW = call(launches.test_combination_whose_maximum_grows_from_tile_to_tile)
 HEAD_BESIDE_PADDING = call(
@@ -145,7 +144,7 @@ HEAD_BESIDE_PADDING = call(
 )
 HEAD_LONG = call(heads.test_rows_longer_than_the_first_columns, divergence="forward_kl")
 HEAD_NOT_NEEDED = call(heads.test_rows_that_nothing_needs_add_nothing, name="softcap")
-SCALES = call(launches.test_scale_multiplies_in_fp32_and_rounds_once, shift=0, dtype=BF16)
+SCALES = call(launchers.test_scale_multiplies_in_fp32_and_rounds_once, shift=0, dtype=BF16)
 SCALE_BY_ONE = call(launches.test_scaling_by_one_changes_no_bit, dtype=FP32)
 
 SCALE_SEVERAL = call(launches.test_scale_of_several_gradients_by_few_programs)
@@ -162,7 +161,7 @@ EXCLUDED_BY = {
     side: call(launches.test_column_that_one_side_alone_excludes_is_not_left_out, side=side)
     for side in ("student", "teacher")
 }
-HIDDEN_ANY_LAYOUT = call(launches.test_hidden_rows_of_any_layout_are_taken)
+HIDDEN_ANY_LAYOUT = call(launchers.test_hidden_rows_of_any_layout_are_taken)
 HIDDEN_WIDTHS = call(
     launches.test_hidden_layers_of_any_number_and_width_are_averaged, widths=[8, 12, 8, 12]
 )
