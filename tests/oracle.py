@@ -383,9 +383,8 @@ def parity(
     **keywords: Any,
 ) -> tuple[Any, Tensor]:
     """value_and_grad of a loss of logits, whose loss, parts and gradient are within the budget."""
-    output, gradient = value_and_grad(
-        loss_fn, student, teacher, labels, backend=backend, **keywords
-    )
+    used = read(labels=labels, backend=backend, **keywords)
+    output, gradient = value_and_grad(loss_fn, student, teacher, **used)
     assert gradient.dtype == student.dtype
     check(output, gradient, expect(student, teacher, labels, **keywords))
     return output, gradient

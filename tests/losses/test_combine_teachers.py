@@ -6,26 +6,29 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from oracle import INF, NAN, assert_same, logits_pair
+from oracle import (
+    BF16,
+    FP16,
+    FP32,
+    INF,
+    MODES,
+    NAN,
+    assert_same,
+    combined_rows,
+    compiled,
+    logits_pair,
+    value_error,
+)
 
 from distilfast import combine_teachers, distillation_loss
 
 LN2, LN3 = math.log(2), math.log(3)
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-MODES = ("probability", "logit")
 both_modes = pytest.mark.parametrize("mode", MODES)
 
 
-def by_hand(teachers, weights, temperature, mode):
-    """float64, straight from the definition; teachers of weight 0 are not looked at."""
-    total = sum(weights)
-    used = [(t.double(), w / total) for t, w in zip(teachers, weights, strict=True) if w > 0]
-    if mode == "logit":
-        return sum(w * t for t, w in used)
-    shares = [math.log(w) + torch.log_softmax(t / temperature, -1) for t, w in used]
-    return temperature * torch.logsumexp(torch.stack(shares), 0)
+def teachers_of(lead, *, vocab=9, count=2, dtype=FP32, device="cpu"):
+    made = (logits_pair((*lead, vocab), seed=i, device=device) for i in range(count))
+    return [teacher.to(dtype) for teacher, _ in made]
 
 
 def test_probability_mode_equals_hand_value(device):
@@ -53,73 +56,16 @@ def test_logit_mode_equals_hand_value(device):
 @both_modes
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.3])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.2, 0.5, 0.3], [5, 0, 15]], ids=str)
+@pytest.mark.parametrize("weights", [None, [0.2, 0.5, 0.3], [5, 0, 15], [7.0]], ids=str)
 def test_parity_with_the_definition(device, weights, dtype, temperature, mode):
-    teachers = [
-        logits_pair((2, 3, 17), seed=i, dtypes=(dtype, dtype), device=device)[0] for i in range(3)
-    ]
+    count = len(weights or "abc")
+    teachers = teachers_of((2, 3), vocab=17, count=count, dtype=dtype, device=device)
     before = [t.clone() for t in teachers]
     z = combine_teachers(teachers, weights, temperature=temperature, mode=mode)
     assert z.dtype == FP32
-    assert z.shape == (2, 3, 17)
-    wanted = by_hand(teachers, weights, temperature, mode)
+    wanted = combined_rows(teachers, weights or [1.0] * count, temperature, mode)
     torch.testing.assert_close(z.double(), wanted, rtol=1e-5, atol=1e-5 * max(1, temperature))
     assert_same(teachers, before)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_softmax_of_the_combination_is_the_ensemble(device, temperature):
-    teachers = [logits_pair((4, 9), seed=i, device=device)[0] for i in range(2)]
-    z = combine_teachers(teachers, [1, 2], temperature=temperature)
-    wanted = sum(
-        w * torch.softmax(t / temperature, -1)
-        for t, w in zip(teachers, (1 / 3, 2 / 3), strict=True)
-    )
-    torch.testing.assert_close(torch.softmax(z / temperature, -1), wanted, rtol=1e-5, atol=1e-6)
-
-
-@both_modes
-def test_weights_are_normalised_and_default_to_equal(device, mode):
-    teachers = [logits_pair((4, 9), seed=i, device=device)[0] for i in range(2)]
-    keywords = {"temperature": 2.0, "mode": mode}
-    small = combine_teachers(teachers, [0.25, 0.75], **keywords)
-    large = combine_teachers(teachers, (100, 300), **keywords)
-    torch.testing.assert_close(small, large)
-    equal = combine_teachers(teachers, [3.0, 3.0], **keywords)
-    torch.testing.assert_close(combine_teachers(teachers, **keywords), equal)
-    assert (small - equal).abs().max() > 0.1
-
-
-@both_modes
-def test_single_teacher_is_itself(device, mode):
-    student, teacher = logits_pair((4, 9), device=device)
-    z = combine_teachers((teacher,), temperature=3.0, mode=mode)
-    ours = distillation_loss(student, z, temperature=3.0, backend="torch")
-    wanted = distillation_loss(student, teacher, temperature=3.0, backend="torch")
-    torch.testing.assert_close(ours.kd, wanted.kd, rtol=1e-5, atol=1e-5)
-
-
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    seed=st.integers(0, 1000),
-    weights=st.lists(st.floats(0.0, 9.0), min_size=1, max_size=4).filter(lambda w: sum(w) > 0.1),
-    temperature=st.floats(0.5, 20),
-    shift=st.floats(-30, 30),
-)
-def test_probability_mode_ignores_shifts_and_order(device, seed, weights, temperature, shift):
-    teachers = [logits_pair((2, 7), seed=seed + i, device=device)[0] for i in range(len(weights))]
-    z = combine_teachers(teachers, weights, temperature=temperature)
-    moved = [t + shift * i for i, t in enumerate(teachers)]
-    other = combine_teachers(moved[::-1], weights[::-1], temperature=temperature)
-    torch.testing.assert_close(z, other, rtol=1e-4, atol=1e-5 * temperature + 1e-4)
-    # z / T is a normalised log-probability
-    total = torch.logsumexp(z / temperature, -1)
-    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-5)
 
 
 # Edges
@@ -128,7 +74,7 @@ def test_probability_mode_ignores_shifts_and_order(device, seed, weights, temper
 @both_modes
 def test_column_minus_inf_in_all_teachers_stays_minus_inf(device, mode):
     # a token no teacher can say: -inf, not NaN, and the others as without it
-    teachers = [logits_pair((3, 9), seed=i, device=device)[0] for i in range(2)]
+    teachers = teachers_of((3,), device=device)
     for teacher in teachers:
         teacher[:, [0, 5]] = -INF
     left = [1, 2, 3, 4, 6, 7, 8]
@@ -140,15 +86,12 @@ def test_column_minus_inf_in_all_teachers_stays_minus_inf(device, mode):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_column_minus_inf_in_one_teacher_keeps_the_others_share(device, place):
-    teachers = [logits_pair((3, 9), seed=i, device=device)[0] for i in range(2)]
+    teachers = teachers_of((3,), device=device)
     teachers[place][:, 5] = -INF
     z = combine_teachers(teachers, [1, 3], temperature=2.0)
-    other = teachers[1 - place].double()
-    share = math.log((3 / 4, 1 / 4)[place]) + torch.log_softmax(other / 2, -1)[:, 5]
-    torch.testing.assert_close(z[:, 5].double(), 2 * share, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        z.double(), by_hand(teachers, [1, 3], 2.0, "probability"), rtol=1e-5, atol=1e-5
-    )
+    assert z.isfinite().all()
+    wanted = combined_rows(teachers, [1, 3], 2.0, "probability")
+    torch.testing.assert_close(z.double(), wanted, rtol=1e-5, atol=1e-5)
     # a mean of logits with -inf in it is -inf
     z = combine_teachers(teachers, [1, 3], temperature=2.0, mode="logit")
     assert torch.isneginf(z[:, 5]).all()
@@ -167,19 +110,17 @@ def test_far_tails_stay_finite(device):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("place", [0, 1])
 def test_teacher_of_weight_zero_is_ignored_whatever_it_holds(device, place, bad, mode):
-    teachers = [logits_pair((3, 9), seed=i, device=device)[0] for i in range(2)]
-    wanted = combine_teachers(teachers, [0.3, 0.7], temperature=2.0, mode=mode)
-    silent = torch.full((3, 9), bad, device=device)
-    weights = [0.3, 0.7]
+    teachers, weights = teachers_of((3,), device=device), [0.3, 0.7]
+    wanted = combine_teachers(teachers, weights, temperature=2.0, mode=mode)
+    teachers.insert(place, torch.full((3, 9), bad, device=device))
     weights.insert(place, 0.0)
-    teachers.insert(place, silent)
     z = combine_teachers(teachers, weights, temperature=2.0, mode=mode)
     torch.testing.assert_close(z, wanted)
 
 
 @both_modes
 def test_nan_row_leaves_the_others_alone(device, mode):
-    teachers = [logits_pair((3, 9), seed=i, device=device)[0] for i in range(2)]
+    teachers = teachers_of((3,), device=device)
     wanted = combine_teachers(teachers, temperature=2.0, mode=mode)
     teachers[1][1] = NAN
     z = combine_teachers(teachers, temperature=2.0, mode=mode)
@@ -206,11 +147,11 @@ def test_padding_does_not_enter_the_ensemble(device, mode, bad):
 @both_modes
 @pytest.mark.parametrize("lead", [(), (0,), (2, 3)], ids=str)
 def test_any_leading_shape_works(device, mode, lead):
-    teachers = [logits_pair((*lead, 9), seed=i, device=device)[0] for i in range(2)]
+    teachers = teachers_of(lead, device=device)
     z = combine_teachers(teachers, temperature=2.0, mode=mode)
     assert z.shape == (*lead, 9)
     torch.testing.assert_close(
-        z.double(), by_hand(teachers, [1, 1], 2.0, mode), rtol=1e-5, atol=1e-5
+        z.double(), combined_rows(teachers, [1, 1], 2.0, mode), rtol=1e-5, atol=1e-5
     )
 
 
@@ -242,14 +183,12 @@ def test_result_has_no_graph_and_feeds_the_loss(backend, device, mode):
 
 @both_modes
 def test_compiled_call_equals_eager(device, mode):
-    teachers = [logits_pair((4, 9), seed=i, device=device)[0] for i in range(2)]
+    teachers = teachers_of((4,), device=device)
 
     def combine(teachers):
         return combine_teachers(teachers, [1, 2], temperature=2.0, mode=mode, vocab_size=8)
 
-    torch._dynamo.reset()
-    fast = torch.compile(combine, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(fast(teachers), combine(teachers))
+    torch.testing.assert_close(compiled(combine)(teachers), combine(teachers))
 
 
 # Bad calls
@@ -283,10 +222,8 @@ def test_teacher_that_requires_grad_is_told_to_detach(device, mode):
 )
 def test_bad_arguments_are_refused(device, changes, words):
     teachers = list(logits_pair((3, 9), device=device))
-    with pytest.raises(ValueError) as caught:
+    with value_error(*words):
         combine_teachers(teachers, **{"temperature": 2.0, **changes})
-    missing = [word for word in words if str(word) not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 @pytest.mark.parametrize(
@@ -301,10 +238,8 @@ def test_bad_arguments_are_refused(device, changes, words):
     ids=str,
 )
 def test_bad_shapes_are_refused(device, shapes, words):
-    with pytest.raises(ValueError) as caught:
+    with value_error(*words):
         combine_teachers([torch.ones(shape, device=device) for shape in shapes], temperature=2.0)
-    missing = [word for word in words if str(word) not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 def test_bad_dtypes_and_devices_are_refused(device):

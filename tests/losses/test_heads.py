@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import (
+    ALL_PARTS,
+    BF16,
     DIVERGENCES,
+    FP16,
+    FP32,
     IGNORE,
     INF,
     NAN,
@@ -20,9 +24,7 @@ from oracle import (
 from distilfast.losses import backends
 from distilfast.losses.reference import Options
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EPSILON = {FP32: 1e-5, FP16: 2**-10, BF16: 2**-7}
-ALL_PARTS = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 1.5, "mse_weight": 0.25}
 KD_AND_CE = {"kd_weight": 5.0, "ce_weight": 2.0, "cos_weight": 0.0, "mse_weight": 0.0}
 
 
@@ -32,32 +34,18 @@ def as_in_a_chunk(monkeypatch):
     monkeypatch.setattr(backends, "BLOCK_ELEMENTS", {"cpu": 4000, "cuda": 4000})
 
 
-def call(backend, student, teacher, labels, mask, heads, *, bias_gradient=None, **keywords):
+def call(
+    backend, student, teacher, labels=None, mask=None, heads=None, *, bias_gradient=None, **keywords
+):
     """(rows, gradient in place of a copy of student) of the backend's own function."""
-    values = {
-        "temperature": 2.0,
-        **KD_AND_CE,
-        "jsd_beta": 0.3,
-        "divergence": "forward_kl",
-        "ignore_index": IGNORE,
-        "vocab_size": student.shape[1],
-        **keywords,
-    }
+    values = {"temperature": 2.0, **KD_AND_CE, "jsd_beta": 0.3, "divergence": "forward_kl"}
+    values |= {"ignore_index": IGNORE, "vocab_size": student.shape[1], **keywords}
+    heads = backends.reference.PLAIN if heads is None else heads
     gradient = student.clone()
-    one = torch.ones((), device=student.device)
-    rows = backends.BACKENDS[backend].distillation(
-        gradient,
-        teacher,
-        labels,
-        mask,
-        one,
-        one,
-        Options(**values),
-        gradient,
-        heads,
-        bias_gradient,
-    )
-    return rows, gradient
+    by = [torch.ones((), device=student.device)] * 2
+    rest = Options(**values), gradient, heads, bias_gradient
+    kernel = backends.BACKENDS[backend].distillation
+    return kernel(gradient, teacher, labels, mask, *by, *rest), gradient
 
 
 def logits64(x, head):
@@ -189,17 +177,8 @@ def test_softcap_of_large_small_and_infinite_products(backend, device, softcap):
     check(backend, student, teacher, labels, None, (head, head), **keywords)
     # a logit near 0 keeps its digits: the squared error of one against 0
     small = torch.tensor([[1e-5 * softcap, 0.0]], device=device)
-    rows, _ = call(
-        backend,
-        small,
-        torch.zeros_like(small),
-        None,
-        None,
-        (head, head),
-        kd_weight=0.0,
-        ce_weight=0.0,
-        mse_weight=1.0,
-    )
+    keywords = {"heads": (head, head), "kd_weight": 0.0, "ce_weight": 0.0, "mse_weight": 1.0}
+    rows, _ = call(backend, small, torch.zeros_like(small), **keywords)
     assert abs(rows[3].item() / (1e-5 * softcap) ** 2 - 1) < 1e-5
 
 
@@ -228,16 +207,7 @@ def test_bias_gradient_is_added_to_and_not_only_by_whole_blocks(backend, device)
     for n_rows in (1, 63, 64, 65, 129, 200):
         student, teacher = logits_pair((n_rows, 9), device=device)
         sums = torch.full((9,), 7.0, device=device)
-        _, gradient = call(
-            backend,
-            student,
-            teacher,
-            None,
-            None,
-            backends.reference.PLAIN,
-            bias_gradient=sums,
-            ce_weight=0,
-        )
+        _, gradient = call(backend, student, teacher, bias_gradient=sums, ce_weight=0)
         torch.testing.assert_close(sums - 7, gradient.sum(0), rtol=1e-5, atol=1e-5)
 
 
@@ -250,16 +220,7 @@ def test_bias_gradient_does_not_depend_on_the_number_of_threads(backend, device)
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         sums = torch.zeros(501)
-        call(
-            backend,
-            student,
-            teacher,
-            None,
-            None,
-            backends.reference.PLAIN,
-            bias_gradient=sums,
-            ce_weight=0,
-        )
+        call(backend, student, teacher, bias_gradient=sums, ce_weight=0)
         results.append(sums)
     torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import INF, NAN, logits_pair, make_labels
+from oracle import INF, NAN, logits_pair, make_labels, value_error
 
 from distilfast import (
     DistillationLoss,
@@ -19,16 +16,6 @@ from distilfast import (
 )
 
 WEIGHTS = ("kd_weight", "ce_weight", "cos_weight", "mse_weight")
-
-
-@contextmanager
-def value_error(*needles):
-    """A ValueError whose message holds every needle; sizes compare without brackets."""
-    with pytest.raises(ValueError) as caught:
-        yield
-    message = re.sub(r"[\[\]()]", "", str(caught.value))
-    missing = [needle for needle in needles if str(needle) not in message]
-    assert not missing, f"{missing} not in {message!r}"
 
 
 @pytest.fixture
@@ -53,23 +40,20 @@ def call(backend, device):
 # Shapes
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 11), (2, 4, 11), (6, 11), (11,)], ids=str)
-def test_teacher_of_another_leading_shape_is_refused(call, device, shape):
-    with value_error("teacher_logits", "2, 3", str(shape[:-1]).strip("(,)")):
-        call(teacher_logits=torch.randn(shape, device=device))
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1), (2,), ()], ids=str)
-def test_labels_of_another_shape_are_refused(call, device, shape):
-    # (2,) and () would broadcast, silently giving every token the same label
-    with value_error("labels", "2, 3", str(shape).strip("(,)")):
-        call(labels=torch.zeros(shape, dtype=torch.int64, device=device))
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1), (3,), ()], ids=str)
-def test_mask_of_another_shape_is_refused(call, device, shape):
-    with value_error("mask", "2, 3", str(shape).strip("(,)")):
-        call(mask=torch.ones(shape, dtype=torch.bool, device=device))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(("teacher_logits", shape) for shape in ((3, 2, 11), (2, 4, 11), (6, 11), (11,))),
+        # (2,) and () would broadcast, silently giving every token the same label
+        *(("labels", shape) for shape in ((3, 2), (6,), (2, 3, 1), (2,), ())),
+        *(("mask", shape) for shape in ((3, 2), (6,), (2, 3, 1), (3,), ())),
+    ],
+)
+def test_another_leading_shape_is_refused(call, device, name, shape):
+    dtype = {"labels": torch.int64, "mask": torch.bool}.get(name)
+    lead = shape[:-1] if name == "teacher_logits" else shape
+    with value_error(name, "2, 3", str(lead).strip("(,)")):
+        call(**{name: torch.ones(shape, dtype=dtype, device=device)})
 
 
 @pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
@@ -102,33 +86,24 @@ def test_vocab_size_beyond_the_logits_is_refused(call, device, vocab_size):
         call(vocab_size=vocab_size, teacher_logits=torch.randn(2, 3, 1000, device=device))
 
 
-@pytest.mark.parametrize("vocab_size", [0, -5])
-def test_vocab_size_that_is_not_positive_is_refused(call, vocab_size):
-    with value_error("vocab_size", vocab_size):
-        call(vocab_size=vocab_size)
-
-
 # Dtypes and devices
 
 
-@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
-def test_logits_that_are_not_floating_are_refused(call, device, name, dtype):
-    with value_error(name, str(dtype).removeprefix("torch.")):
-        call(**{name: torch.ones(2, 3, 11, device=device).to(dtype)})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool], ids=str)
-def test_labels_that_are_not_int64_are_refused(call, device, dtype):
-    with value_error("labels", "int64", str(dtype).removeprefix("torch.")):
-        call(labels=torch.ones(2, 3, device=device).to(dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64], ids=str)
-def test_mask_that_is_neither_bool_nor_float_is_refused(call, device, dtype):
-    # an attention mask of int64 is asked to say what it means
-    with value_error("mask", "bool", str(dtype).removeprefix("torch.")):
-        call(mask=torch.ones(2, 3, device=device).to(dtype))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("student_logits", dtype) for dtype in (torch.int64, torch.bool, torch.complex64)),
+        *(("teacher_logits", dtype) for dtype in (torch.int64, torch.bool, torch.complex64)),
+        *(("labels", dtype) for dtype in (torch.float32, torch.int32, torch.bool)),
+        # an attention mask of int64 is asked to say what it means
+        *(("mask", dtype) for dtype in (torch.int64, torch.uint8, torch.complex64)),
+    ],
+)
+def test_another_dtype_is_refused(call, device, name, dtype):
+    shape = (2, 3, 11) if name.endswith("logits") else (2, 3)
+    expected = {"labels": "int64", "mask": "bool"}.get(name, "")
+    with value_error(name, expected, str(dtype).removeprefix("torch.")):
+        call(**{name: torch.ones(shape, device=device).to(dtype)})
 
 
 @pytest.mark.parametrize(
@@ -141,31 +116,26 @@ def test_tensor_on_another_device_is_refused(call, device, name, dtype):
         call(**{name: torch.empty(shape, dtype=dtype, device="meta")})
 
 
-# Numbers
+# Numbers and names
 
 
-@pytest.mark.parametrize("value", [0.0, -1.5, NAN, INF, -INF], ids=str)
-def test_temperature_must_be_positive_and_finite(call, value):
-    with value_error("temperature", value):
-        call(temperature=value)
-
-
-@pytest.mark.parametrize("value", [-0.5, NAN, INF], ids=str)
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weight_must_be_finite_and_not_negative(call, name, value):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (0.0, -1.5, NAN, INF, -INF)),
+        *((name, value) for name in WEIGHTS for value in (-0.5, NAN, INF)),
+        *(("vocab_size", value) for value in (0, -5)),
+        *(("jsd_beta", value) for value in (0.0, 1.0, -0.25, 1.5, NAN)),
+    ],
+)
+def test_number_out_of_range_is_refused(call, name, value):
     with value_error(name, value):
-        call(**{name: value})
+        call(**{"divergence": "jsd", name: value})
 
 
 def test_all_weights_zero_is_refused(call):
     with value_error(*WEIGHTS):
         call(**dict.fromkeys(WEIGHTS, 0.0))
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.25, 1.5, NAN], ids=str)
-def test_jsd_beta_must_lie_between_zero_and_one(call, value):
-    with value_error("jsd_beta", value):
-        call(divergence="jsd", jsd_beta=value)
 
 
 def test_ce_weight_without_labels_is_refused(call):
@@ -228,9 +198,6 @@ def test_row_weight_must_be_finite_and_not_negative(call, device, value):
     mask[1, 2] = value
     with value_error("mask", value):
         call(mask=mask)
-
-
-# Names
 
 
 @pytest.mark.parametrize(

@@ -10,43 +10,35 @@ import math
 
 import pytest
 import torch
-from oracle import DIVERGENCES, IGNORE, INF, read
+from oracle import BF16, DIVERGENCES, FP16, FP32, IGNORE, INF, MODES, Rows, divergence_rows, read
 from torch import Tensor
 
 from distilfast import distillation_loss, linear_distillation_loss
 from distilfast.losses import backends, products
 
-FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NOISES = (1e-3, 3e-3, 0.02, 0.15, 0.6)  # of logits; a KL of 4e-7 to 0.2 nats, a JSD of a fifth
 
 
-def exact(
-    student: Tensor, teacher: Tensor, divergence: str, temperature: float, beta: float
-) -> Tensor:
-    """The divergence of each row times T^2, in float64, by the definition."""
-    p, q = (x.double() / temperature for x in (teacher, student))
-    p, q = p.log_softmax(-1), q.log_softmax(-1)
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).masked_fill(a == -INF, 0).sum(-1)
-
-    if divergence == "forward_kl":
-        return temperature**2 * kl(p, q)
-    if divergence == "reverse_kl":
-        return temperature**2 * kl(q, p)
-    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-    return temperature**2 * (beta * kl(p, m) + (1 - beta) * kl(q, m))
-
-
-def exact_with_gradient(student: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    leaf = student.detach().double().requires_grad_()
-    loss = exact(leaf, *arguments)  # type: ignore[arg-type]
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+def exact(student: Tensor, teacher: Tensor, divergence: str, temperature: float, beta=0.5) -> Rows:
+    """The divergence of each row times T^2 and its gradient, in float64."""
+    return divergence_rows(student.double(), teacher.double(), temperature, divergence, beta)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     """The norm of the difference over that of the exact one."""
     return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def check_small(student, teacher, beta=0.5, *, worst, **keywords):
+    """Rows and gradient of distillation_loss, relative to the small divergence itself."""
+    wanted = exact(student, teacher, keywords["divergence"], keywords["temperature"], beta)
+    leaf = student.clone().requires_grad_()
+    found = distillation_loss(leaf, teacher, jsd_beta=beta, reduction="none", **keywords)
+    assert ((found.kd.double() - wanted.value).abs() <= 1e-3 * wanted.value).all()
+    (got,) = torch.autograd.grad(found.loss.sum(), leaf)
+    assert got.isfinite().all()
+    assert relative(got, wanted.grad) < worst
+    return wanted.value
 
 
 # --- Dense logits -------------------------------------------------------------------------------
@@ -64,22 +56,8 @@ def pair(noise: float, vocab: int = 1003, rows: int = 6, device: str = "cpu") ->
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_small_divergence_keeps_its_digits(backend, device, divergence, noise, temperature):
     student, teacher = pair(noise, device=device)
-    settings = divergence, temperature, 0.3
-    wanted, gradient = exact_with_gradient(student, teacher, *settings)
-    assert (wanted > 2e-8).all()
-    student.requires_grad_()
-    found = distillation_loss(
-        student,
-        teacher,
-        divergence=divergence,
-        temperature=temperature,
-        jsd_beta=0.3,
-        reduction="none",
-        backend=backend,
-    )
-    assert ((found.kd.double() - wanted).abs() <= 1e-3 * wanted).all()
-    (got,) = torch.autograd.grad(found.loss.sum(), student)
-    assert relative(got, gradient) < 2e-5
+    keywords = {"divergence": divergence, "temperature": temperature, "backend": backend}
+    assert (check_small(student, teacher, 0.3, worst=2e-5, **keywords) > 2e-8).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -121,14 +99,8 @@ def test_few_columns_far_apart_in_a_small_divergence(backend, device, divergence
     for column, gap in ((3, 0.2), (40, -0.3), (500, 2.0), (501, -2.0), (999, 9.0)):
         teacher[:, column] = teacher.amax(-1) - 14.0
         student[:, column] = teacher[:, column] + gap
-    settings = divergence, 1.0, 0.5
-    wanted, gradient = exact_with_gradient(student, teacher, *settings)
-    student.requires_grad_()
     keywords = {"divergence": divergence, "temperature": 1.0, "backend": backend}
-    found = distillation_loss(student, teacher, reduction="none", **keywords)
-    assert ((found.kd.double() - wanted).abs() <= 1e-3 * wanted).all()
-    (got,) = torch.autograd.grad(found.loss.sum(), student)
-    assert relative(got, gradient) < 1e-3
+    check_small(student, teacher, worst=1e-3, **keywords)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -139,18 +111,8 @@ def test_small_divergence_with_excluded_columns(backend, device, divergence):
     if divergence != "reverse_kl":  # infinite there
         teacher[:, 2] = -INF
         student[:, 2] = student[:, 3:].amax(-1) - 12.0
-    settings = divergence, 1.0, 0.5
-    wanted = exact(student, teacher, *settings)
     keywords = {"divergence": divergence, "temperature": 1.0, "backend": backend}
-    leaf = student.clone().requires_grad_()
-    found = distillation_loss(leaf, teacher, reduction="none", **keywords)
-    assert (wanted < 0.01).all()
-    assert ((found.kd.double() - wanted).abs() <= 1e-3 * wanted).all()
-    (got,) = torch.autograd.grad(found.loss.sum(), leaf)
-    p, q = (x.double().softmax(-1) for x in (teacher, student))
-    assert got.isfinite().all()
-    if divergence == "forward_kl":
-        assert relative(got, q - p) < 1e-3
+    assert (check_small(student, teacher, worst=1e-3, **keywords) < 0.01).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -173,13 +135,13 @@ def test_saturated_jsd_keeps_its_gradient(backend, device):
         pytest.skip("the interpreter takes long")
     generator = torch.Generator().manual_seed(3)
     student, teacher = (4 * torch.randn(4, 50_257, generator=generator) for _ in range(2))
-    wanted, gradient = exact_with_gradient(student, teacher, "jsd", 0.7, 0.5)
+    wanted = exact(student, teacher, "jsd", 0.7)
     leaf = student.to(device).requires_grad_()
     keywords = {"divergence": "jsd", "temperature": 0.7, "backend": backend}
     found = distillation_loss(leaf, teacher.to(device), reduction="none", **keywords)
-    torch.testing.assert_close(found.kd.double().cpu(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.kd.double().cpu(), wanted.value, rtol=1e-5, atol=0)
     (got,) = torch.autograd.grad(found.loss.sum(), leaf)
-    assert relative(got.cpu(), gradient) < 3e-4
+    assert relative(got.cpu(), wanted.grad) < 3e-4
 
 
 # --- The fused head -----------------------------------------------------------------------------
@@ -227,25 +189,47 @@ def exact_head(student, teacher, divergence: str, temperature: float, scale=1.0,
         return made if softcap is None else softcap * torch.tanh(made / softcap)
 
     given = [None if x is None else x.double() for x in teacher]
-    rows = exact(logits(*leaves), logits(*given), divergence, temperature, 0.5)
-    loss = rows.mean()
+    loss = exact(logits(*leaves), logits(*given), divergence, temperature).value.mean()
     return loss.detach(), torch.autograd.grad(loss, [x for x in leaves if x is not None])
 
 
 def fused(student, teacher, divergence: str, temperature: float, device: str, **keywords):
+    """(kd, gradients); of several teachers the tensors are lists."""
     leaves = [None if x is None else x.detach().to(device).requires_grad_() for x in student]
-    given = [None if x is None else x.to(device) for x in teacher]
-    found = linear_distillation_loss(
-        *leaves[:2],
-        *given[:2],
-        student_bias=leaves[2],
-        teacher_bias=given[2],
-        divergence=divergence,
-        temperature=temperature,
-        **keywords,
-    )
+    given = [
+        [x.to(device) for x in xs] if isinstance(xs, list) else xs if xs is None else xs.to(device)
+        for xs in teacher
+    ]
+    keywords |= {"divergence": divergence, "temperature": temperature}
+    keywords |= {"student_bias": leaves[2], "teacher_bias": given[2]}
+    found = linear_distillation_loss(*leaves[:2], *given[:2], **keywords)
     gradients = torch.autograd.grad(found.loss, [x for x in leaves if x is not None])
     return found.kd.double().cpu(), [g.cpu() for g in gradients]
+
+
+def check_head(
+    student,
+    teacher,
+    device,
+    divergence="forward_kl",
+    temperature=1.0,
+    *,
+    worst_loss=1e-3,
+    worst=5e-3,
+    twice=False,
+    **keywords,
+):
+    """The fused head, relative to the small divergence. The gradient of the logits is rounded to
+    bf16 on its way, element by element."""
+    head = (keywords.get("logit_scale", 1.0), keywords.get("logit_softcap"))
+    wanted, gradients = exact_head(student, teacher, divergence, temperature, *head)
+    assert wanted >= 1e-7, "the inputs are equal"
+    if twice:
+        teacher = [[x, x] for x in teacher]
+    kd, got = fused(student, teacher, divergence, temperature, device, **keywords)
+    assert abs(kd - wanted) <= worst_loss * wanted
+    for a, b in zip(got, gradients, strict=True):
+        assert relative(a, b) < worst
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -257,15 +241,12 @@ def test_head_is_exact_near_the_teacher(
     backend, device, machine, monkeypatch, divergence, temperature, noise, shared, bias
 ):
     as_on(machine, monkeypatch)
-    student, teacher = head_pair(noise, shared, bias)
-    wanted, gradients = exact_head(student, teacher, divergence, temperature)
-    if wanted < 1e-7:
-        pytest.fail("the inputs are equal")
-    kd, got = fused(student, teacher, divergence, temperature, device, backend=backend)
-    assert abs(kd - wanted) <= 1e-3 * wanted
-    # The gradient of the logits is rounded to bf16 on its way, element by element.
-    for a, b in zip(got, gradients, strict=True):
-        assert relative(a, b) < 5e-3
+    sides = head_pair(noise, shared, bias)
+    check_head(*sides, device, divergence, temperature, backend=backend)
+
+
+def test_fp16_head_is_exact_near_the_teacher(backend, device):
+    check_head(*head_pair(0.02, True, False, dtype=FP16), device, backend=backend)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (1.0, 5.0)], ids=["scale", "softcap"])
@@ -274,23 +255,9 @@ def test_scaled_and_capped_head_is_exact_near_the_teacher(
     backend, device, machine, monkeypatch, scale, softcap, chunk_rows
 ):
     as_on(machine, monkeypatch)
-    student, teacher = head_pair(0.02, True, True)
-    wanted, gradients = exact_head(student, teacher, "forward_kl", 1.0, scale, softcap)
     keywords = {"logit_scale": scale, "logit_softcap": softcap, "chunk_rows": chunk_rows}
-    kd, got = fused(student, teacher, "forward_kl", 1.0, device, backend=backend, **keywords)
-    assert abs(kd - wanted) <= 1e-3 * wanted
-    for a, b in zip(got, gradients, strict=True):
-        # a chunk's share of the weight's gradient may be rounded to bf16
-        assert relative(a, b) < 6e-3
-
-
-def test_fp16_head_is_exact_near_the_teacher(backend, device):
-    student, teacher = head_pair(0.02, True, False, dtype=FP16)
-    wanted, gradients = exact_head(student, teacher, "forward_kl", 1.0)
-    kd, got = fused(student, teacher, "forward_kl", 1.0, device, backend=backend)
-    assert abs(kd - wanted) <= 1e-3 * wanted
-    for a, b in zip(got, gradients, strict=True):
-        assert relative(a, b) < 5e-3
+    # a chunk's share of the weight's gradient may be rounded to bf16
+    check_head(*head_pair(0.02, True, True), device, worst=6e-3, backend=backend, **keywords)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -318,28 +285,19 @@ def test_split_of_the_rows_changes_a_small_divergence_by_less_than_1e_5(
     backend, device, divergence, noise
 ):
     # as micro-batches and ranks split a step of a student that begins with its teacher's layers
-    student, teacher = (
-        [None if x is None else x.to(device) for x in side]
-        for side in head_pair(noise, True, True, dtype=FP32)
-    )
+    sides = ([x.to(device) for x in side] for side in head_pair(noise, True, True, dtype=FP32))
+    (hidden, weight, bias), (given, other, offset) = sides
     keywords = {"divergence": divergence, "kd_normalizer": 24.0, "backend": backend}
-    parts = []
-    for size in (24, 7, 1):
-        kd = 0.0
-        for start in range(0, 24, size):
-            rows = slice(start, start + size)
-            kd += linear_distillation_loss(
-                student[0][rows],
-                student[1],
-                teacher[0][rows],
-                teacher[1],
-                student_bias=student[2],
-                teacher_bias=teacher[2],
-                **keywords,
-            ).kd.double()
-        parts.append(float(kd))
-    assert parts[0] > 0
-    assert parts[1:] == pytest.approx([parts[0]] * 2, rel=1e-5)
+    keywords |= {"student_bias": bias, "teacher_bias": offset}
+    whole, *splits = (
+        sum(
+            linear_distillation_loss(s, weight, t, other, **keywords).kd.item()
+            for s, t in zip(hidden.split(size), given.split(size), strict=True)
+        )
+        for size in (24, 7, 1)
+    )
+    assert whole > 0
+    assert splits == pytest.approx([whole] * 2, rel=1e-5)
 
 
 def test_logits_dtype_is_for_the_side_of_that_dtype_alone(backend, device):
@@ -354,52 +312,32 @@ def test_logits_dtype_is_for_the_side_of_that_dtype_alone(backend, device):
     torch.testing.assert_close(asked.double().cpu(), wanted, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])
-@pytest.mark.parametrize("wanted", [FP16, FP64, torch.int64, "bf16"], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32, torch.float64], ids=["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("wanted", [FP16, torch.float64, torch.int64, "bf16"], ids=str)
 def test_wrong_dtype_of_the_logits_is_refused(dtype, wanted):
     student, teacher = head_pair(0.1, True, False, dtype=dtype)
     with pytest.raises(ValueError, match=r"logits_dtype: expected None or torch.float32"):
         linear_distillation_loss(*student[:2], *teacher[:2], logits_dtype=wanted)
 
 
-@pytest.mark.parametrize("mode", ["probability", "logit"])
+@pytest.mark.parametrize("mode", MODES)
 def test_ensemble_of_one_teacher_twice_is_exact_near_it(
     backend, device, machine, monkeypatch, mode
 ):
     as_on(machine, monkeypatch)
-    student, teacher = head_pair(0.02, True, True)
-    wanted, gradients = exact_head(student, teacher, "forward_kl", 1.0)
-    twice = [[x, x] for x in teacher]
-    leaves = [x.detach().to(device).requires_grad_() for x in student]
-    found = linear_distillation_loss(
-        *leaves[:2],
-        *([x.to(device) for x in xs] for xs in twice[:2]),
-        student_bias=leaves[2],
-        teacher_bias=[x.to(device) for x in twice[2]],
-        temperature=1.0,
-        ensemble=mode,
-        backend=backend,
-    )
-    got = torch.autograd.grad(found.loss, leaves)
-    assert abs(found.kd.double().cpu() - wanted) <= 2e-3 * wanted
-    for a, b in zip(got, gradients, strict=True):
-        assert relative(a.cpu(), b) < 5e-3
+    keywords = {"twice": True, "worst_loss": 2e-3, "ensemble": mode, "backend": backend}
+    check_head(*head_pair(0.02, True, True), device, **keywords)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_head_of_several_blocks(backend, device, monkeypatch, bias):
+def test_head_of_several_blocks_is_exact_near_the_teacher(backend, device, monkeypatch, bias):
     # of 64 columns, the last of them not whole
     monkeypatch.setattr(products, "BLOCK_BYTES", 1)
-    student, teacher = head_pair(0.05, False, bias)
-    wanted, gradients = exact_head(student, teacher, "forward_kl", 1.0)
-    kd, got = fused(student, teacher, "forward_kl", 1.0, device, backend=backend)
-    assert abs(kd - wanted) <= 1e-3 * wanted
-    for a, b in zip(got, gradients, strict=True):
-        assert relative(a, b) < 5e-3
+    check_head(*head_pair(0.05, False, bias), device, backend=backend)
 
 
-def test_capped_ensemble_of_rounded_logits(backend, device):
-    # the cap is applied in fp32, not in the memory of the rounded products
+def test_capped_ensemble_of_rounded_logits_is_capped_in_fp32(backend, device):
+    # not in the memory of the rounded products
     student, teacher = head_pair(1.0, False, False)
     twice = [[x.to(device)] * 2 for x in teacher[:2]]
     keywords = {"logit_softcap": 3.0, "logits_dtype": BF16, "backend": backend}
@@ -489,7 +427,7 @@ def test_row_with_a_nan_has_no_statistics(backend, device):
 
 @pytest.mark.parametrize("chunk_rows", [5, "auto"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_statistics_of_a_head(backend, device, chunk_rows, reduction):
+def test_statistics_of_a_head_are_those_of_its_softmaxes(backend, device, chunk_rows, reduction):
     student, teacher = head_pair(0.4, False, True)
     shaped = [student[0].reshape(4, 6, -1), teacher[0].reshape(4, 6, -1)]
     mask = torch.ones(4, 6, dtype=torch.bool, device=device)
@@ -518,16 +456,9 @@ def test_statistics_of_a_head(backend, device, chunk_rows, reduction):
 def test_statistics_need_soft_targets(backend, device):
     student, teacher = pair(0.5, vocab=30, device=device)
     labels = torch.zeros(6, dtype=torch.int64, device=device)
+    keywords = {"kd_weight": 0.0, "ce_weight": 1.0, "statistics": True, "backend": backend}
     with pytest.raises(ValueError, match="statistics: needs kd_weight > 0"):
-        distillation_loss(
-            student,
-            teacher,
-            labels,
-            kd_weight=0.0,
-            ce_weight=1.0,
-            statistics=True,
-            backend=backend,
-        )
+        distillation_loss(student, teacher, labels, **keywords)
     with pytest.raises(ValueError, match="statistics: expected True or False, got 1"):
         distillation_loss(student, teacher, statistics=1, backend=backend)
 

@@ -64,9 +64,11 @@ NEAR = call(
 ROUNDED = call(
     near.test_rounded_logits_are_taken_where_they_are_asked_for, machine="here", bias=True
 )
-TWINS_ROUNDED = call(near.test_capped_ensemble_of_rounded_logits)
-COUNTED = call(near.test_statistics_of_a_head, chunk_rows=5, reduction="mean")
-SEVERAL_BLOCKS = call(near.test_head_of_several_blocks, bias=True)
+TWINS_ROUNDED = call(near.test_capped_ensemble_of_rounded_logits_is_capped_in_fp32)
+COUNTED = call(
+    near.test_statistics_of_a_head_are_those_of_its_softmaxes, chunk_rows=5, reduction="mean"
+)
+SEVERAL_BLOCKS = call(near.test_head_of_several_blocks_is_exact_near_the_teacher, bias=True)
 SETTINGS = call(near.test_settings_of_the_process_are_left_as_they_were)
 FP32_SUM = call(tests.test_fp32_parameters_under_autocast_get_an_fp32_sum, chunk_rows=1000)
 
