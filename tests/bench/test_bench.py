@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, make_task
+from conftest import make_task
+from programs import assert_written_with_their_environment, bench, result_of, rows_of
 
-BENCH = ROOT / "bench"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ENVIRONMENT.pop(
-    "TRITON_INTERPRET", None
-)  # interpreted kernels are not timed, here they are skipped
 CASE = "--device cpu --rows 8 --vocab 64".split()
 N, V = 8, 64
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=BENCH
-    )
-
-
-def result_of(code: str) -> Any:
-    """What a script in bench/ puts into ``result``."""
-    done = python(
-        "-c", f"import json, sys\nsys.path.insert(0, '.')\n{code}\nprint(json.dumps(result))"
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +20,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "losses.csv"
     loss = "--loss kl_ce hidden_cosine --labels some".split()
     only = "--only distilfast eager Liger Cut".split()
-    done = python("losses.py", *CASE, *loss, *only, "--csv", str(path), "--json")
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        return {**json.loads(done.stdout), "csv": list(csv.DictReader(file)), "path": path}
+    report = json.loads(bench("losses.py", *CASE, *loss, *only, "--csv", path, "--json"))
+    return {**report, "csv": rows_of(path)}
 
 
 def by_name(rows: list[dict[str, Any]], loss: str = "kl_ce") -> dict[str, dict[str, Any]]:
@@ -75,12 +50,8 @@ def test_losses_measures_time_memory_and_bandwidth(measured: dict[str, Any]) -> 
 
 @pytest.mark.thorough
 def test_losses_writes_the_rows_with_their_environment(measured: dict[str, Any]) -> None:
-    assert {"date", "commit", "tree", "device", "torch", "triton"} <= measured["environment"].keys()
-    assert len(measured["csv"]) == len(measured["rows"])
-    for written, row in zip(measured["csv"], measured["rows"], strict=True):
-        assert written.keys() == {**measured["environment"], **row}.keys()
-        assert written["date"] == measured["environment"]["date"]
-        assert written["contestant"] == row["contestant"]
+    assert "triton" in measured["environment"]
+    assert_written_with_their_environment(measured)
 
 
 @pytest.mark.thorough
@@ -144,12 +115,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "linear.csv"
     loss = "--loss kl_ce jsd ce --quick".split()
     only = "--only distilfast eager Liger Unfiltered linear_cross".split()
-    files = ["--csv", str(path), "--json", str(path.with_suffix(".json"))]
-    done = python("linear.py", *HEAD, *loss, *only, *files)
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {**json.loads(path.with_suffix(".json").read_text()), "csv": rows, "table": done.stdout}
+    report = path.with_suffix(".json")
+    table = bench("linear.py", *HEAD, *loss, *only, "--csv", path, "--json", report)
+    return {**json.loads(report.read_text()), "csv": rows_of(path), "table": table}
 
 
 @pytest.mark.thorough
@@ -181,10 +149,7 @@ def test_linear_measures_time_memory_and_the_share_of_the_matrix_rate(head: dict
 
 @pytest.mark.thorough
 def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -> None:
-    assert len(head["csv"]) == len(head["rows"])
-    for written, row in zip(head["csv"], head["rows"], strict=True):
-        assert written.keys() == {**head["environment"], **row}.keys()
-        assert written["contestant"] == row["contestant"]
+    assert_written_with_their_environment(head)
     rows, labels_alone = by_name(head["rows"]), by_name(head["rows"], "ce")
     assert rows["Liger JSD"]["status"] == "skipped: its kernels need a CUDA device"
     assert "bias" in rows["Liger JSD"]["lacks"]
@@ -264,9 +229,9 @@ def test_linear_measures_the_peak_by_rows(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
     small = "--device cpu --width 16 --vocab 2048 --rows 256 2048 --dtype fp32".split()
     only = ["--only", "distilfast auto", "eager, fp32"]
-    done = python("linear.py", "--memory", *small, *only, "--csv", str(path), "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    rows = json.loads(bench("linear.py", "--memory", *small, *only, "--csv", path, "--json"))[
+        "rows"
+    ]
     assert [row["rows"] for row in rows] == [256, 256, 2048, 2048]
     assert all(row["status"] == row["agreement"] == "ok" for row in rows)
     if Path("/proc/self/clear_refs").exists():
@@ -280,10 +245,8 @@ def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     small = "--shape minilm --sequences 1 --length 8 --seconds 0 --dtype fp32".split()
     only = ["--only", "distilfast torch", "same dtype"]
-    done = python("step.py", *small, "--device", "cpu", *only, "--csv", str(path))
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = {row["contestant"]: row for row in csv.DictReader(file)}
+    table = bench("step.py", *small, "--device", "cpu", *only, "--csv", path)
+    rows = {row["contestant"]: row for row in rows_of(path)}
     fused = "distilfast, fused head"
     assert list(rows) == ["no loss", fused, "distilfast torch", "PyTorch eager, same dtype"]
     assert float(rows[fused]["step_ms"]) > 0
@@ -292,17 +255,15 @@ def test_step_measures_the_whole_and_the_loss_inside(tmp_path: Path) -> None:
         row = rows[name]
         assert 0 < float(row["loss_inside_ms"]) < float(row["step_ms"])
         assert float(row["loss_alone_ms"]) > 0
-        assert f"| {name}" in done.stdout
+        assert f"| {name}" in table
 
 
 @pytest.mark.thorough
 def test_batches_measures_times_and_memory(tmp_path: Path) -> None:
     path = tmp_path / "batches.csv"
     small = "--sequences 8 16 --micro_sequences 4 --length 8 --rounds 1".split()
-    done = python("batches.py", *small, "--csv", str(path))
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    bench("batches.py", *small, "--csv", path)
+    rows = rows_of(path)
     assert [row["sequences"] for row in rows] == ["8", "16"]
     for row in rows:
         assert all(float(row[name]) > 0 for name in ("count_ms", "make_ms", "student_ms"))
@@ -313,24 +274,20 @@ def test_batches_measures_times_and_memory(tmp_path: Path) -> None:
 def test_chunks_measures_times_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "chunks.csv"
     small = "--rows 256 --width 8 --vocab 50 --seconds 0 --device cpu".split()
-    done = python("chunks.py", *small, "--csv", str(path))
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = {row["what"]: row for row in csv.DictReader(file)}
+    table = bench("chunks.py", *small, "--csv", path)
+    rows = {row["what"]: row for row in rows_of(path)}
     timed = {name for name, row in rows.items() if row["time_ms"]}
     assert {"products, chunks of 128", "fused, chunks of 256", "fused, auto"} <= timed
     assert min(float(rows[name]["of_best_products"]) for name in timed if "products" in name) == 1
-    errors = {
-        name: float(row["d_weight_error"]) for name, row in rows.items() if row["d_weight_error"]
-    }
+    errors = [float(row["d_weight_error"]) for row in rows.values() if row["d_weight_error"]]
     # of bf16 logits and gradients
     assert len(errors) == 4
-    assert all(0 < error < 0.02 for error in errors.values())
-    assert "error of dW" in done.stdout
+    assert all(0 < error < 0.02 for error in errors)
+    assert "error of dW" in table
 
 
 @pytest.mark.thorough
-def test_the_kit_interleaves_and_appends(tmp_path: Path) -> None:
+def test_kit_interleaves_and_appends(tmp_path: Path) -> None:
     result = result_of(
         f"""
 import pathlib, torch, losses
@@ -380,10 +337,8 @@ def test_finetuning_compares_loops_that_end_with_the_same_weights(
     data = make_task(tmp_path / "data" / "words").parent
     arguments = f"--data {data} --task words --model {teacher} --max_length 32".split()
     path = tmp_path / "a.csv"
-    done = python("finetuning.py", *arguments, *"--steps 2 --rounds 2 --csv".split(), str(path))
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
+    bench("finetuning.py", *arguments, *"--steps 2 --rounds 2 --csv".split(), path)
+    (row,) = rows_of(path)
     assert row["same_weights"] == "True"
     assert 0 < float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
     assert float(row["glue_s"]) > float(row["training_s"]) > 0
@@ -482,26 +437,12 @@ def test_losses_on_a_gpu_begin_with_the_main_question(asked: dict[str, Any]) -> 
     assert before == {"kl", "kl_ce", "ce", "reverse_kl", "jsd", "hidden_cosine", "combine"}
     assert cuda[slow][:3] == ("kl_ce", 8192, 30522)
     assert sum(x[3] for x in asked["plans"]["cpu"]) == 1
-    # Vocabularies take turns; whoever chose the sizes has everybody in every case.
-    cases = [("kl", 9), ("kl", 7), ("kl_ce", 9), ("kl_ce", 7), ("jsd", 9), ("jsd", 7)]
-    assert asked["plans"]["chosen"] == [[*case, True] for _ in range(3) for case in cases]
-
-
-@pytest.mark.thorough
-def test_slow_contestants_take_part_where_they_are_asked_for(asked: dict[str, Any]) -> None:
     unasked, on_request, on_a_cpu = asked["skips"]
     assert unasked.startswith("slow to get ready")
     assert on_request is on_a_cpu is None
-
-
-@pytest.mark.thorough
-def test_step_on_a_gpu_has_more_tokens(asked: dict[str, Any]) -> None:
-    assert asked["step"] == [64, 64, 8, 3]
-
-
-@pytest.mark.thorough
-def test_bare_products_are_padded_to_whole_64s_on_a_gpu(asked: dict[str, Any]) -> None:
-    assert asked["products"] == [64, [128, 100], [2, 1], [3, 5], [5]]
+    # Vocabularies take turns; whoever chose the sizes has everybody in every case.
+    cases = [("kl", 9), ("kl", 7), ("kl_ce", 9), ("kl_ce", 7), ("jsd", 9), ("jsd", 7)]
+    assert asked["plans"]["chosen"] == [[*case, True] for _ in range(3) for case in cases]
 
 
 @pytest.mark.thorough
@@ -510,6 +451,12 @@ def test_stopwatch_counts_the_calls_whose_launches_show(asked: dict[str, Any]) -
     assert times == [2.0, 2.0]
     assert exposed == 1
     assert leads >= 12
+
+
+@pytest.mark.thorough
+def test_step_and_products_are_larger_on_a_gpu(asked: dict[str, Any]) -> None:
+    assert asked["step"] == [64, 64, 8, 3]
+    assert asked["products"] == [64, [128, 100], [2, 1], [3, 5], [5]]  # padded to whole 64s
 
 
 @pytest.mark.thorough
@@ -524,8 +471,7 @@ def test_tune_compiles_without_a_gpu_and_times_nothing(
 ) -> None:
     tile = "--losses kl --warps 4 --elements 8 --jobs 1".split()
     path = tmp_path / "tune.csv"
-    done = python("tune.py", "--compile-only", *tile, "--csv", str(path))
-    assert done.returncode == 0, done.stderr
-    assert "1 tiles compiled, 0 failed" in done.stdout
+    told = bench("tune.py", "--compile-only", *tile, "--csv", path)
+    assert "1 tiles compiled, 0 failed" in told
     assert not path.exists()
     assert asked["tile"] != "ok"

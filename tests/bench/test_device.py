@@ -5,7 +5,6 @@ What needs a GPU is replaced by commands of a second; bench/device/rehearse.sh s
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shutil
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from programs import BENCH, ENVIRONMENT, rows_of
 
-DEVICE = ROOT / "bench" / "device"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+DEVICE = BENCH / "device"
 # Hears an interrupt, as Python does.
 PATIENT = """
 import time
@@ -57,8 +56,7 @@ def run(folder: Path, seconds: int, *steps: str) -> subprocess.CompletedProcess[
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return {row["step"]: row["status"] for row in csv.DictReader(file)}
+    return {row["step"]: row["status"] for row in rows_of(folder / "summary.csv")}
 
 
 def kept(folder: Path) -> dict[str, str]:

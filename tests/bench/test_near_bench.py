@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from programs import assert_written_with_their_environment, bench, rows_of
 
 pytestmark = pytest.mark.thorough
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ENVIRONMENT.pop("TRITON_INTERPRET", None)  # in the interpreter a kernel is not timed
 SMALL = "--device cpu --rows 64 --width 32 --vocab 300".split()
 ERRORS = ("loss_error", "hidden_error", "weight_error")
 # Of both losses at three distances: the smallest divergence of a row, and the largest difference.
@@ -43,14 +37,8 @@ for loss in near.LOSSES:
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\nsys.path.insert(0, '.')\nimport near\n{code}"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=ROOT / "bench",
-    )
+def run(code: str) -> str:
+    return bench("-c", f"import sys\nsys.path.insert(0, '.')\nimport near\n{code}")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +47,7 @@ def near(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     process: the reference next to the definition, and a run that is refused."""
     path = tmp_path_factory.mktemp("near") / "near.csv"
     arguments = [*SMALL, "--noise", "0.05", "--csv", str(path), "--json", str(path) + ".json"]
-    done = run(
+    table = run(
         f"""
 import torch
 from kit import heads
@@ -94,11 +82,8 @@ import json
 print(json.dumps([result, refused]))
 """
     )
-    assert done.returncode == 0, done.stderr
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    reference, refused = json.loads(done.stdout.splitlines()[-1])
-    more = {"csv": rows, "table": done.stdout, "reference": reference, "refused": refused}
+    reference, refused = json.loads(table.splitlines()[-1])
+    more = {"csv": rows_of(path), "table": table, "reference": reference, "refused": refused}
     return {**json.loads(Path(f"{path}.json").read_text()), **more}
 
 
@@ -165,11 +150,7 @@ def test_who_cannot_take_part_is_named_with_the_reason(near: dict[str, Any]):
 
 
 def test_rows_are_written_with_their_environment(near: dict[str, Any]):
-    assert {"date", "commit", "tree", "device", "torch"} <= near["environment"].keys()
-    assert len(near["csv"]) == len(near["rows"])
-    for written, row in zip(near["csv"], near["rows"], strict=True):
-        assert written.keys() == {**near["environment"], **row}.keys()
-        assert (written["contestant"], written["noise"]) == (row["contestant"], row["noise"])
+    assert_written_with_their_environment(near)
 
 
 def test_reference_is_the_definition_and_keeps_its_digits(near: dict[str, Any]):
@@ -192,9 +173,7 @@ def test_student_without_noise_is_refused(near: dict[str, Any]):
 def test_peers_compute_the_same_far_from_the_teacher(tmp_path: Path):
     only = ["--only", "TRL", "ORDA torch", "--csv", str(tmp_path / "csv"), "--json"]
     code = 'near.ROUNDS_SECONDS["cpu"] = 0\n'
-    done = run(f"{code}near.main({[*SMALL, '--noise', '0.5', *only]})")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    rows = json.loads(run(f"{code}near.main({[*SMALL, '--noise', '0.5', *only]})"))["rows"]
     rows = [row for row in rows if row["noise"] == "far" and row["status"] == "ok"]
     assert rows
     for row in rows:

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from programs import bench
 
-
-def ratios(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, "ratios.py", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT / "bench",
-    )
+THREADS = {"OMP_NUM_THREADS": str(os.cpu_count())}
 
 
 @pytest.mark.thorough
 def test_ratios_are_those_of_the_times_beside_them() -> None:
-    done = ratios("--quick", "--seconds", "0.5", "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    rows = json.loads(bench("ratios.py", "--quick", "--seconds", "0.5", "--json", **THREADS))[
+        "rows"
+    ]
     assert [row["ratio"] for row in rows] == ["dense", "head", "step"]
     for row in rows:
         assert row["p20"] <= row["median"] <= row["p80"]
@@ -38,5 +26,4 @@ def test_ratios_are_those_of_the_times_beside_them() -> None:
 
 @pytest.mark.slow
 def test_no_ratio_is_beyond_its_limit() -> None:
-    done = ratios("--seconds", "30")
-    assert done.returncode == 0, done.stdout + done.stderr
+    bench("ratios.py", "--seconds", "30", **THREADS)
