@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, cpu_levels
@@ -29,6 +30,7 @@ from distilfast_kernels import cpp
 
 from distilfast.losses import backends
 from mutations import Mutation, different
+from mutations.cpp import of_level
 
 SOURCES = ROOT / "kernels" / "csrc"
 SWITCH = "distilfast_mutant"
@@ -162,3 +164,21 @@ class Library:
             for caught_by in different(x.caught_by for x in self.mutations):
                 caught_by("cpp")
         assert cpp._library()._name == str(cpp.LIBRARY)
+
+
+def suite_of(level: str) -> tuple[Any, ...]:
+    """The library of an instruction set as a fixture, and its two tests."""
+    mutations = of_level(level)
+
+    @pytest.fixture(scope="module")
+    def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+        return Library(level, mutations, tmp_path_factory.mktemp(level))
+
+    @pytest.mark.parametrize("mutation", mutations, ids=str)
+    def noticed(library: Library, mutation: Mutation) -> None:
+        library.check(mutation)
+
+    def unmutated(library: Library) -> None:
+        library.check_unmutated()
+
+    return library, noticed, unmutated

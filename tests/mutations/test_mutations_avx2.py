@@ -4,24 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mutations import Mutation
-from mutations.cpp import of_level
-from mutations.library import Library
+from mutations.library import suite_of
 
 pytestmark = pytest.mark.thorough
 
-MUTATIONS = of_level("avx2")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library("avx2", MUTATIONS, tmp_path_factory.mktemp("avx2"))
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_mutation_is_noticed(library: Library, mutation: Mutation) -> None:
-    library.check(mutation)
-
-
-def test_unmutated_library_passes_the_same_calls(library: Library) -> None:
-    library.check_unmutated()
+library, test_mutation_is_noticed, test_unmutated_library_passes_the_same_calls = suite_of("avx2")
