@@ -291,12 +291,16 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int(high) << 31 | int(low)
 
 
+ECHO_S = 1.0  # torchrun answers a Ctrl-C, which its ranks have got too, by a SIGINT to each
+
+
 class Stop:
-    """Inside, SIGTERM and SIGINT request a stop at the next point where all ranks can stop. A
-    second SIGINT interrupts at once."""
+    """Inside, SIGTERM and SIGINT request a stop at the next point where all ranks can stop. Another
+    SIGINT, later than ECHO_S, interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = self.interrupted = False  # by any of them; by SIGINT
+        self.since = math.inf
 
     def __enter__(self) -> Stop:
         self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -307,6 +311,8 @@ class Stop:
             signal.signal(number, handler)
 
     def request(self, number: int, _: object) -> None:
-        if self.requested and number == signal.SIGINT:
+        now, by_hand = time.monotonic(), number == signal.SIGINT
+        if by_hand and now - self.since > ECHO_S:
             raise KeyboardInterrupt
-        self.requested, self.interrupted = True, self.interrupted or number == signal.SIGINT
+        self.since = min(self.since, now)
+        self.requested, self.interrupted = True, self.interrupted or by_hand

@@ -394,6 +394,17 @@ def test_run_stopped_in_its_first_step_begins_anew(
     assert metrics(folder) == metrics(straight)
 
 
+def test_only_a_later_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends its ranks a second SIGINT at once, in the middle of a step."""
+    with loop.Stop() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        monkeypatch.setattr(loop, "ECHO_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_damaged_and_unfinished_checkpoints_are_passed_over(
     whole: tuple[list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
