@@ -399,7 +399,8 @@ class Config:
         optimizer: the optimiser and its schedule.
         batch: the batch of one step.
         steps: optimiser steps. Set this or epochs.
-        epochs: passes over the data, rounded down to whole steps. Set this or steps.
+        epochs: passes over the data, rounded down to whole steps, of which they have to hold one.
+            Set this or steps.
         evaluate: evaluation on held-out text.
         zero: DeepSpeed's partitioning.
         precision: bf16 (weights and activations in bf16; master weights, sums and a step's
@@ -409,7 +410,8 @@ class Config:
         checkpoint: when checkpoints are written and how many are kept.
         resume: auto resumes from the newest checkpoint in output; never requires an empty output.
         rank_timeout_s: if a rank does not answer for this many seconds, the other ranks name it and
-            end. A rank that computes or waits still answers.
+            end. A rank that computes or waits still answers. A checkpoint fails if a rank's part of
+            it does not grow for as long.
         tensorboard: write TensorBoard's event files beside metrics.jsonl.
         output: folder of the run.
     """
