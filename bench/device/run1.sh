@@ -2,7 +2,8 @@
 begin "$(pick 300 600)" "$output"
 . $device/environment.sh
 
-tests="tests/kernels/test_triton.py tests/losses/test_losses.py tests/losses/test_losses_edges.py
+tests="tests/kernels/test_triton.py tests/kernels/test_launchers.py
+    tests/losses/test_losses.py tests/losses/test_losses_edges.py
     tests/losses/test_hidden_cosine.py tests/losses/test_combine_teachers.py tests/losses/test_heads.py
     tests/losses/test_linear.py tests/losses/test_operators.py"
 pytest="-m pytest -q -p no:cacheprovider -p no:benchmark --no-header --tb=short"

@@ -6,6 +6,7 @@ is written too much is missed outside.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -215,3 +216,9 @@ def check_combination(
     assert_within("z", z, wanted.cpu(), 1e-5 * max(1.0, temperature, size / 100))
     assert_nothing_else_was_written(z)
     assert_same(teachers, before)
+
+
+def calls_of(backend: str) -> list[Callable[..., Any]]:
+    """launch, check_launch, check_hidden and check_combination of this backend."""
+    calls = launch, check_launch, check_hidden, check_combination
+    return [functools.partial(call, backend) for call in calls]

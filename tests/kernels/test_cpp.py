@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import json
 import os
 import platform
@@ -26,7 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import kernel_calls
 import pytest
 import torch
 from conftest import ROOT, cpu_levels
@@ -34,6 +32,7 @@ from distilfast_kernels import cpp
 from kernel_calls import (
     assert_nothing_else_was_written,
     bits,
+    calls_of,
     expect_of_cpp,
     hole,
     placed,
@@ -59,15 +58,7 @@ from torch import Tensor
 
 from distilfast import distillation_loss
 
-launch, check_launch, check_hidden, check_combination = (
-    functools.partial(call, "cpp")
-    for call in (
-        kernel_calls.launch,
-        kernel_calls.check_launch,
-        kernel_calls.check_hidden,
-        kernel_calls.check_combination,
-    )
-)
+launch, check_launch, check_hidden, check_combination = calls_of("cpp")
 SOFT = {"kd_weight": 0.0}
 DTYPES = (FP32, FP16, BF16)
 CSRC = ROOT / "kernels" / "csrc"
@@ -512,44 +503,6 @@ def test_streamed_gradient_of_short_rows_is_that_of_small_batches_to_the_bit(
         with told(vocab=vocab):
             assert memory.isnan().all()
     assert_nothing_else_was_written(memory)
-
-
-@every_dtype
-def test_streamed_backward_in_place_is_the_ordinary_one(level: str, dtype: torch.dtype) -> None:
-    # as a user calls it, with the logits one element behind a boundary
-    vocab = 30_011
-    n_rows = LARGE_BYTES // (vocab * dtype.itemsize) + 1
-    student, teacher = logits_pair((16, vocab), dtypes=(dtype, dtype))
-    labels = torch.tensor([0, 1, vocab - 1, IGNORE]).repeat(4)
-    times = -(-n_rows // 16)
-    _, wanted = value_and_grad(
-        distillation_loss,
-        student,
-        teacher,
-        labels,
-        backend="cpp",
-        ce_weight=1.0,
-        kd_normalizer=16 * times,
-        ce_normalizer=12 * times,
-    )
-    window = placed(student.repeat(times, 1), shift=1)
-    seen: list[Tensor] = []
-    logits = window.requires_grad_()
-    logits.register_hook(seen.append)
-    output = distillation_loss(
-        logits,
-        teacher.repeat(times, 1),
-        labels.repeat(times),
-        ce_weight=1.0,
-        inplace_backward=True,
-        backend="cpp",
-    )
-    output.loss.backward()
-    (gradient,) = seen
-    assert gradient.data_ptr() == window.data_ptr()
-    again = gradient.reshape(times, 16, vocab)
-    assert_same([again], [wanted.expand_as(again)])
-    assert_nothing_else_was_written(window.detach())
 
 
 # Threads

@@ -6,26 +6,15 @@ Left out are bf16's subnormals, of which AVX-512's own conversion makes 0.
 
 from __future__ import annotations
 
-import functools
-
-import kernel_calls
 import pytest
 import torch
-from oracle import (
-    BF16,
-    FP16,
-    FP32,
-    INF,
-    assert_same,
-    combined_rows,
-    expect,
-    logits_pair,
-)
+from kernel_calls import calls_of
+from oracle import BF16, FP16, FP32, INF, assert_same, combined_rows, expect, logits_pair
 from torch import Tensor
 
 from distilfast.losses import backends
 
-launch = functools.partial(kernel_calls.launch, "cpp")
+launch, check_launch, *_ = calls_of("cpp")
 every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 halves = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
@@ -134,7 +123,7 @@ def test_peak_in_any_column_stays_in_range(level: str, dtype: torch.dtype) -> No
     student, teacher = student + peaks.to(dtype), teacher + peaks.roll(5, 1).to(dtype)
     labels = torch.arange(77)
     keywords = {"gradient": torch.empty_like(student), "temperature": 1.0, "ce_weight": 1.0}
-    kernel_calls.check_launch("cpp", student, teacher, labels, wanted=expect, **keywords)
+    check_launch(student, teacher, labels, wanted=expect, **keywords)
 
 
 def test_maximum_far_above_the_first_columns_costs_no_digits(level: str) -> None:

@@ -1,5 +1,5 @@
 """Rows of the C++ kernels inside wider ones, at the widths where their loops end: what is read and
-written, which rows are spoilt by a NaN or a wrong label, and by no other.
+written, and which rows a NaN spoils.
 
 These are the cheapest calls that go through a whole kernel, so that the mutations of its lines are
 held against them (tests/mutations/cpp.py). They call the launchers by way of
@@ -8,12 +8,9 @@ held against them (tests/mutations/cpp.py). They call the launchers by way of
 
 from __future__ import annotations
 
-import functools
-
-import kernel_calls
 import pytest
 import torch
-from kernel_calls import assert_nothing_else_was_written, hole, placed, some_labels
+from kernel_calls import calls_of, hole, placed, some_labels
 from oracle import (
     ALL_PARTS,
     BF16,
@@ -24,19 +21,12 @@ from oracle import (
     MODES,
     NAN,
     PARTS,
-    assert_within,
-    combined_rows,
     expect,
     logits_pair,
 )
 
-from distilfast.losses import backends
-
-launch = functools.partial(kernel_calls.launch, "cpp")
-# no allowance for what the plain level lacks
-check_launch = functools.partial(kernel_calls.check_launch, "cpp", wanted=expect)
+launch, check_launch, check_hidden, check_combination = calls_of("cpp")
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
-every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -69,7 +59,8 @@ def test_rows_inside_wider_ones_are_read_and_written_whole(
     only_cosine = {"kd_weight": 0.0, "cos_weight": 1.0}  # too small to be seen beside the others
     for weights in (ALL_PARTS, {}, only_cosine):
         told = {"gradient": gradient.fill_(NAN), "scale": scale, **keywords, **weights}
-        check_launch(student, teacher, *arguments, **told)
+        # no allowance for what the plain level lacks
+        check_launch(student, teacher, *arguments, wanted=expect, **told)
 
 
 @pytest.mark.parametrize(
@@ -86,21 +77,7 @@ def test_hidden_rows_inside_wider_ones_are_read_and_written_whole(
     student[1] = NAN  # outside the mask
     gradient = hole(5, N_COLS, dtypes[2], stride=89)
     mask, scale = torch.tensor(ROW_WEIGHTS), torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
-    kernel = backends.BACKENDS["cpp"].hidden_cosine
-    losses = kernel([student], [teacher], mask, scale, [gradient])
-    wanted = expect(
-        student,
-        teacher,
-        mask=mask,
-        kd_weight=0.0,
-        cos_weight=1.0,
-        reduction="none",
-        grad_output=scale,
-        dtype=gradient.dtype,
-    )
-    assert_within("loss", losses, wanted.value["cos"], wanted.slack["cos"])
-    assert_within("gradient", gradient, wanted.grad, wanted.grad_slack)
-    assert_nothing_else_was_written(gradient)
+    check_hidden([student], [teacher], mask, [gradient], scale)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (FP32, BF16, FP16)], ids=str)
@@ -113,11 +90,8 @@ def test_teachers_inside_wider_rows_are_read_and_written_whole(
         for i, dtype in enumerate(dtypes)
     ]
     teachers = [placed(x, stride=95 + 6 * i) for i, x in enumerate(pairs)]
-    weights, z = [0.2, 0.5, 0.3], hole(5, N_COLS, FP32, stride=89)
-    backends.BACKENDS["cpp"].combine_teachers(teachers, weights, 0.5, mode, N_COLS, z)
-    wanted = combined_rows(teachers, weights, 0.5, mode)
-    torch.testing.assert_close(z.double(), wanted, rtol=1e-5, atol=1e-5)
-    assert_nothing_else_was_written(z)
+    z = hole(5, N_COLS, FP32, stride=89)
+    check_combination(teachers, [0.2, 0.5, 0.3], 0.5, mode, z, size=200)
 
 
 # --- NaN and labels ------------------------------------------------------------------------------

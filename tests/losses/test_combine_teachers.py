@@ -22,7 +22,7 @@ from oracle import (
 
 from distilfast import combine_teachers, distillation_loss
 
-LN2, LN3 = math.log(2), math.log(3)
+LN3 = math.log(3)
 both_modes = pytest.mark.parametrize("mode", MODES)
 
 

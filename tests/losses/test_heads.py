@@ -153,7 +153,7 @@ def test_parity_at_every_temperature_beside_padding(backend, device, name, tempe
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_rows_longer_than_the_first_columns(backend, device, divergence):
+def test_parity_of_rows_longer_than_the_first_columns(backend, device, divergence):
     # past the columns from which C++ takes its first guess of a maximum, and past Triton's tile
     vocab = 2500
     student, teacher = logits_pair((2, vocab), device=device)
@@ -166,7 +166,7 @@ def test_rows_longer_than_the_first_columns(backend, device, divergence):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
-def test_softcap_of_large_small_and_infinite_products(backend, device, softcap):
+def test_parity_of_capped_large_small_and_infinite_products(backend, device, softcap):
     # the bend, what is flat, what is nearly a line (where 1 - 2 / (1 + e^2y) cancels), both ends
     values = [0.0, 1e-6, -1e-3, 0.1, -0.24, 0.26, 1.0, -9.0, 88.0, -89.0, 500.0, -3e38, INF, -INF]
     student = torch.tensor([[softcap * x for x in values]], device=device)

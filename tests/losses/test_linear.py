@@ -160,7 +160,7 @@ def compare(
 # Values and gradients
 
 
-def test_hand_value_of_a_head(backend, device):
+def test_head_equals_hand_value(backend, device):
     # h = 1, W = [0, ln 9], b = [0, ln 9]: logits [0, 2 ln 9] times 1/2 = [0, 2 ln 3], the pair
     # whose softmax at T = 2 is [1/4, 3/4]; the teacher's [1/2, 1/2]. kd = 2 ln(4/3), its gradient
     # on the logits [-1/2, 1/2], so on W and on b half of it, and on h half of ln 9 / 2

@@ -93,7 +93,7 @@ def test_divergence_is_never_negative(backend, device, divergence, seed):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_few_columns_far_apart_in_a_small_divergence(backend, device, divergence):
+def test_small_divergence_with_few_columns_far_apart_keeps_its_digits(backend, device, divergence):
     # beyond the range of the series, on either side, and next to nothing in sum
     student, teacher = pair(3e-3, device=device)
     for column, gap in ((3, 0.2), (40, -0.3), (500, 2.0), (501, -2.0), (999, 9.0)):
@@ -104,7 +104,7 @@ def test_few_columns_far_apart_in_a_small_divergence(backend, device, divergence
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_small_divergence_with_excluded_columns(backend, device, divergence):
+def test_small_divergence_with_excluded_columns_keeps_its_digits(backend, device, divergence):
     # excluded by both they add nothing; by the teacher alone the student's share counts
     student, teacher = pair(3e-3, device=device)
     student[:, 1::5] = teacher[:, 1::5] = -INF
@@ -116,7 +116,7 @@ def test_small_divergence_with_excluded_columns(backend, device, divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_label_beside_a_small_divergence(backend, device, divergence):
+def test_label_beside_a_small_divergence_adds_its_own_gradient(backend, device, divergence):
     student, teacher = pair(3e-3, device=device)
     labels = torch.tensor([0, 1002, IGNORE, 7, 7, IGNORE], device=device)
     keywords = {"divergence": divergence, "reduction": "sum", "backend": backend}

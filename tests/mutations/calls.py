@@ -38,7 +38,7 @@ HEAD = {
     )
     for name in heads.HEADS
 }
-SOFTCAP = call(heads.test_softcap_of_large_small_and_infinite_products, softcap=30.0)
+SOFTCAP = call(heads.test_parity_of_capped_large_small_and_infinite_products, softcap=30.0)
 
 # Near the teacher.
 NEAR = {
@@ -52,10 +52,14 @@ NEAR = {
     for noise in (1e-3, 0.15)
 }
 FAR_COLUMNS = {
-    kind: call(near.test_few_columns_far_apart_in_a_small_divergence, divergence=kind)
+    kind: call(
+        near.test_small_divergence_with_few_columns_far_apart_keeps_its_digits, divergence=kind
+    )
     for kind in DIVERGENCES
 }
-EXCLUDED = call(near.test_small_divergence_with_excluded_columns, divergence="forward_kl")
+EXCLUDED = call(
+    near.test_small_divergence_with_excluded_columns_keeps_its_digits, divergence="forward_kl"
+)
 COUNTED = call(
     near.test_statistics_are_the_softmaxes, divergence="forward_kl", noise=0.5, vocab=1003
 )

@@ -121,7 +121,7 @@ NO_GRADIENT = call(
 HIDDEN_MASKED = call(
     hidden.test_masked_rows_contribute_exactly_nothing, reduction="mean", kind="bool", bad=NAN
 )
-HIDDEN_VALUES = call(hidden.test_hand_values)
+HIDDEN_VALUES = call(hidden.test_loss_and_gradient_equal_hand_values)
 HIDDEN_WEIGHTS = call(hidden.test_mask_weights_rows_and_normalizer_replaces_their_sum)
 HIDDEN_LAYERS = call(
     hidden.test_layers_equal_the_mean_of_single_calls, which="absent", reduction="sum"
@@ -138,16 +138,16 @@ TEACHERS = {
 TEACHERS_ALIKE = call(
     launchers.test_combination_of_any_rows_equals_the_definition, n_rows=3, mode="probability"
 )
-TEACHERS_GROW = call(launches.test_combination_whose_maximum_grows_from_tile_to_tile)
+TEACHERS_GROW = call(launches.test_combination_equals_the_definition_where_a_maximum_grows)
 HEAD_BESIDE_PADDING = call(
     heads.test_parity_at_every_temperature_beside_padding, name="softcap", temperature=3.7
 )
-HEAD_LONG = call(heads.test_rows_longer_than_the_first_columns, divergence="forward_kl")
+HEAD_LONG = call(heads.test_parity_of_rows_longer_than_the_first_columns, divergence="forward_kl")
 HEAD_NOT_NEEDED = call(heads.test_rows_that_nothing_needs_add_nothing, name="softcap")
 SCALES = call(launchers.test_scale_multiplies_in_fp32_and_rounds_once, shift=0, dtype=BF16)
 SCALE_BY_ONE = call(launches.test_scaling_by_one_changes_no_bit, dtype=FP32)
 
-SCALE_SEVERAL = call(launches.test_scale_of_several_gradients_by_few_programs)
+SCALE_SEVERAL = call(launches.test_few_programs_scale_several_gradients)
 PROJECTED = call(fused.test_rows_that_are_not_needed_are_not_projected)
 COUNTS = call(launches.test_counts_are_the_references, block=4)
 SUMS = call(launches.test_sums_are_the_references, block=16)
