@@ -14,6 +14,17 @@ from conftest import ROOT
 
 BENCH = ROOT / "bench"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# What contestants may do wrong.
+WRONG = """
+import torch
+def crash(*_):
+    raise RuntimeError("no such luck")
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("tried to allocate")
+class HalfGradient(torch.autograd.Function):
+    forward = staticmethod(lambda context, x: x.clone())
+    backward = staticmethod(lambda context, gradient: gradient / 2)
+"""
 
 
 def bench(*arguments: Any, **variables: str) -> str:
@@ -33,7 +44,7 @@ def bench(*arguments: Any, **variables: str) -> str:
 
 def result_of(code: str) -> Any:
     """What a script in bench/ puts into ``result``, as JSON has it."""
-    told = f"import json, sys\nsys.path.insert(0, '.')\n{code}\nprint(json.dumps(result))"
+    told = f"import json, sys\nsys.path.insert(0, '.')\n{WRONG}\n{code}\nprint(json.dumps(result))"
     return json.loads(bench("-c", told).splitlines()[-1])
 
 

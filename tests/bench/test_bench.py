@@ -65,22 +65,21 @@ def test_who_cannot_take_part_is_a_row_with_a_reason(measured: dict[str, Any]) -
     assert rows["distilfast triton"]["status"].startswith("skipped: ")
 
 
+def assert_failures_are_told(rows: dict[str, dict[str, Any]]) -> None:
+    assert rows["crash"]["status"] == "failed: RuntimeError: no such luck"
+    assert rows["out of memory"]["status"] == "failed: out of memory"
+    assert rows["absent"]["status"] == "skipped: no-such-distribution is not installed"
+
+
 @pytest.mark.thorough
 def test_contestants_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
-import torch, losses
+import losses
 from kit import peers
 from kit.peers import Case, Contestant
 def changed(change):
     return lambda case: lambda *inputs: change(peers.formula(case)(*inputs))
-def crash(loss):
-    raise RuntimeError("no such luck")
-def out_of_memory(loss):
-    raise torch.OutOfMemoryError("tried to allocate")
-class HalfGradient(torch.autograd.Function):
-    forward = staticmethod(lambda context, loss: loss.clone())
-    backward = staticmethod(lambda context, grad: grad / 2)
 peers.contestants = lambda: [Contestant(name, ("kl",), changed(change)) for name, change in {{
     "right": lambda loss: loss,
     "no T^2": lambda loss: loss / 4,
@@ -99,10 +98,7 @@ result = json.load(open({str(tmp_path / "b")!r}))["rows"]
     assert agreement["no T^2"] == "loss off by 7.5e-01, gradient off by 7.5e-01"
     assert agreement["half the gradient"] == "gradient off by 5.0e-01"
     assert agreement["NaN"] == "loss off by nan, gradient off by inf"
-    status = {name: row["status"] for name, row in rows.items()}
-    assert status["crash"] == "failed: RuntimeError: no such luck"
-    assert status["out of memory"] == "failed: out of memory"
-    assert status["absent"] == "skipped: no-such-distribution is not installed"
+    assert_failures_are_told(rows)
     assert rows["right"]["time_ms"] > 0
 
 
@@ -165,18 +161,11 @@ def test_linear_writes_its_rows_and_who_cannot_take_part(head: dict[str, Any]) -
 def test_heads_that_are_wrong_or_fail_are_seen(tmp_path: Path) -> None:
     result = result_of(
         f"""
-import linear, torch
+import linear
 from kit import heads, measure
 from kit.heads import HeadContestant, materialised
 def changed(change):
     return lambda case: lambda x: change(materialised(case), x)
-def crash(loss, x):
-    raise RuntimeError("no such luck")
-def out_of_memory(loss, x):
-    raise torch.OutOfMemoryError("tried to allocate")
-class HalfGradient(torch.autograd.Function):
-    forward = staticmethod(lambda context, weight: weight.clone())
-    backward = staticmethod(lambda context, gradient: gradient / 2)
 def few(loss, x):  # half the rows count for nothing
     return loss(x._replace(hidden=torch.cat([x.hidden[:32], x.hidden[32:].detach()])))
 def no_bias(case):
@@ -214,10 +203,7 @@ result = {{"rows": json.load(open({str(tmp_path / "b")!r}))["rows"], "rounds": r
     assert agreement["half of dX"] == "dX off by 1.0e+00"
     assert agreement["NaN"] == "loss off by nan, dX off by inf, dW or dbias off by inf"
     assert agreement["forgets the bias"].startswith("loss off by ")
-    status = {name: row["status"] for name, row in rows.items()}
-    assert status["crash"] == "failed: RuntimeError: no such luck"
-    assert status["out of memory"] == "failed: out of memory"
-    assert status["absent"] == "skipped: no-such-distribution is not installed"
+    assert_failures_are_told(rows)
     # The bare products choose their chunk alone, and are then timed in the rounds of all others.
     assert result["rounds"][0] == ["64"]
     timed = {name for name, row in rows.items() if row["time_ms"]}

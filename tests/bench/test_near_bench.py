@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import assert_written_with_their_environment, bench, rows_of
+from programs import WRONG, assert_written_with_their_environment, bench, rows_of
 
 pytestmark = pytest.mark.thorough
 
@@ -49,12 +49,9 @@ def near(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = [*SMALL, "--noise", "0.05", "--csv", str(path), "--json", str(path) + ".json"]
     table = run(
         f"""
-import torch
+{WRONG}
 from kit import heads
 near.ROUNDS_SECONDS["cpu"] = 0
-class HalfGradient(torch.autograd.Function):
-    forward = staticmethod(lambda context, weight: weight.clone())
-    backward = staticmethod(lambda context, gradient: gradient / 2)
 def half_of_weight(case):
     loss = near.eager_in_fp32(case)
     return lambda x: loss(x._replace(weight=HalfGradient.apply(x.weight)))
