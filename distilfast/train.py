@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 distilfast/train.py --config configs/X.yaml
     distilfast train --config configs/X.yaml
 
-Without --config it runs the demo's recipe. The training loop is in `driver/loop.py`.
+Without any argument it runs the demo's recipe, and says so. The training loop is in
+`driver/loop.py`.
 
 Exit status: 0, if it is done, or SIGTERM stopped it and a checkpoint was written; 130, if Ctrl-C
 stopped it, with a checkpoint too, or at once by a second Ctrl-C; 2, if the configuration or the
@@ -35,13 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     log_to_stderr()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        if any(a.split("=")[0] in ("--config", "--help", "-h") for a in arguments):
-            loop.run(configs.parse(arguments))
+        if all(a.startswith("--local_rank=") for a in arguments):  # `deepspeed` adds it
+            if first:
+                print(f"no arguments: the demo's recipe, {demo.RECIPE}", flush=True)
+            demo.distil()
         else:
-            demo.distil(arguments)
+            loop.run(configs.parse(arguments))
     except (ConfigError, loop.TrainingError, CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"distilfast: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except loop.Interrupted:

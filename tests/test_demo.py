@@ -73,8 +73,12 @@ def test_demo_has_nothing_to_do_the_second_time(
     demo.main()
 
 
-def test_bare_train_runs_the_demos_recipe(small: Path) -> None:
-    assert train.main([]) == 0
+@pytest.mark.parametrize("arguments", [[], ["--local_rank=0"]], ids=["alone", "deepspeed"])
+def test_bare_train_runs_the_demos_recipe_and_says_so(
+    arguments: list[str], small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(arguments) == 0
+    assert f"no arguments: the demo's recipe, {demo.RECIPE}\n" in capsys.readouterr().out
     assert (small / "runs/demo/teacher/model/config.json").is_file()
     assert (small / "runs/demo/distilled/model/config.json").is_file()
     assert not (small / "runs/demo/undistilled").exists()

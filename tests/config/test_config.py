@@ -252,6 +252,18 @@ def test_recipe_parses_and_comes_back(path: Path, tmp_path: Path) -> None:
     assert read(tmp_path, to_yaml(made)) == made
 
 
+def test_recipe_is_found_by_its_name() -> None:
+    assert parse(["--config=demo"]) == parse([f"--config={config.RECIPES}/demo.yaml"])
+
+
+@pytest.mark.parametrize("change", ["\n", "\r\n", "\ufeff"], ids=["unix", "windows", "bom"])
+def test_file_may_come_from_any_system(change: str, tmp_path: Path) -> None:
+    text = "steps: 5\nloss: {temperature: 3}\n"
+    text = f"{change}{text}" if change == "\ufeff" else text.replace("\n", change)
+    (tmp_path / "r.yaml").write_bytes(text.encode())
+    assert parse([f"--config={tmp_path}/r.yaml"]) == Config(steps=5, loss=LossConfig(temperature=3))
+
+
 def test_recipes_have_outputs_of_their_own() -> None:
     outputs = [parse(["--config", str(path)]).output for path in RECIPES]
     assert len(set(outputs)) == len(outputs)
@@ -337,6 +349,12 @@ def test_print_config_shows_the_result(
     assert err == ""
     assert sorted(tmp_path.rglob("*")) == before
     assert read(tmp_path, out) == parse([*recipe, "--loss.temperature=3"])
+
+
+def test_flags_without_a_recipe_change_the_schemas_defaults(capsys: Any) -> None:
+    """Not the demo's, which a bare command runs."""
+    assert exit_status(["--local_rank=0", "--steps=5", "--teacher=a", "--print_config"]) == 0
+    assert capsys.readouterr().out == to_yaml(Config(teacher="a", steps=5))
 
 
 def test_print_config_checks_the_values(recipe: list[str], capsys: Any) -> None:
