@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # PyPI's torch for Linux is the CUDA build, gigabytes of it. Without a GPU the CPU build is taken from
-# PyTorch's own index, where that can be reached.
+# PyTorch's own index, where that can be reached. TORCH_INDEX=URL names another index; an empty one
+# is PyPI's build.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || \
-	{ curl -fsI -m 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX); })
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	--constraint constraints.txt $(TORCH_INDEX)
+ifeq ($(origin TORCH_INDEX), undefined)
+TORCH_INDEX = $(shell command -v nvidia-smi >/dev/null 2>&1 || \
+	{ curl -fsI -m 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo $(CPU_INDEX); } || echo unreachable)
+endif
+SUPPORTED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+comma := ,
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
@@ -22,16 +25,27 @@ help:
 	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop; exactness"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
+# Installs with the extras $(1). A Python that is too old or too new would leave a broken $(VENV).
+define install
+	@{ test -x $(BIN)/pip && $(BIN)/python $(SUPPORTED); } 2>/dev/null || \
+	if $(PYTHON) $(SUPPORTED); then $(PYTHON) -m venv --clear $(VENV); else \
+		echo "make: expected Python 3.11 to 3.13, got $$($(PYTHON) -V 2>&1);" \
+			"choose one as in make PYTHON=python3.12" >&2; exit 2; fi
+	@index=$(TORCH_INDEX); \
+	if [ "$$index" = unreachable ]; then index=; \
+		echo "no GPU, and $(CPU_INDEX) does not answer: pip fetches torch with CUDA, gigabytes," \
+			"if PyPI has no other for this system; make TORCH_INDEX=URL takes it from elsewhere"; fi; \
+	echo "installing into $(VENV) ..."; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$${index:+--extra-index-url $$index} --editable '.[$(1)]'
+endef
+
 $(VENV)/demo: $(SOURCES)
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing into $(VENV) ..."
-	@$(INSTALL) --editable '.[demo]'
+	$(call install,demo)
 	@touch $@
 
 $(VENV)/dev: $(SOURCES)
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing into $(VENV) ..."
-	@$(INSTALL) --editable '.[demo,dev]'
+	$(call install,demo$(comma)dev)
 	@touch $@ $(VENV)/demo
 
 demo: $(VENV)/demo

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from distilfast import cli
+from distilfast import __version__, cli
 
 SCRIPT = str(ROOT / "distilfast" / "train.py")
 COMMAND = str(Path(sys.executable).parent / "distilfast")
@@ -82,6 +84,17 @@ def test_command_refuses_a_hub_name_without_network_in_one_line(
     assert contents(tmp_path) == before
 
 
+def test_make_refuses_another_python_and_leaves_nothing(tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.10.12\n", encoding="utf-8")
+    old.chmod(0o755)
+    venv = tmp_path / "venv"
+    status, out, err = run(["make", f"{venv}/demo", f"PYTHON={old}", f"VENV={venv}"], ROOT)
+    assert (status, out) == (2, "")
+    assert err.startswith("make: expected Python 3.11 to 3.13, got Python 3.10.12; ")
+    assert not venv.exists()
+
+
 # --- The commands ---------------------------------------------------------------------------------
 
 
@@ -98,20 +111,23 @@ def test_unknown_command_is_refused_in_one_line(capsys: Any) -> None:
     assert cli.main(["trian"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "'trian'" in err
-    assert "train" in err
+    assert err.endswith("got 'trian'; did you mean train?\n")
     assert err.count("\n") == 1
 
 
-def test_unknown_option_of_the_demo_is_refused(
+def test_module_is_the_command_and_tells_its_version(tmp_path: Path) -> None:
+    said = 0, f"distilfast {__version__}\n", ""
+    assert run([sys.executable, "-m", "distilfast", "--version"], tmp_path) == said
+
+
+def test_flags_of_a_command_without_a_parser_are_checked(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo", "--fulll"]) == 2
-    assert capsys.readouterr() == (
-        "",
-        "distilfast: demo: expected nothing or --full, got '--fulll'\n",
-    )
+    for command, flags in (("demo", "nothing or --full"), ("recipes", "nothing")):
+        assert cli.main([command, "--fulll"]) == 2
+        said = f"distilfast: {command}: expected {flags}, got '--fulll'\n"
+        assert capsys.readouterr() == ("", said)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,10 +136,9 @@ def test_recipes_lists_every_file_of_configs(capsys: Any) -> None:
     out = capsys.readouterr().out
     assert RECIPES
     for path in RECIPES:
-        assert f"{path}\n" in out
         comment = path.read_text(encoding="utf-8").splitlines()[0]
-        assert comment.startswith("# "), f"{path.name} does not say what it is"
-        assert comment.removeprefix("# ") in out
+        assert re.fullmatch(r"# .+\.", comment), f"{path.name}: no sentence says what it is"
+        assert f"{path.stem}\n    {comment.removeprefix('# ')}\n" in out
 
 
 def test_check_prints_the_plan_and_writes_nothing(
@@ -201,11 +216,10 @@ def test_command_refuses_in_one_line(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "check"])
+@pytest.mark.parametrize("name", ["train", "prepare", "check", "recipes", "replay", "demo"])
 def test_command_has_help(name: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--help"])
-    assert not stop.value.code
+    with contextlib.suppress(SystemExit):
+        assert cli.main([name, "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith(f"usage: distilfast {name} ")
+    assert re.match(rf"usage: distilfast {name}\s", out)
