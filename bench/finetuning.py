@@ -90,7 +90,7 @@ def pairs(
 
 def whole(source: str, data: str, max_length: int, task: Task, folder: Path) -> dict[str, float]:
     """Seconds of `distilfast glue`, and of the training in it."""
-    command = [sys.executable, "-c", "from distilfast.cli import script; script()", "glue"]
+    command = [sys.executable, "-m", "distilfast", "glue"]
     command += ["--model", f"model={source}", "--data", data, "--tasks", task.name]
     began = time.perf_counter()
     subprocess.run(

@@ -108,7 +108,8 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
                     text = setup.tokenizer.decode(tokens.tolist())
                     print(f"    example {int(example)} alone: {found}\n        {text}")
     print(f"step {step}: {pieces.total()}")
-    for line in read_metrics(output / "metrics.jsonl"):
+    metrics = output / "metrics.jsonl"
+    for line in read_metrics(metrics) if metrics.is_file() else ():
         if line["step"] == step and "loss" in line:
             shown = {key: line[key] for key in (*PARTS, "grad_norm") if key in line}
             print("recorded:", "  ".join(f"{k} {_shown(value)}" for k, value in shown.items()))

@@ -88,6 +88,8 @@ def main(arguments: Sequence[str]) -> int:
 
     output = Path(given.output)
     rows = chosen_rows(given.grid, given.row)
+    for change in given.set:
+        expect("=" in change, "--set", "KEY=VALUE", change)
     base = ["--config", given.config, *(f"--{key}" for key in given.set)]
     first = parse(base)
     seeds = range(first.seed, first.seed + given.seeds)
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         for seed in seeds
     }
     chosen = chosen_tasks(given.tasks, given.data)
-    workers = Workers.of(given.processes, given.device)
+    workers = Workers.of(given.processes, given.device, given.threads)
     settings = tuning(given, workers)
     splits = read_inputs(chosen, given.data, {}, settings)
     _, tokenizer, _ = checks.load_models(first)
@@ -238,7 +240,7 @@ def distil(config: str, output: str, threads: int, *, device: str, tell: Tell) -
         "OMP_NUM_THREADS": str(threads),
         "CUDA_VISIBLE_DEVICES": _visible(device),
     }
-    command = [sys.executable, "-c", "from distilfast.cli import script; script()", "train"]
+    command = [sys.executable, "-m", "distilfast", "train"]
     with log.open("w", encoding="utf-8") as opened:
         process = subprocess.Popen(
             [*command, "--config", str(file)],

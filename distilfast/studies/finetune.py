@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     teaching = Teaching(
         given.temperature, given.kd_weight, given.ce_weight, given.ensemble, weights
     )
-    workers = Workers.of(given.processes, given.device)
+    workers = Workers.of(given.processes, given.device, given.threads)
     settings = tuning(given, workers)
     inputs = read_inputs(task, given, settings)
     output = Path(given.output)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NoReturn
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
 from distilfast import tasks
-from distilfast.errors import ConfigError
+from distilfast.errors import ConfigError, did_you_mean
 from distilfast.machine import best_precision
-from distilfast.studies import flags
 from distilfast.studies.jobs import Workers
 from distilfast.tasks.training import FineTuning
 
@@ -42,6 +43,23 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """argparse's own, but a flag of several values may be given several times."""
+        if settings.get("nargs") == "+" and "action" not in settings and names[0][0] == "-":
+            settings["action"] = "extend"
+        return super().add_argument(*names, **settings)
+
+    def parse_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """argparse's own. An unknown flag is named before a missing one, which may be its cause."""
+        args = sys.argv[1:] if args is None else args
+        known = self._option_string_actions
+        for name in (argument.partition("=")[0] for argument in args):
+            if name.startswith("--") and name not in known:
+                raise ConfigError(f"{name}: unknown flag{did_you_mean(name, known)}")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         if found := re.fullmatch(r"(.+): invalid choice: (.*) \(choose from (.*)\)", message):
@@ -49,10 +67,10 @@ class Parser(argparse.ArgumentParser):
             message = f"{found[1]}: expected one of {known}, got {found[2]}"
         elif found := re.fullmatch(r"(.+): invalid (\w+) value: (.*)", message, re.DOTALL):
             message = f"{found[1]}: expected {KINDS.get(found[2], found[2])}, got {found[3]}"
-        elif found := re.fullmatch(r"the following arguments are required: (.*)", message):
-            message = f"{found[1]}: expected a value, got none"
-        elif found := re.fullmatch(r"(.+): (expected (?:one|at least one) argument)", message):
-            message = f"{found[1]}: {found[2]}, got none"
+        elif found := re.fullmatch(
+            r"the following arguments are required: (.*)|(.+): expected .*one argument", message
+        ):
+            message = f"{found[1] or found[2]}: expected a value, got none"
         elif found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
             message = f"expected the options that --help lists, got {found[1]!r}"
         raise ConfigError(message)
@@ -87,15 +105,18 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     default = FineTuning()
     add = parser.add_argument
     add("--learning_rate", type=float, help=f"default {default.learning_rate:g}")
-    add("--batch_size", type=flags.positive, help=f"default {default.batch_size}")
-    add("--epochs", type=flags.positive, help="default 3; MRPC and WNLI 5, SQuAD 2")
-    add("--max_length", type=flags.positive, help="default 128 tokens; IMDb 512, SQuAD 384")
+    add("--batch_size", type=positive, help=f"default {default.batch_size}")
+    add("--epochs", type=positive, help="default 3; MRPC and WNLI 5, SQuAD 2")
+    add("--max_length", type=positive, help="default 128 tokens; IMDb 512, SQuAD 384")
     add("--weight_decay", type=float, help=f"default {default.weight_decay:g}")
     add("--max_grad_norm", type=float, help=f"default {default.max_grad_norm:g}; 0: no clipping")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="auto: bf16 if the device computes in it")  # fmt: skip
-    add("--processes", type=flags.positive,
+    add("--processes", type=positive,
         help="jobs at a time; default: one per GPU, or one for every four cores")  # fmt: skip
+    add("--threads", type=positive,
+        help="CPU threads of each job; default: OMP_NUM_THREADS, or this machine's cores divided "
+        "by --processes")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: CUDA devices if there are any")
 
 

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("--grid: expected no --epochs, --learning_rate or --batch_size beside it")
     models = named_models("--model", given.model)
     chosen = chosen_tasks(given.tasks, given.data)
-    workers = Workers.of(given.processes, given.device)
+    workers = Workers.of(given.processes, given.device, given.threads)
     settings = tuning(given, workers)
     inputs = read_inputs(chosen, given.data, models, settings)
     output = Path(given.output)

@@ -69,11 +69,13 @@ class Workers:
         return {"device": kind, "threads": self.threads if kind == "cpu" else None}
 
     @classmethod
-    def of(cls, processes: int | None, device: str | None = None) -> Workers:
+    def of(
+        cls, processes: int | None, device: str | None = None, threads: int | None = None
+    ) -> Workers:
         """Choose workers for this machine.
 
-        On GPUs: one process for each. Else: ``processes``, or one for every four cores. They share
-        the cores.
+        On GPUs: one process for each. Else: ``processes``, or one for every four cores. Each has
+        ``threads``, or as many as OMP_NUM_THREADS says; or they share the cores.
         """
         n_devices = torch.cuda.device_count() if device in (None, "cuda") else 0
         if device == "cuda" and not n_devices:
@@ -83,7 +85,12 @@ class Workers:
             cores = len(os.sched_getaffinity(0))
         count = processes or n_devices or max(1, cores // 4)
         kinds = [f"cuda:{i}" for i in range(n_devices)] or ["cpu"]
-        return cls(tuple(kinds[i % len(kinds)] for i in range(count)), max(1, cores // count))
+        # OpenMP's own form may be a list, one number a level of nesting.
+        said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        if threads is None and said.isdecimal() and int(said):
+            threads = int(said)
+        devices = tuple(kinds[i % len(kinds)] for i in range(count))
+        return cls(devices, threads or max(1, cores // count))
 
 
 def run(jobs: Sequence[Job], folder: Path, workers: Workers, title: str) -> dict[str, Result]:

@@ -239,10 +239,17 @@ def test_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_workers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert Workers.of(None) == Workers(("cpu", "cpu"), 4)
     assert Workers.of(8) == Workers(("cpu",) * 8, 1)
     assert Workers.of(16) == Workers(("cpu",) * 16, 1)
     assert Workers.of(1) == Workers(("cpu",), 8)
+    assert Workers.of(2, threads=3) == Workers(("cpu", "cpu"), 3)
+    for said, threads in (("2", 2), ("2,1", 2), ("", 4), ("all", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert Workers.of(2) == Workers(("cpu", "cpu"), threads)
+    assert Workers.of(2, threads=3).threads == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
     with pytest.raises(ConfigError, match="--device: expected cpu"):
         Workers.of(None, "cuda")
     monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)

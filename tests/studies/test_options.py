@@ -36,13 +36,13 @@ def test_flags_are_read_as_argparse_reads_them() -> None:
     [
         ("a", "--output: expected a value, got none"),
         ("--output o", "MODEL: expected a value, got none"),
-        ("a --output", "--output: expected one argument, got none"),
+        ("a --output", "--output: expected a value, got none"),
         ("a --output o --precision x", "--precision: expected one of fp32, bf16, got 'x'"),
         ("a --output o --seed x", "--seed: expected a whole number, got 'x'"),
         ("a --output o --rate x", "--rate: expected a number, got 'x'"),
         ("a --output o --rounds 0", "--rounds: expected a whole number from 1, got '0'"),
         ("a --output o --rounds -1", "--rounds: expected a whole number from 1, got '-1'"),
-        ("a --output o --round 2", "expected the options that --help lists, got '--round 2'"),
+        ("a --round 2", "--round: unknown flag; did you mean --rounds?"),
     ],
 )
 def test_errors_are_one_line_of_flag_expectation_and_value(arguments: str, message: str) -> None:
