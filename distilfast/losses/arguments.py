@@ -29,7 +29,8 @@ def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS) 
         )
     if value.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name}: expected dtype {expected}, got {value.dtype}")
+        hint = "; use .bool()" if torch.bool in dtypes else ""
+        raise ValueError(f"{name}: expected dtype {expected}, got {value.dtype}{hint}")
 
 
 def check_teacher(name: str, value: Tensor) -> None:
@@ -59,17 +60,17 @@ def check_options(
     """Check the scalars that every loss over the vocabulary takes."""
     # Plain comparisons, which NaN fails: torch.compile may pass symbols in place of numbers.
     if not _is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+        raise ValueError(f"temperature: expected a finite number > 0, got {shown(temperature)}")
     for name, weight in weights.items():
         if not _is_number(weight) or not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {weight!r}")
+            raise ValueError(f"{name}: expected a finite number >= 0, got {shown(weight)}")
     if not any(weights.values()):
         names = ", ".join(weights)
         raise ValueError(f"{names}: expected at least one weight > 0, got all 0")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
     if not _is_number(jsd_beta) or not 0 < jsd_beta < 1:
-        raise ValueError(f"jsd_beta: expected a number between 0 and 1, got {jsd_beta!r}")
+        raise ValueError(f"jsd_beta: expected a number between 0 and 1, got {shown(jsd_beta)}")
     check_reduction(reduction, normalizers)
 
 
@@ -90,7 +91,7 @@ def check_used(weights: dict[str, float], readers: Sequence[str], given: dict[st
 
 def check_statistics(statistics: bool, kd_weight: float) -> None:
     if not isinstance(statistics, bool):
-        raise ValueError(f"statistics: expected True or False, got {statistics!r}")
+        raise ValueError(f"statistics: expected True or False, got {shown(statistics)}")
     if statistics and not kd_weight:
         raise ValueError("statistics: needs kd_weight > 0, whose softmaxes they are of, got 0")
 
@@ -195,6 +196,11 @@ def check_mask_values(mask: Tensor | None) -> None:
             )
 
 
+def shown(value: Any) -> str:
+    """A wrong argument in one line."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -223,7 +229,7 @@ def normalize_weights(name: str, weights: Sequence[float] | None, count: int) ->
         raise ValueError(f"{name}: expected {count} numbers, one a teacher, got {len(weights)}")
     for weight in weights:
         if not _is_number(weight) or not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: expected finite numbers >= 0, got {weight!r}")
+            raise ValueError(f"{name}: expected finite numbers >= 0, got {shown(weight)}")
     if sum(weights) == 0:
         raise ValueError(f"{name}: expected at least one weight > 0, got all 0")
     return [float(weight) / sum(weights) for weight in weights]

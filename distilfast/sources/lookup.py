@@ -56,7 +56,12 @@ def model_source(key: str, name: str, revision: str | None = None) -> str:
         require_hub(key, name, revision=revision)
         return name
     if not (path / "config.json").is_file():
-        raise ConfigError(f"{key}: expected a folder with config.json, got {str(path)!r}")
+        hint, model = "", path / "model"
+        if (model / "config.json").is_file():
+            hint = f"; did you mean {str(model)!r}?"
+        elif (path / "config.yaml").is_file():
+            hint = ", a run that is not finished"
+        raise ConfigError(f"{key}: expected a folder with config.json, got {str(path)!r}{hint}")
     return str(path)
 
 

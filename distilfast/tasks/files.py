@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distilfast.errors import ConfigError
+from distilfast.errors import ConfigError, did_you_mean
 from distilfast.sources import lookup
 from distilfast.tasks import squad
 from distilfast.tasks.catalogue import IMDB, SENTENCES, TASKS, Task
@@ -37,9 +38,19 @@ def find(name: str, data: str, key: str = "--tasks") -> Task:
     if folder is None or not one_folder or not (folder / name / "train.tsv").is_file():
         raise ConfigError(
             f"{key}: expected one of {known}, or the folder of one's own task with train.tsv and "
-            f"dev.tsv in --data, got {name!r} and {data!r}"
+            f"dev.tsv in --data, got {name!r} and {data!r}{_meant(name, data, folder)}"
         )
     return _own_task(name, folder / name / "train.tsv")
+
+
+def _meant(name: str, data: str, folder: Path | None) -> str:
+    """A hint where a task is not found."""
+    if folder is None:
+        there = Path(data).is_dir()
+        return f"; ./{data} is the folder, {data} the hub" if there else did_you_mean(name, TASKS)
+    if (folder / Path(name).name / "train.csv").is_file():
+        return "; train.csv is there, but its fields should stand apart by tabs, in a train.tsv"
+    return did_you_mean(name, [*TASKS, *(p.name for p in folder.glob("*") if p.is_dir())])
 
 
 def _plain(name: str) -> str:
@@ -137,11 +148,21 @@ def _lines(file: Path) -> list[list[str]]:
     return [line.removesuffix("\r").split("\t") for line in lines]
 
 
+def _comma(fields: Sequence[str]) -> str:
+    """A hint, if the fields of a line stand apart by commas."""
+    alone = len(fields) == 1 and "," in fields[0]
+    return "; the line seems to be comma-separated, and its fields stand apart by tabs" * alone
+
+
 def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")  # read_text would break lines at a lone \r
     except FileNotFoundError:
-        raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
+        other = file.with_suffix(".csv")
+        hint = f"; {other.name} is there, but its fields should stand apart by tabs, in a .tsv"
+        raise ConfigError(
+            f"--data: expected the file {str(file)!r}, which is missing{hint * other.is_file()}"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"--data: expected the file {str(file)!r}, got {error.strerror}"
@@ -162,7 +183,7 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
     if missing:
         raise ConfigError(
             f"{file}: expected the columns {', '.join(dict.fromkeys(wanted))}, got "
-            f"{', '.join(header) or 'none'}"
+            f"{', '.join(header) or 'none'}{_comma(header)}"
         )
     places = [header.index(name) for name in wanted]
     rows, short = [], 0
@@ -173,6 +194,7 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
                 continue
             raise ConfigError(
                 f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}"
+                f"{_comma(fields)}"
             )
         *texts, label = (fields[place] for place in places)
         rows.append((*texts, _label(task, label, f"{file}, line {number}")))

@@ -101,9 +101,14 @@ def test_vocab_size_beyond_the_logits_is_refused(call, device, vocab_size):
 )
 def test_another_dtype_is_refused(call, device, name, dtype):
     shape = (2, 3, 11) if name.endswith("logits") else (2, 3)
-    expected = {"labels": "int64", "mask": "bool"}.get(name, "")
+    expected = {"labels": "int64", "mask": "; use .bool"}.get(name, "")
     with value_error(name, expected, str(dtype).removeprefix("torch.")):
         call(**{name: torch.ones(shape, device=device).to(dtype)})
+
+
+def test_tensor_in_place_of_a_number_is_named_by_its_shape(call):
+    with value_error("kd_weight: expected a finite number >= 0, got a tensor of shape 5, 2"):
+        call(kd_weight=torch.ones(5, 2))
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,12 @@ WRONG: dict[str, tuple[str, str | bytes, str]] = {
         "line 2: expected a label of entailment, not_entailment, got 'contradiction'",
     ),
     "missing column": ("SST-2", "text\tlabel\na\t1\n", "columns sentence, label, got text, label"),
+    "commas": (
+        "SST-2", "sentence,label\na,1\n", "got sentence,label; the line seems to be comma-separated"
+    ),
+    "a comma for a tab": (
+        "SST-2", HEADER + "a\t1\nb,0\n", "line 3: expected 2 fields, got 1; the line seems to"
+    ),
     "empty file": ("SST-2", "", "expected the columns sentence, label, got none"),
     "header alone": ("SST-2", HEADER, "expected examples in SST-2's dev, got none"),
     "CoLA empty": ("CoLA", "", "expected examples in CoLA's dev, got none"),
@@ -283,11 +289,26 @@ def test_number_that_is_none_is_refused(number: str, tmp_path: Path) -> None:
         read(GLUE["STS-B"], str(data))
 
 
-def test_files_and_folders_that_are_missing_are_named(tmp_path: Path) -> None:
+def test_files_and_folders_that_are_missing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_task(tmp_path / "data", "MNLI")
     (data / "MNLI" / "dev_mismatched.tsv").unlink()
     with pytest.raises(ConfigError, match=r"dev_mismatched.tsv', which is missing"):
         read(GLUE["MNLI"], str(data))
+    (data / "own").mkdir()
+    (data / "own" / "train.csv").touch()
+    with pytest.raises(
+        ConfigError, match=r"'own' and '.*data'; train.csv is there, but its fields"
+    ):
+        tasks.find("own", str(data))
+    with pytest.raises(ConfigError, match=r"; did you mean own\?"):
+        tasks.find("owm", str(data))
+    monkeypatch.chdir(data.rename(tmp_path / "glue").parent)
+    with pytest.raises(ConfigError, match=r"'own' and 'glue'; ./glue is the folder, glue the hub"):
+        tasks.find("own", "glue")
+    Path("glue").rename(data)
+    (data / "own").rename(tmp_path / "own")
     with pytest.raises(ConfigError, match=r"expected the folder RTE in .*data', which has MNLI"):
         read(GLUE["RTE"], str(data))
     with pytest.raises(ConfigError, match=r"--data: expected an existing .*, got '.*nothing'"):
