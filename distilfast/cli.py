@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from distilfast.errors import ConfigError
+from distilfast._version import __version__
+from distilfast.errors import ConfigError, did_you_mean
 from distilfast.progress import log_to_stderr
 
 
@@ -17,18 +18,21 @@ class Command(NamedTuple):
     function: str  # (arguments) -> exit status
     help: str
     keeps: bool = False  # whether a stopped command resumes where it stopped
+    flags: tuple[str, ...] | None = None  # all that it takes, if it has no parser of its own
 
 
 COMMANDS = {
     "train": Command(
-        "train", "main", "distil in one process (many: `deepspeed distilfast/train.py`)"
+        "train",
+        "main",
+        "distil in one process (many: `deepspeed distilfast/train.py`); bare: the demo's recipe",
     ),
     "prepare": Command("driver.commands", "prepare", "tokenise data.source into data.prepared"),
     "check": Command(
         "driver.commands", "check", "validate a configuration and print what a run would do"
     ),
     "recipes": Command(
-        "driver.commands", "recipes", "list the configurations that come with distilfast"
+        "driver.commands", "recipes", "list the configurations that come with distilfast", flags=()
     ),
     "replay": Command(
         "driver.commands",
@@ -55,7 +59,10 @@ COMMANDS = {
     ),
     "report": Command("studies.pages", "main", "write one page that compares runs: RUN [RUN ...]"),
     "demo": Command(
-        "demo", "command", "run the demo: real teacher and text, three runs, a report [--full]"
+        "demo",
+        "command",
+        "run the demo: real teacher and text, three runs, a report [--full]",
+        flags=("--full",),
     ),
 }
 
@@ -64,7 +71,8 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())
     return (
-        "usage: distilfast COMMAND [--config FILE] [--key.sub value ...]\n\n"
+        "usage: distilfast COMMAND [--config FILE] [--key.sub value ...]\n"
+        "       distilfast --version\n\n"
         f"{rows}\n\n`distilfast train --help` lists every key."
     )
 
@@ -75,14 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("--help", "-h"):
         print(usage())
         return 0
+    if name == "--version":
+        print(f"distilfast {__version__}")
+        return 0
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"distilfast: expected a command ({known}), got {name!r}", file=sys.stderr)
+        known, hint = ", ".join(COMMANDS), did_you_mean(name, [*COMMANDS, "--help", "--version"])
+        print(f"distilfast: expected a command ({known}), got {name!r}{hint}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
+    if command.flags is not None and {"--help", "-h"} & set(rest):
+        print(f"usage: distilfast {name}{''.join(f' [{x}]' for x in command.flags)}")
+        print(f"\n{command.help.partition(' [')[0]}")
+        return 0
     log_to_stderr()
-    run = getattr(import_module(f"distilfast.{command.module}"), command.function)
     try:
+        if command.flags is not None:
+            _check_flags(name, command.flags, rest)
+        run = getattr(import_module(f"distilfast.{command.module}"), command.function)
         return int(run(rest))
     except ConfigError as error:
         print(f"distilfast: {error}", file=sys.stderr)
@@ -91,6 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "; what is done is kept: the same command goes on" if command.keeps else ""
         print(f"distilfast: stopped{kept}", file=sys.stderr)
         return 130
+
+
+def _check_flags(name: str, flags: Sequence[str], arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if argument not in flags:
+            expected = " or ".join(["nothing", *flags])
+            raise ConfigError(f"{name}: expected {expected}, got {argument!r}")
 
 
 def script() -> None:

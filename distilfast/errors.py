@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import tempfile
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,30 @@ class ConfigError(ValueError):
     """An error that the user can correct: one line, exit status 2, nothing written."""
 
 
-def expect(ok: bool, key: str, expected: str, got: Any) -> None:
-    """Raise a ConfigError with key, expectation and value unless ``ok``."""
+def expect(ok: bool, key: str, expected: str, got: Any, hint: str = "") -> None:
+    """Raise a ConfigError with key, expectation, value and hint unless ``ok``."""
     if not ok:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+        raise ConfigError(f"{key}: expected {expected}, got {shown(got)}{hint}")
+
+
+def shown(value: Any) -> str:
+    """Format a value as one would write it in YAML, but strings in quotes and tuples as tuples."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(shown, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(inner)}' for key, inner in value.items())}}}"
+    return repr(value)
+
+
+def did_you_mean(given: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """The hint "; did you mean X?" with the known name that is nearest, or nothing."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=likeness)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def positive(key: str, value: float) -> None:

@@ -33,11 +33,12 @@ MAY_IMPORT = {
         *GROUND,
         *("config", "data", "driver", "losses", "models", "report", "sources", "tasks"),
     },
-    # What is launched. Nobody imports it, but for the demo, which is what `train` does without a
-    # configuration.
+    # What is launched. Nobody imports it, but for the demo, which is what `train` does without
+    # arguments, and the command, which is what `python -m distilfast` does.
     "demo": {*GROUND, "config", "driver", "models", "report"},
     "train": {*GROUND, "config", "demo", "driver"},
     "cli": GROUND,
+    "__main__": {"cli"},
     "__init__": {"_version", "losses"},
 }
 THIRD_PARTY = {

@@ -3,16 +3,14 @@
 A wrong value raises a `ConfigError` of one line: the key, the expected value and the given one.
 """
 
+from distilfast.config.learning import BatchConfig, LossConfig, OptimizerConfig
 from distilfast.config.parsing import RECIPES, parse, to_yaml
 from distilfast.config.schema import (
-    BatchConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluateConfig,
-    LossConfig,
     MaskingConfig,
-    OptimizerConfig,
     SourceSpec,
     StudentConfig,
     TeacherSpec,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from distilfast.config.schema import Config, SourceSpec, TeacherSpec
-from distilfast.errors import ConfigError, expect
+from distilfast.errors import ConfigError, did_you_mean, expect
 
 PACKAGE = Path(__file__).parent.parent
 RECIPES = next(
@@ -41,7 +41,9 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
         print_config=None,
         description=f"Recipes: {RECIPES}",
     )
-    parser.add_argument("--config", action="config", help="a YAML file with these keys")
+    parser.add_argument(
+        "--config", action="config", help="a YAML file with these keys, or a recipe's name"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the result and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Config, None, fail_untyped=True, sub_configs=False)
@@ -49,17 +51,11 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     # batch.tokens must not get that default.
     parser.set_defaults({"batch.sequences": None})
     files, others = _split(arguments)
-    for file in files:
-        _check_file(Path(file))
-    for argument in others:
-        key, _, value = argument.removeprefix("--").partition("=")
-        if key in ("teacher", "data.source") and value.startswith("["):
-            with contextlib.suppress(yaml.YAMLError):
-                _check_entries("the command line", key, yaml.safe_load(value))
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
         for key, value in namespace.as_flat().__dict__.items():
-            expect(value is not None or key in _OPTIONAL, key, "a value", None)
+            kind = kinds().get(key, NoneType)
+            expect(value is not None or _optional(kind), key, _described(kind), None)
         made = parser.instantiate(namespace)
         config = Config(**{f.name: made[f.name] for f in fields(Config)})
     except ConfigError:
@@ -72,97 +68,216 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
     return config
 
 
-# The keys that may be null.
-_OPTIONAL = {
-    *("config", "steps", "epochs", "student.dropout", "data.source", "data.prepared"),
-    *("batch.sequences", "batch.tokens", "batch.warmup_from", "evaluate.max_examples"),
-}
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """The type of every key by its full name; a section's is its class."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        found[name] = kind
+        if is_dataclass(kind):
+            found |= {f"{name}.{key}": inner for key, inner in get_type_hints(kind).items()}
+    return found
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files after --config, and everything else."""
+# --- Checks before the parser's, whose own messages are obscure -----------------------------------
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files after --config, and every other option as --key=value, all of them checked."""
     files, others = [], []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name == "--config":
-            files.append(value if equals else next(rest, ""))
-        else:
+        if name in ("--help", "-h", "--print_config") or name.endswith(".help"):
+            if equals:
+                raise ConfigError(f"{name}: expected no value, got {value!r}")
             others.append(argument)
+            continue
+        if not name.startswith("--"):
+            raise ConfigError(f"expected --key value, got {argument!r}{_meant(argument)}")
+        key = name.removeprefix("--").removesuffix("+")
+        if key not in (*kinds(), "config", "local_rank"):
+            raise ConfigError(f"{name}: unknown key{_nearest(key)}")
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name}: expected a value, got {value if value[2:] else 'none'}")
+        if key == "config":
+            files.append(_check_file(value))
+            continue
+        if key in kinds():
+            _check_value(key, value)
+        others.append(f"{name}={value}")
     return files, others
 
 
-def _check_file(path: Path) -> None:
-    """Check that a file is YAML with known keys. The parser's own messages for this are obscure."""
+def _meant(stray: str) -> str:
+    """What was probably meant by a word that stands where an option should."""
+    if stray.startswith("-"):
+        return did_you_mean(f"-{stray}", (f"--{key}" for key in kinds()), 0.75)
+    if Path(stray).suffix in (".yaml", ".yml") or (RECIPES / f"{stray}.yaml").is_file():
+        return f"; did you mean --config {stray}?"
+    return "; a list is one value, as in --student.layers '[0, 2]'"
+
+
+def _check_file(given: str) -> Path:
+    """The file that --config names, by its path or as a recipe, with known keys."""
+    path, recipe = Path(given), RECIPES / f"{Path(given).name}.yaml"
+    if not path.is_file() and recipe.name == f"{given}.yaml" and recipe.is_file():
+        path = recipe
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise ConfigError(
-            f"--config: expected a YAML file, got {str(path)!r}; recipes in {RECIPES}: {known}"
-        )
+        recipes = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        near = [str(p) for p in path.parent.glob("*.y*ml")] if given else []
+        hint = did_you_mean(given, [*recipes, *near], 0.75)
+        if (path / "config.yaml").is_file():
+            hint = f"; did you mean {path / 'config.yaml'}?"
+        expected = f"a YAML file or one of the recipes {', '.join(recipes)}"
+        got = repr(given) if given else "none"
+        raise ConfigError(f"--config: expected {expected}, got {got}{hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
-    _check_keys(path, "", content, Config)
-    for section in fields(Config):
-        if is_dataclass(section.default_factory) and section.name in content:
-            _check_keys(path, section.name, content[section.name], section.default_factory)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else error.reason
+        raise ConfigError(f"{path}: expected YAML in UTF-8, got {said}") from None
+    content = _load(str(path), text)
+    _check_keys(str(path), "", content, Config)
+    for key, kind in kinds().items():
+        if is_dataclass(kind) and key in content:
+            _check_keys(str(path), key, content[key], kind)
     _check_entries(str(path), "teacher", content.get("teacher"))
     _check_entries(str(path), "data.source", content.get("data", {}).get("source"))
+    return path
+
+
+def _check_value(key: str, value: str) -> None:
+    """Check a value of the command line where the parser would take for text what does not fit."""
+    kind = kinds()[key]
+    expect(value != "null" or _optional(kind), key, _described(kind), None)
+    if is_dataclass(kind):
+        path = Path(value)
+        _check_keys(key, key, _load(key, path.read_text() if path.is_file() else value), kind)
+    elif key in _ENTRIES and value.startswith(("[", "{")):
+        _check_entries("the command line", key, _load(key, value))
+
+
+# By a part of what the reader of YAML says.
+_HINTS = {
+    r"'\t'": "; indent with spaces, not tabs",
+    "mapping values are not allowed": "; write a space after a key's colon, quotes around a text's",
+}
+
+
+def _load(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" in line {mark.line + 1}" if mark and "\n" in text else ""
+        hint = next((x for part, x in _HINTS.items() if part in str(error.problem)), "")
+        said = f"an error{line}: {error.problem}{hint}"
+        raise ConfigError(f"{name}: expected YAML, got {said}") from None
+    except yaml.reader.ReaderError as error:
+        said = f"the character {chr(error.character)!a} at position {error.position}"
+        raise ConfigError(f"{name}: expected YAML, got {said}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; takes 5e-4 for a number, as the parser does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+    [*"-+0123456789"],
+)
+
+
+_ENTRIES = {"teacher": TeacherSpec, "data.source": SourceSpec}
 
 
 def _check_entries(where: str, key: str, value: Any) -> None:
-    """Check a list of teachers or sources, where the parser's messages are obscure."""
+    """Check a list of teachers or sources."""
+    expected = _described(kinds()[key])
+    expect(isinstance(value, str | list | None), key, expected, value)
     for entry in value if isinstance(value, list) else []:
+        expect(isinstance(entry, str | dict), key, expected, value)
         if isinstance(entry, dict):
-            _check_keys(where, key, entry, TeacherSpec if key == "teacher" else SourceSpec)
+            _check_keys(where, key, entry, _ENTRIES[key])
             expect(bool(entry.get("name")), key, f"an entry with a name in {where}", entry)
-            weight = entry.get("weight", 1.0)
-            expect(type(weight) in (int, float), f"{key}: weight", "a number", weight)
+            for name, kind in get_type_hints(_ENTRIES[key]).items():
+                given = entry.get(name)
+                fits = isinstance(given, float | int if kind is float else kind)
+                ok = name not in entry or (fits and not isinstance(given, bool))
+                expect(ok, f"{key}: {name}", _described(kind), given)
 
 
-def _check_keys(path: Path | str, where: str, content: Any, kind: Any) -> None:
-    expected = f"a mapping of keys in {path}" if where else "a mapping of keys"
-    expect(isinstance(content, dict), where or str(path), expected, content)
+def _check_keys(where: str, section: str, content: Any, kind: Any) -> None:
+    expected = (
+        f"a mapping of keys in {where}" if section not in ("", where) else "a mapping of keys"
+    )
+    expect(isinstance(content, dict), section or where, expected, content)
+    known = [field.name for field in fields(kind)]
     for key in content:
-        if key not in {f.name for f in fields(kind)}:
-            full = ".".join(filter(None, (where, str(key))))
-            near = difflib.get_close_matches(str(key), [f.name for f in fields(kind)], n=1)
-            entry = kind in (TeacherSpec, SourceSpec)
-            hint = f"; did you mean {near[0]}?" if near and entry else _nearest(full)
-            raise ConfigError(f"{full}: unknown key in {path}{hint}")
+        if key not in known:
+            full = ".".join(filter(None, (section, str(key))))
+            hint = did_you_mean(str(key), known) if section in _ENTRIES else ""
+            place = "" if section == where else f" in {where}"
+            raise ConfigError(f"{full}: unknown key{place}{hint or _nearest(full)}")
+
+
+def _nearest(key: str) -> str:
+    section = f"{key.partition('.')[0]}."
+    own = [name.removeprefix(section) for name in kinds() if name.startswith(section)]
+    known = ", ".join(own or [name for name in kinds() if "." not in name])
+    return did_you_mean(key, [*kinds(), "config"]) or f"; known are {known}"
+
+
+# --- Types in words -------------------------------------------------------------------------------
+
+
+def _optional(kind: Any) -> bool:
+    return kind is NoneType or NoneType in get_args(kind)
+
+
+def _described(kind: Any, many: bool = False) -> str:
+    """A key's type in words, such as "a whole number or null"; ``many``: in the plural."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    plural = {int: "whole numbers", float: "numbers", str: "names"}
+    parts, origin = get_args(kind), get_origin(kind)
+    if kind in _ENTRIES.values():
+        return f"{{{', '.join(field.name for field in fields(kind))}}}"
+    if is_dataclass(kind):
+        return "a mapping of keys"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin is list:
+        return f"a list of {_described(parts[0], True)}"
+    if origin is tuple:
+        return f"a list of {len(parts)} {_described(parts[0], True)}"
+    if parts:
+        return " or ".join(_described(part, many) for part in parts)
+    return "null" if kind is NoneType else (plural if many else words)[kind]
 
 
 def _explain(message: str) -> str:
     """Turn the parser's message into one line: "key: expected ..., got ..."."""
     text = " ".join(message.split())
-    text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-    text = re.sub(r"<class '(?:distilfast\.config\.)?(\w+)'>", r"\1", text).replace(
-        "NoneType", "null"
-    )
-    if found := re.match(r"(?:Group '(.*)' does not accept o|O)ption '(.*)'", text):
-        key = ".".join(filter(None, found.groups()))
-        return f"{key}: unknown key{_nearest(key)}"
-    if found := re.match(r"unrecognized arguments: --([\w.]+)", text):
-        return f"--{found[1]}: unknown key{_nearest(found[1])}"
-    if found := re.match(r'Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)', text):
-        return f"{found[1]}: expected {found[2]}, got {found[3]}"
-    if found := re.match(r"""Parser key "(.*?)": Unable to load config '(.*?)'""", text):
-        return f"{found[1]}: expected a mapping of keys, got {found[2]}"
-    union = r'Parser key "(.*?)": .*Subtypes: \[(.*?)\] Errors.*Given value: (.*)'
-    if found := re.match(union, text):
-        return f"{found[1]}: expected {found[2]}, got {found[3]}"
+    found = re.search(r'.*Parser key "(.*?)".*(?:Given|Got) value: ?(.*)', text)
+    if found:
+        kind = kinds().get(found[1], int)  # int: --local_rank
+        return f"{found[1]}: expected {_described(kind)}, got {found[2] or 'none'}"
     return text
-
-
-def _nearest(key: str) -> str:
-    top = [f.name for f in fields(Config)]
-    nested: list[str] = []
-    for section in fields(Config):
-        if is_dataclass(section.default_factory):
-            nested += [f"{section.name}.{f.name}" for f in fields(section.default_factory)]
-    close = difflib.get_close_matches(key, [*top, *nested], n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(top)}"
 
 
 def to_yaml(config: Config) -> str:

@@ -21,7 +21,7 @@ from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
 from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.processes import World
-from distilfast.errors import ConfigError, expect, writable
+from distilfast.errors import ConfigError, expect, shown, writable
 from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
 
@@ -201,24 +201,31 @@ def check_output(config: Config, output: Path) -> None:
         before = configs.parse(["--config", str(output / "config.yaml")])
     except ConfigError as error:
         raise ConfigError(f"output: {output / 'config.yaml'} is damaged: {error}") from error
-    differing = [
-        k for k in _differing(asdict(before), asdict(config)) if not k.startswith(FREE_KEYS)
-    ]
-    if differing:
+    differing = _differing(asdict(before), asdict(config))
+    keys = [key for key in differing if not key.startswith(FREE_KEYS)]
+    if keys:
+        hint = ""
+        if {"steps", "epochs"} & set(keys):
+            hint = "; the learning rate follows from the number of steps, so a run cannot be made "
+            hint += "longer or shorter: choose another output"
+        changes = [
+            f"{key} ({shown(differing[key][0])}, now {shown(differing[key][1])})" for key in keys
+        ]
         raise ConfigError(
             f"output: expected an empty folder or this run's, got {str(output)!r} of another run, "
-            f"which differs in {', '.join(differing)}"
+            f"which differs in {', '.join(changes)}{hint}"
         )
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
+def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The keys whose values differ, each with both values."""
+    found: dict[str, Any] = {}
     for key in a:
         if isinstance(a[key], dict) and isinstance(b[key], dict):
-            keys += _differing(a[key], b[key], f"{prefix}{key}.")
+            found |= _differing(a[key], b[key], f"{prefix}{key}.")
         elif a[key] != b[key]:
-            keys.append(f"{prefix}{key}")
-    return keys
+            found[f"{prefix}{key}"] = a[key], b[key]
+    return found
 
 
 def claim(config: Config, output: Path) -> int:

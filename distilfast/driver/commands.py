@@ -58,15 +58,19 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def recipes(arguments: Sequence[str]) -> int:
-    """List the recipes, each with its first comment."""
+    """List the recipes by name, each with its first comment."""
     for path in sorted(RECIPES.glob("*.yaml")):
         comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        print(f"{path}\n    {comment}")
+        print(f"{path.stem}\n    {comment}")
+    print(f"\nAs in: distilfast check --config demo. Their files are in {RECIPES}.")
     return 0
 
 
 def replay(arguments: Sequence[str]) -> int:
     """Replay a step of a run. Exit status 1 if something in it is not finite."""
+    prog = "distilfast replay --step N [--ranks R]"
+    if {"--help", "-h"} & set(arguments):
+        parse(["--help"], prog=prog)
     numbers: dict[str, int | None] = {"--step": None, "--ranks": None}
     others = []
     rest = iter(arguments)
@@ -82,7 +86,7 @@ def replay(arguments: Sequence[str]) -> int:
     step, ranks = numbers.values()
     if step is None:
         raise ConfigError("--step: expected the number of a step, got none")
-    config = parse(others, prog="distilfast replay --step N [--ranks R]")
+    config = parse(others, prog=prog)
     try:
         return 0 if replaying.replay(config, step, ranks) else 1
     except loop.TrainingError as error:

@@ -138,8 +138,7 @@ def test_abbreviated_key_is_unknown(key: str, base: Path, refuse: Refuse) -> Non
     assert f"{key}: unknown key" in refuse("--config", str(base), f"--{key}", "3")
 
 
-def test_key_without_the_recipe_is_unknown_too(refuse: Refuse) -> None:
-    """Without --config it is the demo's recipe that is overridden."""
+def test_key_without_a_recipe_is_unknown_too(refuse: Refuse) -> None:
     assert "did you mean loss.temperature?" in refuse("--loss.temprature", "3")
 
 
@@ -168,21 +167,22 @@ def test_entry_without_a_name_is_refused(base: Path, refuse: Refuse) -> None:
 
 # key, value, what the line says was expected
 WRONG_TYPE = [
-    ("loss.temperature", "hot", "float"),
-    ("loss.temperature", [2], "float"),
-    ("loss.temperature", True, "float"),
-    ("optimizer.betas", [0.9], "2"),
-    ("optimizer.betas", 0.9, "tuple"),
-    ("student.layers", "every", "'alternate', 'all', list[int]"),
-    ("student.layers", [0, "x"], "list[int]"),
-    ("student.layers", [0.5], "list[int]"),
-    ("batch.sequences", "many", "int"),
-    ("batch.sequences", 16.5, "int"),
-    ("steps", "ten", "int"),
-    ("steps", 1.5, "int"),
-    ("steps", True, "int"),
-    ("seed", 1.5, "int"),
-    ("tensorboard", "maybe", "bool"),
+    ("loss.temperature", "hot", "a number"),
+    ("loss.temperature", [2], "a number"),
+    ("loss.temperature", True, "a number"),
+    ("optimizer.betas", [0.9], "a list of 2 numbers"),
+    ("optimizer.betas", 0.9, "a list of 2 numbers"),
+    ("student.layers", "every", "one of 'alternate', 'all' or a list of whole numbers"),
+    ("student.layers", [0, "x"], "a list of whole numbers"),
+    ("student.layers", [0.5], "a list of whole numbers"),
+    ("batch.sequences", "many", "a whole number or null"),
+    ("batch.sequences", 16.5, "a whole number or null"),
+    ("steps", "ten", "a whole number or null"),
+    ("steps", 1.5, "a whole number or null"),
+    ("steps", True, "a whole number or null"),
+    ("seed", 1.5, "a whole number"),
+    ("masking.probability", "15%", "a number"),
+    ("tensorboard", "maybe", "true or false"),
     ("precision", "fp16", "'bf16', 'fp32'"),
     ("resume", "maybe", "'auto', 'never'"),
     ("student.init", "magic", "'teacher', 'random'"),
@@ -331,9 +331,12 @@ def test_masking_shares_have_to_sum_to_1(base: Path, refuse: Refuse) -> None:
 
 
 def test_one_of_steps_and_epochs_is_needed(base: Path, refuse: Refuse) -> None:
-    for changes in ({"epochs": 2}, {"steps": None}):
+    for changes, got, hint in (
+        ({"epochs": 2}, "(10, 2.0)", "unset the other, as in --steps null"),
+        ({"steps": None}, "(null, null)", "set one, in a file after --config or as in --steps "),
+    ):
         message = refuse(*changed(base, changes))
-        assert message.startswith("steps, epochs: expected one of the two, got (")
+        assert message.startswith(f"steps, epochs: expected one of the two, got {got}; {hint}")
     message = refuse(*changed(base, {"steps": None, "epochs": 0}))
     assert message.startswith("epochs: expected a number > 0")
 
@@ -366,7 +369,11 @@ def test_offload_is_refused_where_nothing_is_split(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"tokens": 99}, "batch.sequences, batch.tokens: expected one of the two, got (16, 99)"),
+        (
+            {"tokens": 99},
+            "batch.sequences, batch.tokens: expected one of the two, got (16, 99); unset the "
+            "other, as in --batch.sequences null",
+        ),
         (
             {"warmup_from": 8},
             "batch.warmup_from, batch.warmup_steps: expected null and 0, or both at least 1, "
@@ -375,7 +382,7 @@ def test_offload_is_refused_where_nothing_is_split(
         (
             {"warmup_steps": 8},
             "batch.warmup_from, batch.warmup_steps: expected null and 0, or both at least 1, "
-            "got (None, 8)",
+            "got (null, 8)",
         ),
         (
             {"warmup_from": 17, "warmup_steps": 8},
@@ -452,6 +459,18 @@ def test_file_that_is_no_mapping_in_yaml_is_refused(
     assert "got" in message
 
 
+def test_file_is_refused_with_the_line_of_its_fault(refuse: Refuse, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for text, fault in (
+        ("steps: 5\nloss:\n\ttemperature: 2\n", "line 3: found character '\\t' that "),
+        ("steps: 5\nseed: 1\nsteps: 6\n", "line 3: the key steps stands twice"),
+        ("loss:\n  kd_weight: 1\n  kd_weight: 2\n", "line 3: the key kd_weight stands twice"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        message = refuse("--config", str(path))
+        assert message.startswith(f"{path}: expected YAML, got an error in {fault}")
+
+
 def test_file_that_is_no_text_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(bytes(range(256)))
@@ -464,18 +483,62 @@ def test_key_that_is_no_text_is_refused(base: Path, refuse: Refuse) -> None:
 
 
 def test_missing_file_is_refused_with_the_recipes_at_hand(refuse: Refuse, tmp_path: Path) -> None:
-    for name in ("nothing.yaml", str(tmp_path / "nothing.yaml"), str(tmp_path), "demo"):
+    (tmp_path / "my.yaml").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for name, hint in (
+        ("nothing.yaml", ""),
+        (str(tmp_path), ""),
+        ("dmeo", "; did you mean demo?"),
+        (f"{tmp_path}/my.yml", f"; did you mean {tmp_path}/my.yaml?"),
+        (f"{tmp_path}/run", f"; did you mean {tmp_path}/run/config.yaml?"),
+    ):
         for given in (["--config", name], [f"--config={name}"]):
             message = refuse(*given)
-            assert message.startswith("--config: expected a YAML file, got ")
-            assert repr(name) in message
-            assert "demo-teacher" in message
+            assert message.startswith("--config: expected a YAML file or one of the recipes demo, ")
+            assert message.endswith(f", got {name!r}{hint}")
 
 
-def test_option_without_its_value_is_refused(base: Path, refuse: Refuse) -> None:
-    assert "--config" in refuse("--config")
-    assert "--steps" in refuse("--config", str(base), "--steps")
-    assert "stray" in refuse("--config", str(base), "stray")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--config", "--config: expected a value, got none"),
+        ("--steps", "--steps: expected a value, got none"),
+        ("--steps=", "steps: expected a whole number or null, got none"),
+        ("--steps --seed 3", "--steps: expected a value, got --seed"),
+        ("my.yaml", "expected --key value, got 'my.yaml'; did you mean --config my.yaml?"),
+        ("-steps 3", "expected --key value, got '-steps'; did you mean --steps?"),
+        (
+            "--optimizer.betas 0.9 0.98",
+            "expected --key value, got '0.98'; a list is one value, as in --student.layers '[0, ",
+        ),
+        ("--print_config=yes", "--print_config: expected no value, got 'yes'"),
+        ("--local_rank x", "local_rank: expected a whole number, got x"),
+        ("--loss {warmth:1}", "loss.warmth:1: unknown key; known are temperature, kd_weight, "),
+        ("--output null", "output: expected text, got null"),
+        ("--student {layers:", "student: expected YAML, got an error: expected the node content"),
+    ],
+)
+def test_misshapen_option_is_refused(given: str, message: str, base: Path, refuse: Refuse) -> None:
+    assert refuse("--config", str(base), *given.split()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[a, {name: b, weigth: 2}]", "teacher.weigth: unknown key in the command line; did you "),
+        ("[a, {name: b, weight: x}]", "teacher: weight: expected a number, got 'x'"),
+        ("[a, {name: b, revision: 1}]", "teacher: revision: expected text or null, got 1"),
+        ("[a, 5]", "teacher: expected text or a list of names or {name, weight, revision}, got ["),
+        ("{name: a}", "teacher: expected text or a list of names or {name, weight, revision}, got"),
+        ("[a, {name: b", "teacher: expected YAML, got an error: expected ',' or '}'"),
+    ],
+)
+def test_list_of_teachers_on_the_command_line_is_checked(
+    value: str, message: str, base: Path, refuse: Refuse
+) -> None:
+    for given in (["--teacher", value], [f"--teacher={value}"]):
+        assert refuse("--config", str(base), *given).startswith(message)
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -718,6 +781,18 @@ def test_teacher_that_is_a_file_is_refused(corpus: Path, base: Path, refuse: Ref
     assert str(corpus) in message
 
 
+def test_run_in_place_of_its_model_is_refused_with_the_model(
+    teacher: Path, base: Path, refuse: Refuse, tmp_path: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").touch()
+    message = refuse(*arguments(base, teacher=tmp_path / "old"))
+    assert message.endswith(f"got '{tmp_path}/old', a run that is not finished")
+    shutil.copytree(teacher, tmp_path / "old" / "model")
+    message = refuse(*arguments(base, teacher=tmp_path / "old"))
+    assert message.endswith(f"got '{tmp_path}/old'; did you mean '{tmp_path}/old/model'?")
+
+
 def test_encoder_without_a_head_is_refused_while_logits_are_needed(
     other: Path, base: Path, refuse: Refuse
 ) -> None:
@@ -821,10 +896,15 @@ def test_output_of_another_run_is_refused_with_the_differing_keys(
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml(before), encoding="utf-8")
     changes = {"seed": 1, "optimizer.learning_rate": 0.5, "student.layers": [0, 1]}
     message = refuse(*changed(base, changes), "--tensorboard=true", "--evaluate.every=1")
-    named, _, keys = message.partition("differs in ")
+    named, _, differing = message.partition("differs in ")
     assert named.startswith("output: expected")
     assert str(tmp_path / "run") in named
-    assert sorted(keys.split(", ")) == sorted(changes)
+    assert differing == (
+        "student.layers ('alternate', now [0, 1]), optimizer.learning_rate (0.001, now 0.5), "
+        "seed (56, now 1)"
+    )
+    message = refuse(*arguments(base, steps=20))
+    assert "differs in steps (10, now 20); the learning rate follows from the number" in message
 
 
 def test_folder_that_is_no_run_is_refused(base: Path, refuse: Refuse, tmp_path: Path) -> None:
