@@ -150,7 +150,7 @@ def test_check_prints_the_plan_and_writes_nothing(
     assert err == ""
     for word in (
         *(str(teacher), "DistilBert", "[0, 3]", str(corpus), str(tmp_path / "tokens")),
-        *("10", "16 sequences = 1 ranks x 4 micro-batches of at most 4", "fp32"),
+        *("10", "16 sequences = 1 rank x 4 micro-batches of at most 4", "fp32"),
         str(tmp_path / "run"),
     ):
         assert word in out

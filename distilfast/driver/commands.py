@@ -14,6 +14,7 @@ from distilfast.data import Store
 from distilfast.driver import checks, loop, processes
 from distilfast.driver import replay as replaying
 from distilfast.errors import ConfigError
+from distilfast.report.numbers import counted
 
 
 def prepare(arguments: Sequence[str]) -> int:
@@ -50,7 +51,7 @@ def check(arguments: Sequence[str]) -> int:
     else:
         data.check(config, folder)
         print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
-        print(f"steps:    {config.steps or f'{config.epochs:g} epochs'}")
+        print(f"steps:    {config.steps or counted(config.epochs or 0, 'epoch')}")
     precision = checks.chosen_precision(config, device)
     print(f"batch:    {describe_batch(config.batch, ranks)}, {precision}")
     print(f"output:   {config.output}")
@@ -95,21 +96,22 @@ def replay(arguments: Sequence[str]) -> int:
 
 
 def describe_batch(batch: BatchConfig, ranks: int) -> str:
-    rising = accumulation = ""
+    size = counted(batch.size, batch.unit.removesuffix("s"))
+    rising, parts = "", "micro-batches"
     if batch.warmup_from is not None:
-        rising = f" (from {batch.warmup_from} in {batch.warmup_steps} steps)"
+        rising = f" (from {batch.warmup_from} in {counted(batch.warmup_steps, 'step')})"
     if batch.tokens is None:
-        accumulation = f" {-(-batch.size // (batch.micro_sequences * ranks))}"
+        parts = counted(-(-batch.size // (batch.micro_sequences * ranks)), "micro-batch")
     return (
-        f"{batch.size} {batch.unit}{rising} = {ranks} ranks x{accumulation} micro-batches of at "
-        f"most {batch.micro_sequences} sequences"
+        f"{size}{rising} = {counted(ranks, 'rank')} x {parts} of at most "
+        f"{counted(batch.micro_sequences, 'sequence')}"
     )
 
 
 def describe_store(store: Store) -> str:
     tokens = {split: int(store.lengths(split).sum()) for split in ("train", "heldout")}
     return (
-        f"{len(store.train):,} examples of {tokens['train']:,} tokens, "
+        f"{counted(len(store.train), 'example')} of {tokens['train']:,} tokens, "
         f"{len(store.heldout):,} of {tokens['heldout']:,} held out"
     )
 

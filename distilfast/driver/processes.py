@@ -19,6 +19,7 @@ from torch import Tensor
 from distilfast.driver import optimizers
 from distilfast.errors import ConfigError
 from distilfast.machine import cpu_name
+from distilfast.report.numbers import counted
 
 Result = TypeVar("Result")
 
@@ -172,7 +173,7 @@ def free_port() -> int:
 def describe(world: World) -> Sequence[str]:
     """The device and torch's version, for reports."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name()
-    unit = "GPU" if world.device.type == "cuda" else "process"
-    plural = "es" if unit == "process" and world.ranks > 1 else "s" if world.ranks > 1 else ""
-    threads = "" if world.device.type == "cuda" else f", {torch.get_num_threads()} threads each"
-    return [f"{name}, {world.ranks} {unit}{plural}{threads}", f"torch {torch.__version__}"]
+    unit, threads = "GPU", ""
+    if world.device.type != "cuda":
+        unit, threads = "process", f" of {counted(torch.get_num_threads(), 'thread')}"
+    return [f"{name}, {counted(world.ranks, unit)}{threads}", f"torch {torch.__version__}"]

@@ -19,6 +19,12 @@ def percent(share: float | None) -> str:
     return f"{text} %" if share is not None and math.isfinite(share) else text
 
 
+def counted(number: float, noun: str) -> str:
+    """1, "task" -> "1 task"; 1234, "batch" -> "1,234 batches"."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{number:{',' if isinstance(number, int) else 'g'}} {noun}{ending}"
+
+
 def count(number: int) -> str:
     """22_700_000 -> "22.7 M"."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
