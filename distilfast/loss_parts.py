@@ -3,7 +3,8 @@ this table."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Part(NamedTuple):
@@ -11,7 +12,7 @@ class Part(NamedTuple):
 
     name: str  # in metrics.jsonl; the key of its weight is loss.<name>_weight
     output: str | None  # its field of DistillationOutput; None: a loss over hidden states
-    title: str  # in a model card; {T} is the temperature
+    title: str  # in a model card and a report; {T} is the temperature
     unit: str  # of its curve
     rows: str  # which rows it is a mean over: the field of `driver.step.Normalizers`
 
@@ -21,7 +22,7 @@ class Part(NamedTuple):
 
 
 LOSSES = (
-    Part("kd", "kd", "KL at T = {T:g}", "soft-target loss, nats", "rows"),
+    Part("kd", "kd", "{divergence} at T = {T:g}", "soft-target loss, nats", "rows"),
     Part("ce", "ce", "masked-LM cross entropy", "hard-label cross entropy, nats", "masked"),
     Part("hidden_cos", None, "hidden-state cosine", "cosine loss of hidden states", "tokens"),
     Part("logit_cos", "cos", "logit cosine", "cosine loss of logits", "rows"),
@@ -35,3 +36,12 @@ LOGGED = {
     **{part.name: (part.name, part.unit) for part in LOSSES},
     AGREEMENT: ("agreement", "share of rows where both have one first choice"),
 }
+
+
+def weighted_sum(loss: Mapping[str, Any]) -> str:
+    """Describe a loss, given the keys of its section: "5 x KL at T = 2, 2 x ...". A part of weight
+    0, or without one, is left out."""
+    weights = {part.title: loss.get(part.weight) for part in LOSSES}
+    said = [f"{weight:g} x {title}" for title, weight in weights.items() if weight]
+    divergence = {"jsd": "JSD", "reverse_kl": "reverse KL"}.get(loss.get("divergence", ""), "KL")
+    return ", ".join(said).format(T=loss.get("temperature", 1.0), divergence=divergence)

@@ -1,12 +1,15 @@
-"""This machine: its processor, and the precision that it computes fast in."""
+"""This machine: its processor, the precision that it computes fast in, the code that it runs."""
 
 from __future__ import annotations
 
 import functools
+import subprocess
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from distilfast._version import __version__
 
 
 @functools.cache
@@ -32,3 +35,18 @@ def cpu_name() -> str:
         import platform
 
         return platform.processor() or platform.machine()
+
+
+def code_version() -> str:
+    """distilfast's version and, in a checkout, its commit: "distilfast 1.0.0 at 0123456789ab",
+    with "-dirty" if a file was changed since."""
+    named = f"distilfast {__version__}"
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return named
+    describe = "git describe --always --dirty --abbrev=12 --exclude=*".split()
+    try:
+        ran = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return named
+    return f"{named} at {ran.stdout.strip()}" if ran.returncode == 0 else named

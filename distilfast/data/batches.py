@@ -116,13 +116,20 @@ class Batches:
         Under ZeRO-3 all ranks run each forward together, so every rank gets the same number of
         micro-batches. A rank that has none left gets one example again, without labels.
         """
+        for part in self.heldout_parts(rank, ranks, micro_sequences, limit):
+            examples = part if len(part) else torch.zeros(1, dtype=torch.int64)
+            batch = self._micro_batch("heldout", examples, EVALUATION_EPOCH)
+            yield batch if len(part) else batch.without_rows()
+
+    def heldout_parts(
+        self, rank: int, ranks: int, micro_sequences: int, limit: int | None
+    ) -> list[Tensor]:
+        """The held-out examples of each of this rank's micro-batches, one tensor each. It is empty
+        where the rank has none left."""
         by_length = self.lengths["heldout"][:limit].argsort(stable=True)
-        parts = by_length.split(micro_sequences)
-        for number in range(rank, -(-len(parts) // ranks) * ranks, ranks):
-            spare = number >= len(parts)
-            part = parts[0][:1] if spare else parts[number]
-            batch = self._micro_batch("heldout", part, EVALUATION_EPOCH)
-            yield batch.without_rows() if spare else batch
+        parts = list(by_length.split(micro_sequences)) if len(by_length) else []
+        parts += [by_length[:0]] * (-len(parts) % ranks)
+        return parts[rank::ranks]
 
     def _micro_batch(self, split: str, examples: Tensor, epochs: Tensor | int) -> MicroBatch:
         lengths = self.lengths[split][examples]

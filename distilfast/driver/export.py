@@ -10,7 +10,10 @@ from torch import Tensor
 
 from distilfast import __version__, atomic
 from distilfast.config import Config, to_yaml
-from distilfast.loss_parts import LOSSES, NOTHING_MASKED
+from distilfast.loss_parts import NOTHING_MASKED, weighted_sum
+from distilfast.report import markdown, models_table
+from distilfast.report.numbers import counted
+from distilfast.report.training_run import model_rows
 
 CARD = """\
 ---
@@ -33,15 +36,14 @@ pipeline("fill-mask", model="path/to/this/folder")("Paris is the [MASK] of Franc
 - Teacher: {teacher}
 - Data: {data}
 - {recipe}
-- {tokens:,} tokens in {steps:,} steps of {batch}, {minutes:.1f} minutes on {device}
+- {tokens} in {steps} of {batch}, {minutes:.1f} minutes on {device}
 
 ## What was measured
 
-On the held-out part of the same data, at the masked positions:
+On the held-out part of the same data, at the masked positions. Losses are cross entropies in nats;
+agreement is the share of first guesses that are the teacher's:
 
-| model | cross entropy (nats) | accuracy | agreement with the teacher |
-|---|---|---|---|
-{rows}
+{models}
 {undefined}
 ## Configuration
 
@@ -78,30 +80,23 @@ def export(
 
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
     """Format the model card."""
-    loss = config.loss
-    scores = summary["scores"]["student"]
-    weights = {part.title.format(T=loss.temperature): getattr(loss, part.weight) for part in LOSSES}
+    name = Path(config.output).name
+    undefined = summary["scores"]["student"]["eval_loss"] is None
     return CARD.format(
-        name=Path(config.output).name,
+        name=name,
         architecture=type(model).__name__,
         layers=summary["student_layers"],
         parameters=summary["parameters"] / 1e6,
         teacher=", ".join(t.name for t in config.teachers),
         version=__version__,
         data=", ".join(s.name for s in config.sources) or config.data.prepared,
-        recipe="Loss: " + ", ".join(f"{w:g} x {name}" for name, w in weights.items() if w),
-        tokens=summary["tokens"],
-        steps=summary["steps"],
-        batch=f"{config.batch.size} {config.batch.unit}",
+        recipe=f"Loss: {weighted_sum(vars(config.loss))}",
+        tokens=counted(summary["tokens"], "token"),
+        steps=counted(summary["steps"], "step"),
+        batch=counted(config.batch.size, config.batch.unit.removesuffix("s")),
         minutes=summary["seconds"] / 60,
         device=summary["device"],
-        rows="\n".join(_row(name, scores) for name, scores in summary["scores"].items()),
-        undefined=f"\n{NOTHING_MASKED}.\n" if scores["eval_loss"] is None else "",
+        models=markdown(models_table(model_rows(name, summary))),
+        undefined=f"\n{NOTHING_MASKED}.\n" if undefined else "",
         config=to_yaml(config),
     )
-
-
-def _row(name: str, scores: dict[str, Any]) -> str:
-    formats = {"eval_loss": ".3f", "eval_accuracy": ".1%", "eval_agreement": ".1%"}
-    cells = ["" if scores[k] is None else format(scores[k], form) for k, form in formats.items()]
-    return f"| {' | '.join([name, *cells])} |"

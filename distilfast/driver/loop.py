@@ -32,6 +32,7 @@ from distilfast.driver.processes import World
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.driver.watch import guard
 from distilfast.loss_parts import AGREEMENT, LOSSES
+from distilfast.machine import code_version
 
 
 class TrainingError(RuntimeError):
@@ -90,6 +91,7 @@ def advice(config: Config) -> str:
 def train(config: Config, world: World, setup: Setup, output: Path, start: int, stop: Stop) -> int:
     """Train from step ``start`` to the last and write the results. Return the number of steps that
     are done: fewer than all if a signal stopped training. Then a checkpoint was written."""
+    code = code_version() if world.rank == 0 else ""  # now, as a checkout may change meanwhile
     teacher = teacher_side(config, world, setup.teachers)
     runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
     folder, keep = output / "checkpoints", config.checkpoint.keep
@@ -165,7 +167,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
 
     weights = {k.removeprefix("student."): v for k, v in runner.weights().items()}
     if metrics:
-        results.write(config, world, setup, output, scores, metrics.lines(), weights)
+        record = {"code": code, "heldout": evaluator.record()}
+        results.write(config, world, setup, output, scores, metrics.lines(), weights, record)
     world.first(lambda: None)  # no rank leaves before the results are written
     return setup.steps
 

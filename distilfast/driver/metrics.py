@@ -8,38 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distilfast import atomic
-from distilfast.errors import shortened
 from distilfast.loss_parts import NOTHING_MASKED
 from distilfast.progress import Bar
-from distilfast.report.numbers import fixed
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl, except a half-written last line.
-
-    Raises ValueError, with the file and the line number, for any other line that is not a JSON
-    object. NaN and Infinity are accepted, as a run that diverged writes them.
-    """
-    complete, newline, tail = path.read_bytes().rpartition(b"\n")
-    lines = []
-    for number, raw in enumerate(complete.split(b"\n") if newline else [], start=1):
-        if raw.strip():
-            line = _json_object(raw)
-            if line is None:
-                shown = shortened(raw.decode("utf-8", "replace"))
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown!r}")
-            lines.append(line)
-    # Only a last line without its newline can be half-written. If it is whole, it still counts.
-    last = _json_object(tail)
-    return lines if last is None else [*lines, last]
-
-
-def _json_object(raw: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(raw)
-    except ValueError:  # also a UnicodeDecodeError: a cut inside a character
-        return None
-    return value if isinstance(value, dict) else None
+from distilfast.report.numbers import fixed, percent
+from distilfast.report.training_run import read_metrics
 
 
 class Metrics:
@@ -101,12 +73,11 @@ class Progress(Bar):
 
     def evaluated(self, step: int, scores: dict[str, Any]) -> None:
         """Show an evaluation."""
-        if scores["eval_loss"] is None:
+        loss, accuracy, agreement = (scores[f"eval_{x}"] for x in ("loss", "accuracy", "agreement"))
+        if loss is None:
             self.say(f"step {step}: {NOTHING_MASKED}")
             return
-        agreement = scores["eval_agreement"]
-        shown = "" if agreement is None else f", agreement {agreement:.1%}"
+        shown = "" if agreement is None else f", agreement {percent(agreement)}"
         self.say(
-            f"step {step}: held-out loss {scores['eval_loss']:.3f}, "
-            f"accuracy {scores['eval_accuracy']:.1%}{shown}"
+            f"step {step}: held-out loss {fixed(loss, 3)}, accuracy {percent(accuracy)}{shown}"
         )

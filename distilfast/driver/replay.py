@@ -20,9 +20,10 @@ from distilfast.data import MicroBatch
 from distilfast.driver import checkpoint, checks, engine, loop, processes
 from distilfast.driver.checkpoint import Saved
 from distilfast.driver.engine import Engine
-from distilfast.driver.metrics import read_metrics
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 from distilfast.errors import ConfigError
+from distilfast.report.numbers import counted
+from distilfast.report.training_run import read_metrics
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         runner.restore(saved)
     ranks = ranks or 1
     origin = f"the checkpoint after step {start}" if start else "the beginning"
-    dealt = f"{ranks} ranks" if ranks > 1 else "one rank"
-    print(f"from {origin}, in the micro-batches of {dealt}")
+    print(f"from {origin}, in the micro-batches of {counted(ranks, 'rank')}")
     if start < step - 1 and ranks > 1 and config.student.dropout != 0:
         print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
     for before in range(start, step - 1):
@@ -97,7 +97,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts(), strict=True)):
             torch.manual_seed(loop.dropout_seed(config.seed, step - 1, i, rank))
             found = pieces.add(batch.to(world.device))
-            print(f"rank {rank}, micro-batch {i + 1}, {len(examples)} examples: {found}")
+            print(f"rank {rank}, micro-batch {i + 1}, {counted(len(examples), 'example')}: {found}")
             if found.finite:
                 continue
             for example, epoch in zip(examples.split(1), epochs.split(1), strict=True):

@@ -26,8 +26,14 @@ def write(
     scores: dict[str, dict[str, Any]],
     lines: list[dict[str, Any]],
     weights: dict[str, Tensor],
+    record: dict[str, Any],
 ) -> None:
-    """Write model/, report.html and, last, summary.json, which marks the run as complete."""
+    """Write model/, report.html and, last, summary.json, which marks the run as complete.
+
+    Args:
+        scores: the teacher's, by the name it is shown by.
+        record: what the summary holds besides the figures made here.
+    """
     evaluations = [line for line in lines if "eval_loss" in line]
     steps = [line for line in lines if "loss" in line]
     taken = [
@@ -48,11 +54,13 @@ def write(
             "untrained student": _scores(evaluations[0]),
             "student": _scores(evaluations[-1]),
         },
+        **record,
     }
     export.export(setup.student, weights, setup.tokenizer, config, summary, output / "model")
     report = training_report(output, configs.to_yaml(config), lines, summary)
     write_report(report, output / "report.html")
-    atomic.write(output / "summary.json", json.dumps(summary, indent=1))
+    entries = ",\n ".join(f"{json.dumps(key)}: {json.dumps(x)}" for key, x in summary.items())
+    atomic.write(output / "summary.json", f"{{\n {entries}\n}}\n")
     print(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
 
 

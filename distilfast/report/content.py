@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from distilfast.errors import shortened
+from distilfast.report.numbers import count, counted, duration, fixed, percent
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A row of the table of models: size, cost and figures on held-out text."""
+    """A row of the table of models: size, cost and figures on held-out text. None: not defined, or
+    not measured."""
 
     name: str
     parameters: int
     size_mib: float  # size of the weights
-    eval_loss: float | None  # cross entropy in nats at masked positions; None: nothing was masked
+    eval_loss: float | None  # cross entropy in nats at masked positions
     eval_accuracy: float | None  # share of masked tokens that are the first guess, 0 to 1
-    eval_agreement: float | None  # share of first guesses that are the teacher's; None: a teacher
+    eval_agreement: float | None  # share of first guesses that are the teacher's
     train_time_s: float | None
     steps: int | None
     note: str = ""
+    teacher: bool | None = None  # None, as in older files: it is one if it has no agreement
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.eval_agreement is None if self.teacher is None else self.teacher
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A model's losses on blocks of held-out examples, for `paired.paired`."""
+
+    examples: int  # in all blocks
+    tokens: list[int]  # of each block, its masked tokens
+    losses: list[float]  # of each block, the sum of their losses in nats
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Table:
         """
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.columns):
-                expected = f"expected {len(self.columns)} cells, got {len(row)}"
+                expected = f"expected {counted(len(self.columns), 'cell')}, got {len(row)}"
                 raise ValueError(f"table {self.title!r}, row {number}: {expected}")
         if not set(self.published) <= set(range(len(self.rows))):
             expected = f"expected indices below {len(self.rows)}, got {self.published}"
@@ -94,6 +111,7 @@ class Report:
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)  # commands that reproduce the figures
+    blocks: dict[str, Blocks] = field(default_factory=dict)  # by the name of a model's row
 
 
 def read_report(path: Path) -> Report:
@@ -108,6 +126,20 @@ def read_report(path: Path) -> Report:
     return report
 
 
+def models_table(rows: Iterable[ModelRow], title: str = "") -> Table:
+    """Tabulate models as the page does, for a terminal or a model card."""
+    columns = "model, held-out loss, accuracy, agreement, parameters, MiB, steps, training time"
+    cells = [
+        [
+            *(row.name, fixed(row.eval_loss, 3), percent(row.eval_accuracy)),
+            *(percent(row.eval_agreement), count(row.parameters), fixed(row.size_mib, 1)),
+            *(fixed(row.steps, 0), duration(row.train_time_s)),
+        ]
+        for row in rows
+    ]
+    return Table(title, columns.split(", "), cells)
+
+
 def markdown(table: Table) -> str:
     """Format a table for a terminal or a README."""
     rows = [
@@ -118,7 +150,8 @@ def markdown(table: Table) -> str:
         f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
         for row in (table.columns, ["---"] * len(table.columns), *rows)
     ]
-    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines])
+    heading = [f"**{table.title}.** {table.caption}", ""] if table.title else []
+    return "\n".join([*heading, *lines])
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import yaml
 
 from distilfast.report.content import Chart, ModelRow, Report, Sample, Table
+from distilfast.report.numbers import counted, fixed
+from distilfast.report.paired import claim, compared
 
 
 def merge(reports: dict[str, Report]) -> Report:
@@ -22,10 +24,19 @@ def merge(reports: dict[str, Report]) -> Report:
         for run, report in reports.items()
         for name, text in _configs(run, report).items()
     }
-    results = [[run, report.lead or report.title] for run, report in reports.items()]
+    results = [
+        [run, report.lead or report.title]
+        for run, report in reports.items()
+        if run not in {row.name for row in report.models}  # else that row is its result
+    ]
+    blocks = {
+        _of(run, name): found
+        for run, report in reports.items()
+        for name, found in report.blocks.items()
+    }
     return Report(
-        title=f"{', '.join(reports)}: {len(reports)} runs compared",
-        lead="",
+        title=f"{', '.join(reports)}: {counted(len(reports), 'run')} compared",
+        lead=_lead(reports),
         models=_models(reports),
         curves={
             _of(run, name): lines
@@ -36,7 +47,8 @@ def merge(reports: dict[str, Report]) -> Report:
         facts=_facts(reports),
         config=configs,
         tables=[
-            Table("Runs", ["run", "result"], results),
+            *compared(blocks),
+            *([Table("Runs", ["run", "result"], results)] if results else []),
             *_what_differs(configs),
             *_merged(
                 [(run, table) for run, report in reports.items() for table in report.tables],
@@ -50,12 +62,26 @@ def merge(reports: dict[str, Report]) -> Report:
             _chart,
         ),
         commands=list(dict.fromkeys(c for report in reports.values() for c in report.commands)),
+        blocks=blocks,
     )
 
 
 def _of(run: str, name: str) -> str:
     """Return the name that an item of a run has in a merged report."""
     return name if name == run else f"{run}: {name}"
+
+
+def _lead(reports: dict[str, Report]) -> str:
+    """Compare the students of two training runs, and say how sure that is."""
+    rows = {run: row for run, report in reports.items() for row in report.models if row.name == run}
+    if len(rows) != 2 or len(reports) != 2:
+        return ""
+    (ours, a), (theirs, b) = rows.items()
+    verdict, evidence = claim(reports[ours].blocks.get(ours), reports[theirs].blocks.get(theirs))
+    return (
+        f"Held-out loss of {ours}: {fixed(a.eval_loss, 3)}, {verdict} the {fixed(b.eval_loss, 3)} "
+        f"of {theirs}. {evidence}"
+    )
 
 
 def _models(reports: dict[str, Report]) -> list[ModelRow]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from distilfast import atomic
-from distilfast.report.content import ModelRow, Report, Table
+from distilfast.report.content import Report, Table
 from distilfast.report.numbers import count, duration, fixed, percent
+from distilfast.report.paired import paired
 from distilfast.report.plots import (
     SMOOTHING,
     forest,
     heldout_panels,
     levels_of,
-    number,
     styles_of,
     training_panels,
 )
@@ -42,19 +41,23 @@ def _figures(table: Table) -> list[bool]:
     return [all(map(figure.fullmatch, column)) for column in columns]
 
 
-def _best_students(models: Sequence[ModelRow]) -> set[str]:
-    """Return the students with the lowest held-out loss, if there are at least two students."""
+def _best_students(report: Report) -> set[str]:
+    """Return the students with the lowest held-out loss, if there are at least two students and no
+    other is known to be not distinguishable from them."""
     losses = {
-        row.name: loss
-        for row in models
-        if row.eval_agreement is not None and math.isfinite(loss := number(row.eval_loss))
+        row.name: row.eval_loss
+        for row in report.models
+        if not row.is_teacher and row.eval_loss is not None and math.isfinite(row.eval_loss)
     }
     best = {name for name, loss in losses.items() if loss == min(losses.values())}
-    return best if len(best) < len(losses) else set()
+    others = losses.keys() - best
+    pairs = [paired(report.blocks.get(a), report.blocks.get(b)) for a in others for b in best]
+    return best if others and all(p is None or p.verdict == "higher than" for p in pairs) else set()
 
 
 def _render(report: Report) -> str:
     import jinja2
+    from markupsafe import Markup, escape
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -65,6 +68,8 @@ def _render(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
+        # A key of a configuration breaks after its dots and underscores, not within a word.
+        breakable=lambda text: Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(text)))),
         count=count,
         duration=duration,
         fixed=fixed,
@@ -82,7 +87,7 @@ def _render(report: Report) -> str:
         tables=[(table, _figures(table)) for table in report.tables],
         charts=[forest(chart) for chart in report.charts],
         styles=styles,
-        best=_best_students(report.models),
+        best=_best_students(report),
         levels=levels_of(report),
         heldout=heldout,
         training=training,

@@ -15,6 +15,8 @@ from distilfast.report.content import Chart, ModelRow, Report
 from distilfast.report.numbers import fixed
 
 _MAX_POINTS = 400  # about the most points that a plot of this size can show
+EARLY = 0.25  # the share of a run whose values may lie beyond the axis
+SQUEEZE = 2.0  # they may if the rest would else have less than half of it
 SMOOTHING = 50  # the window of the running mean is 1/50 of a run
 HELDOUT_TITLES = {
     "eval_loss": ("Held-out loss", "nats"),
@@ -98,11 +100,13 @@ def _plot(
     styles: dict[str, Style],
     *,
     references: Sequence[float] = (),
+    window: tuple[float, float] | None = None,
     percent: bool = False,
     log: bool = False,
 ) -> str:
     """Draw the curves against step as an SVG element, with a dashed level for each reference.
 
+    ``window`` is the range of the axis; None: all values.
     Its only text is numbers and the word "step". Names stand in the page's own legend: there they
     wrap, are escaped once, and need no font that matplotlib knows.
     """
@@ -164,6 +168,8 @@ def _plot(
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
             axes.yaxis.set_minor_locator(ticker.NullLocator())
         else:
+            if window:
+                axes.set_ylim(*window)
             axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(
             ticker.PercentFormatter(1.0, symbol=" %")
@@ -242,20 +248,62 @@ def forest(chart: Chart) -> dict[str, Any]:
     )
 
 
+def window_of(curves: Sequence[Curve], levels: Sequence[float]) -> tuple[float, float] | None:
+    """Return the range of the axis that shows where the runs end and how they differ there.
+
+    It holds the levels and all but the first quarter of each run. None if that fills most of the
+    axis anyway. A student that begins with random weights falls by several nats within a few steps,
+    and next to that the difference between two students could not be seen.
+    """
+    finite = [
+        (step, value, curve.steps[-1])
+        for curve in curves
+        for step, value in zip(curve.steps, curve.values, strict=True)
+        if not math.isnan(value)
+    ]
+    values = [*(value for _, value, _ in finite), *levels]
+    later = [*(value for step, value, last in finite if step >= last * EARLY), *levels]
+    if not later or max(values) - min(values) <= SQUEEZE * (max(later) - min(later)):
+        return None
+    margin = 0.05 * (max(later) - min(later)) or 0.05 * (max(values) - min(values))
+    low, high = min(later) - margin, max(later) + margin
+    return max(low, min(values) - margin), min(high, max(values) + margin)
+
+
+def _cut(curves: Sequence[Curve], window: tuple[float, float] | None, percent: bool) -> str:
+    """Say what lies outside the axis."""
+    if window is None:
+        return ""
+    values = [value for curve in curves for value in curve.values if not math.isnan(value)]
+    low, high = (f"{100 * x:.3g} %" if percent else f"{x:,.3g}" for x in (min(values), max(values)))
+    cut = [f"down to {low}"] if min(values) < window[0] else []
+    cut += [f"up to {high}"] if max(values) > window[1] else []
+    return f"Early values, {' and '.join(cut)}, are beyond the axis."
+
+
 def _panel(
-    key: str, title: str, unit: str, curves: Sequence[Curve], svg: str, has_gaps: bool
+    key: str,
+    title: str,
+    unit: str,
+    curves: Sequence[Curve],
+    svg: str,
+    has_gaps: bool,
+    note: str = "",
 ) -> dict[str, Any]:
     runs = [curve.run for curve in curves]
     label = f"{title} ({unit}) against step: {', '.join(runs)}"
-    return dict(key=key, title=title, unit=unit, runs=runs, svg=svg, gaps=has_gaps, label=label)
+    named = dict(key=key, title=title, unit=unit, label=label, note=note)
+    return dict(**named, runs=runs, svg=svg, gaps=has_gaps)
 
 
 def levels_of(report: Report) -> list[ModelRow]:
-    """Return the teachers whose figures are drawn as levels in the held-out plots."""
+    """Return the teachers whose figures are drawn as levels in the held-out plots: those that no
+    curve shows."""
     return [
         row
         for row in report.models
-        if row.eval_agreement is None
+        if row.is_teacher
+        and row.name not in report.curves
         and not all(math.isnan(number(getattr(row, key))) for key in HELDOUT_TITLES)
     ]
 
@@ -267,14 +315,11 @@ def heldout_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, A
         curves = [thin(curve) for curve in whole if curve is not None]
         if curves:
             levels = [number(getattr(row, key)) for row in levels_of(report)]
-            svg = _plot(
-                key,
-                curves,
-                styles,
-                references=[level for level in levels if not math.isnan(level)],
-                percent=key == "eval_accuracy",
-            )
-            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole)))
+            levels = [level for level in levels if not math.isnan(level)]
+            percent, window = key == "eval_accuracy", window_of(curves, levels)
+            svg = _plot(key, curves, styles, references=levels, window=window, percent=percent)
+            note = _cut(curves, window, percent)
+            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole), note))
     return panels
 
 
@@ -290,9 +335,10 @@ def training_panels(report: Report, styles: dict[str, Style]) -> list[dict[str, 
         if curves:
             drawn = [v for curve in curves for v in curve.values if not math.isnan(v)]
             log = min(drawn) > 0 and max(drawn) > 8 * min(drawn)
-            svg = _plot(key, curves, styles, log=log)
-            unit = f"{unit}, log scale" if log else unit
-            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole)))
+            window = None if log else window_of(curves, [])
+            svg = _plot(key, curves, styles, window=window, log=log)
+            unit, note = f"{unit}, log scale" if log else unit, _cut(curves, window, False)
+            panels.append(_panel(key, title, unit, curves, svg, _has_gap(whole), note))
     return panels
 
 

@@ -36,7 +36,7 @@ from distilfast.errors import ConfigError, expect
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup
 from distilfast.studies import flags, jobs
-from distilfast.studies.figures import Difference, difference, mean, over_seeds
+from distilfast.studies.figures import Difference, difference, facts, mean, over_seeds
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
 from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_inputs
@@ -356,7 +356,7 @@ def write(
     report = Report(
         title=f"Ablation: {', '.join(task.name for task in chosen)}",
         lead=lead(differences),
-        facts={k: str(v) for k, v in what.items() if v is not None and k != "config"},
+        facts=facts({key: value for key, value in what.items() if key != "config"}),
         config=yaml.safe_dump(what["config"], sort_keys=False),
         tables=[made],
         charts=[

@@ -23,6 +23,8 @@ from distilfast import __version__, atomic
 from distilfast.errors import ConfigError, expect, writable
 from distilfast.machine import cpu_name
 from distilfast.report import Report, Table, markdown, write_report
+from distilfast.report.numbers import counted
+from distilfast.studies.figures import facts
 from distilfast.studies.flags import Parser, positive
 from distilfast.studies.sizes import MIB, Candidate, load
 from distilfast.studies.speed import DTYPES, Mode, Plan, measure
@@ -199,7 +201,7 @@ def _passes(results: Sequence[dict[str, Any]], precisions: Sequence[str]) -> Tab
         for name, row in measured.items()
     ]
     counts = sorted(
-        {f"{row['texts']:,} texts of {row['tokens']:,} tokens" for row in measured.values()}
+        {f"{counted(r['texts'], 'text')} of {r['tokens']:,} tokens" for r in measured.values()}
     )
     return Table(
         title="One pass over a data set at batch 1",
@@ -256,13 +258,15 @@ def write(
     report = Report(
         title=f"distilfast {__version__}: models compared",
         lead=lead,
-        facts={
-            "device": settings["device_name"],
-            "threads": str(settings["threads"]),
-            "torch": settings["torch"],
-            "tokens a sequence": str(settings["sequence_length"]),
-            "rounds": str(settings["rounds"]),
-        },
+        facts=facts(
+            {
+                "device": settings["device_name"],
+                "threads": settings["threads"],
+                "torch": settings["torch"],
+                "tokens a sequence": settings["sequence_length"],
+                "rounds": settings["rounds"],
+            }
+        ),
         config=yaml.safe_dump(settings, sort_keys=False),
         tables=tables,
         commands=[shlex.join(["distilfast", "compare", *arguments])],

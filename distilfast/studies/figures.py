@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distilfast.machine import code_version
 from distilfast.report import Table
 from distilfast.studies.jobs import Result
 from distilfast.tasks import GLUE, Task
@@ -153,6 +154,12 @@ def published_rows(
             cells.append(f"{figures[column]}{mark}" if column in figures else "")
         rows.append([name, *cells])
     return rows
+
+
+def facts(what: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a page says of how it was made: a study's settings, and the code."""
+    known = {key: str(value) for key, value in what.items() if value is not None}
+    return {**known, "code": code_version()}
 
 
 def with_spread(median: float | None, stdev: float | None) -> str:

@@ -27,8 +27,9 @@ from distilfast import tasks
 from distilfast.errors import ConfigError, writable
 from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
+from distilfast.report.numbers import counted
 from distilfast.studies import flags, jobs
-from distilfast.studies.figures import difference, over_seeds, short, with_spread
+from distilfast.studies.figures import difference, facts, over_seeds, short, with_spread
 from distilfast.studies.flags import add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, read_tokens, slug
 from distilfast.studies.inputs import Model, identity, open_model
@@ -334,7 +335,7 @@ def write(
     report = Report(
         title=f"{inputs.task.name}: {short(inputs.student.source)}",
         lead=lead(results),
-        facts={key: str(value) for key, value in what.items() if value is not None},
+        facts=facts(what),
         config=yaml.safe_dump(json.loads((output / "settings.json").read_text(encoding="utf-8"))),
         tables=[made],
         charts=[Chart("Student", inputs.task.metric, students)] if students else [],
@@ -397,8 +398,8 @@ def table(
     if len(inputs.teachers) > 1:
         notes.append(f"The ensemble is the {mean} mean of the teachers' distributions.")
     if "transfer" in inputs.splits:
-        texts = len(inputs.splits["transfer"].texts)
-        notes.append(f"Students with a teacher learn from {texts:,} unlabelled texts besides.")
+        texts = counted(len(inputs.splits["transfer"].texts), "unlabelled text")
+        notes.append(f"Students with a teacher learn from {texts} besides.")
     return Table("Distilled on a task", columns, rows, " ".join(notes))
 
 

@@ -23,8 +23,9 @@ import yaml
 from distilfast import tasks
 from distilfast.errors import ConfigError
 from distilfast.report import Chart, Report, markdown, write_report
+from distilfast.report.numbers import counted
 from distilfast.studies import flags, jobs
-from distilfast.studies.figures import macro, median_score, short, summary, table
+from distilfast.studies.figures import facts, macro, median_score, short, summary, table
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
 from distilfast.studies.inputs import Inputs, chosen_tasks, named_models, read_inputs
@@ -147,7 +148,7 @@ def write(
     report = Report(
         title=f"{title}: {', '.join(results)}",
         lead=lead(results, [task.name for task in shown]),
-        facts={key: str(value) for key, value in what.items() if value is not None},
+        facts=facts(what),
         config=yaml.safe_dump(settings),
         tables=[made],
         charts=[
@@ -179,4 +180,4 @@ def lead(results: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> str:
     (first, best), *others = macros.items()
     said = [f"{short(first)} scores {best:.1f}"]
     said += [f"{short(n)} {m:.1f} ({m / best:.1%} of it)" for n, m in others if best]
-    return ", ".join(said) + f", the mean over {len(known)} tasks."
+    return ", ".join(said) + f", the mean over {counted(len(known), 'task')}."

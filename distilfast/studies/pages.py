@@ -9,18 +9,16 @@ and charts of the same title are merged.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distilfast.driver.metrics import read_metrics
 from distilfast.errors import ConfigError, expect, writable
 from distilfast.report import Report, read_report, write_report
-from distilfast.report.merging import flat_keys, merge
-from distilfast.report.training_run import training_report
+from distilfast.report.merging import merge
+from distilfast.report.training_run import read_training
 from distilfast.studies.flags import Parser
 
 COMMAND = "distilfast report"
@@ -92,7 +90,7 @@ def read_run(folder: Path, name: str) -> Report:
     """
     try:
         if (folder / "metrics.jsonl").is_file():
-            return _read_training(folder, name)
+            return read_training(folder, name)
         if (folder / "report.json").is_file():
             return read_report(folder / "report.json")
     except (OSError, ValueError) as error:
@@ -100,16 +98,3 @@ def read_run(folder: Path, name: str) -> Report:
     raise ConfigError(
         f"RUN: expected a folder with metrics.jsonl or report.json, got {str(folder)!r}"
     )
-
-
-def _read_training(folder: Path, name: str) -> Report:
-    config = (folder / "config.yaml").read_text(encoding="utf-8")
-    if not flat_keys(config):
-        raise ValueError(f"{folder / 'config.yaml'}: expected a mapping of keys in YAML")
-    lines = read_metrics(folder / "metrics.jsonl")
-    path = folder / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes()) if path.is_file() else None
-        return training_report(folder, config, lines, summary, name)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path}: expected the summary of a run, got {error!r}") from error

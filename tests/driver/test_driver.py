@@ -32,6 +32,7 @@ from distilfast.data.masking import permutation
 from distilfast.driver import checkpoint, checks, engine, loop, optimizers, processes
 from distilfast.driver.step import Distillation, Normalizers, TeacherSide
 from distilfast.losses import chunks, distillation_loss, hidden_cosine_loss
+from distilfast.machine import code_version
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
 TIMES = ("tokens_per_second",)
@@ -599,7 +600,7 @@ def test_replay_of_a_sound_step_is_that_step(
     arguments = ["--config", str(folder / "config.yaml"), "--resume=never"]
     assert cli.main(["replay", "--step=7", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "from the checkpoint after step 4, in the micro-batches of one rank" in out
+    assert "from the checkpoint after step 4, in the micro-batches of 1 rank" in out
     again, recorded = (
         dict(re.findall(r"(\w+) ([\d.e-]+)(?:  |$)", line))
         for line in out.splitlines()
@@ -745,6 +746,10 @@ def test_run_leaves_what_it_promises(whole: tuple[list[str], Path]) -> None:
     assert summary["scores"]["student"]["eval_loss"] == evaluations[-1]["eval_loss"]
     assert summary["tokens"] == steps[-1]["tokens"]
     assert summary["student_layers"] == 2
+    assert summary["code"] == code_version()
+    held = summary["heldout"]
+    mean = sum(held["losses"]) / sum(held["tokens"])
+    assert mean == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
 
 
 def test_tensorboard_holds_the_metrics(whole: tuple[list[str], Path], tmp_path: Path) -> None:

@@ -862,6 +862,7 @@ def test_scores_equal_a_direct_computation(held: Held) -> None:
     assert wanted["teacher"].eval_agreement == 1
     assert 0.1 < wanted["student"].eval_agreement < 0.9
     assert wanted["student"].eval_accuracy > 0
+    records = []
     for micro in (1, 5, 1000):
         evaluator = Evaluator(held.batches, ALONE, micro, None)
         got = {name: getattr(evaluator, name)(predict(getattr(held, name))) for name in SIDES}
@@ -870,6 +871,31 @@ def test_scores_equal_a_direct_computation(held: Held) -> None:
             assert got[name].eval_accuracy == pytest.approx(wanted[name].eval_accuracy, abs=1e-12)
         agreement = wanted["student"].eval_agreement
         assert got["student"].eval_agreement == pytest.approx(agreement, abs=1e-12)
+        records.append(evaluator.record())
+        total = sum(records[-1]["losses"]) / sum(records[-1]["tokens"])
+        assert total == pytest.approx(wanted["student"].eval_loss, rel=1e-5)
+    assert all(r["tokens"] == records[0]["tokens"] for r in records)
+    assert all(r["losses"] == pytest.approx(records[0]["losses"], rel=1e-4) for r in records)
+
+
+def test_losses_are_recorded_in_blocks_of_neighbours(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = Evaluator(held.batches, ALONE, 3, 7)
+    evaluator.student(predict(held.student))
+    one_by_one = evaluator.record()
+    assert one_by_one["examples"] == len(one_by_one["losses"]) == 7
+    monkeypatch.setattr(heldout, "BLOCKS", 3)
+    for key in ("tokens", "losses"):
+        a, b, c, *rest = one_by_one[key]
+        wanted = [a + b + c, sum(rest[:2]), sum(rest[2:])]
+        assert evaluator.record()[key] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_scores_of_no_masked_token_are_not_defined(held: Held) -> None:
+    evaluator = Evaluator(held.batches, ALONE, 3, 7)
+    evaluator.batches = [batch.without_rows() for batch in evaluator.batches]
+    assert evaluator.student(predict(held.student)) == Scores(None, None, None)
 
 
 def test_agreement_of_the_teacher_with_itself_is_one(held: Held) -> None:
@@ -899,7 +925,7 @@ def test_scores_of_ranks_sum_to_those_of_one(held: Held) -> None:
     evaluator = Evaluator(held.batches, ALONE, 7, None)
     evaluator.teacher(predict(held.teacher))
     wanted = evaluator.student(predict(held.student))
-    loss, right, agreeing, total = together.tolist()
+    loss, right, agreeing, total = together.sum(1).tolist()
     assert loss / total == pytest.approx(wanted.eval_loss, rel=1e-5)
     assert right / total == pytest.approx(wanted.eval_accuracy)
     assert agreeing / total == pytest.approx(wanted.eval_agreement)
@@ -936,6 +962,7 @@ torch.save(made, sys.argv[1])
 """
 SUMMARY = {
     "teacher": ["bert"],
+    "teacher_parameters": 109_514_298,
     "parameters": 66_985_530,
     "student_layers": 3,
     "steps": 12_345,
@@ -1049,9 +1076,9 @@ def test_card_holds_the_figures(architecture: str, exported: dict[str, Exported]
         made.config.teachers[0].name,
         "some/text.txt",
         "5 x KL at T = 2, 2 x masked-LM cross entropy, 1 x hidden-state cosine",
-        "987,654,321 tokens in 12,345 steps of 4096 sequences, 90.5 minutes on one abacus",
-        "| teacher | 1.235 | 75.0% | |",
-        "| student | 2.346 | 62.5% | 81.2% |",
+        "987,654,321 tokens in 12,345 steps of 4,096 sequences, 90.5 minutes on one abacus",
+        "| teacher | 1.235 | 75.0 % | – | 109.5 M |",
+        f"| {architecture}-student | 2.346 | 62.5 % | 81.2 % | 67.0 M |",
     ):
         assert figure in text, figure
     assert "logit" not in text.split("## Configuration")[0]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from distilfast import report as report_module
-from distilfast.driver.metrics import read_metrics
 from distilfast.loss_parts import LOGGED
 from distilfast.report import (
+    Blocks,
     Chart,
     Guess,
     ModelRow,
@@ -30,6 +30,7 @@ from distilfast.report import (
     read_report,
     write_report,
 )
+from distilfast.report.training_run import read_metrics
 
 NAN = math.nan
 
@@ -37,13 +38,14 @@ NAN = math.nan
 def metrics(steps: int, *, hidden: bool = True, kd: bool = True) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
-        line = {"step": step, "tokens": 2048 * step, "loss": 20 / step, "ce": 4.0 + 1 / step}
+        line = {"step": step, "tokens": 2048 * step, "loss": 20 / step, "ce": 5.0 - step / 100}
         line["kd"] = 9 / step if kd else 0.0
         if hidden:
             line["hidden_cos"] = 1 / step
         lines.append(line)
         if step % 10 == 0:
-            lines.append({"step": step, "eval_loss": 3 + 9 / step, "eval_accuracy": 0.5 - 1 / step})
+            share = step / 200
+            lines.append({"step": step, "eval_loss": 4 - share, "eval_accuracy": share})
     return lines
 
 
@@ -85,6 +87,13 @@ def full_report() -> Report:
     )
 
 
+def blocks(more: float) -> Blocks:
+    """Twelve blocks of ten tokens; ``more`` is added to all, and 1 and -1 in turn to its losses:
+    the standard error of the mean is sqrt(12 / 11) / sqrt(12) = 0.30 a block, or 0.09 a token."""
+    spread = [10 * (3 + more) + 3 * (-1) ** i * bool(more) for i in range(12)]
+    return Blocks(40, [10] * 12, spread)
+
+
 def empty_report(**changes: Any) -> Report:
     return replace(Report("Title", "", [], {}, [], {}, ""), **changes)
 
@@ -104,7 +113,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "br"}:
+        if tag not in {"meta", "link", "br", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -227,6 +236,8 @@ def test_page_marks_the_word_that_was_hidden(tmp_path: Path) -> None:
         ([student("a", 2.5), student("b", NAN)], None),
         ([student("a", 2.5), student("b", 2.5)], None),
         ([student("a", math.inf), student("b", NAN), student("c", None)], None),
+        ([student("a", 2.5, eval_loss=None), student("b", 2.75), student("c", 2.5)], "c"),
+        ([student("a", 2.5, eval_agreement=None, teacher=False), student("b", 2.75)], "a"),
     ],
 )
 def test_best_student_is_the_lowest_finite_loss_of_several(
@@ -238,6 +249,18 @@ def test_best_student_is_the_lowest_finite_loss_of_several(
     assert ("lowest held-out loss" in html) == (best is not None)
 
 
+@pytest.mark.parametrize(("lower_by", "best"), [(0.3, ["a"]), (0.1, [])])
+def test_no_student_is_best_that_another_cannot_be_told_from(
+    lower_by: float, best: list[str], tmp_path: Path
+) -> None:
+    report = empty_report(
+        models=[student("a", 2.5), student("b", 2.5 + lower_by)],
+        blocks={"a": blocks(0.0), "b": blocks(lower_by)},
+    )
+    html = page(report, tmp_path).html
+    assert re.findall(r'<tr role="row" class="best">\s*<th[^>]*>(\w+)', html) == best
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0"), (999, "999"), (1000, "1.0 k"), (66_049, "66.0 k"), (999_949, "999.9 k"),
@@ -246,6 +269,16 @@ def test_best_student_is_the_lowest_finite_loss_of_several(
 )  # fmt: skip
 def test_count_has_one_decimal_of_its_unit(number: int, text: str) -> None:
     assert numbers.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "task", "1 task"), (0, "task", "0 tasks"), (1234, "step", "1,234 steps"),
+     (2, "process", "2 processes"), (2, "micro-batch", "2 micro-batches"),
+     (1.0, "epoch", "1 epoch"), (2.5, "epoch", "2.5 epochs")],
+)  # fmt: skip
+def test_counted_nouns_agree_with_their_number(number: float, noun: str, text: str) -> None:
+    assert numbers.counted(number, noun) == text
 
 
 @pytest.mark.parametrize(
@@ -355,6 +388,44 @@ def test_plots_show_the_teacher_as_a_level(tmp_path: Path) -> None:
     without = page(replace(report, models=[blind, *report.models[1:]]), tmp_path)
     assert not re.findall(dashed, without.plots()["Held-out loss"])
     assert "dashed" not in without.text
+
+
+def test_plots_name_a_teacher_once_that_is_a_run_as_well(tmp_path: Path) -> None:
+    report = full_report()
+    shown = page(replace(report, curves={"bert": metrics(60), **report.curves}), tmp_path)
+    (legend, _) = re.findall(r'<ul class="legend">(.*?)</ul>', shown.html, flags=re.DOTALL)
+    assert re.findall(r"</svg>(\w+)</li>", legend) == ["bert", "small", "smaller"]
+    assert "dashed" not in shown.text
+
+
+@pytest.mark.parametrize(
+    ("values", "levels", "window", "note"),
+    [
+        # What the first quarter passes through does not set the axis; a twentieth is margin.
+        ([10.0, 9.0, 3.0, 2.5, 2.0], [], (1.95, 3.05), "Early values, up to 10, are beyond"),
+        ([10.0, 9.0, 3.0, 2.5, 2.0], [1.0], (0.9, 3.1), "Early values, up to 10, are beyond"),
+        ([0.0, 0.1, 3.0, 2.5, 2.0], [], (1.95, 3.05), "Early values, down to 0, are beyond"),
+        ([3.5, 3.4, 3.0, 2.5, 2.0], [], None, ""),  # the whole fits
+        ([2.2, 3.0, 3.0, 2.5, 9.0], [], None, ""),  # a run that ends high is not cut
+        ([10.0, NAN, 3.0, NAN, 2.0], [], (1.95, 3.05), "Early values, up to 10, are beyond"),
+        ([NAN], [], None, ""),
+    ],
+)
+def test_axis_shows_where_the_runs_end(
+    values: list[float],
+    levels: list[float],
+    window: tuple[float, float] | None,
+    note: str,
+    tmp_path: Path,
+) -> None:
+    steps = [0.0, 20.0, 30.0, 60.0, 90.0][: len(values)]
+    found = plots.window_of([plots.Curve("a", steps, values)], levels)
+    assert found == (None if window is None else pytest.approx(window))
+    lines = [{"step": s, "eval_loss": v} for s, v in zip(steps, values, strict=True)]
+    teacher = [student("t", level, teacher=True) for level in levels]
+    shown = page(empty_report(curves={"a": lines}, models=teacher), tmp_path)
+    assert note in shown.text
+    assert ("beyond the axis" in shown.text) == bool(note)
 
 
 def test_plots_stay_small_for_a_long_run(tmp_path: Path) -> None:
@@ -577,7 +648,7 @@ def test_read_report_returns_what_was_written(tmp_path: Path) -> None:
         ({"charts": [{"title": "", "unit": "", "values": {"a": ["2"]}}]}, "float | None, got '2'"),
         ({"charts": [{"title": "", "unit": "", "values": {"a": [True]}}]}, "| None, got True"),
         ({"tables": [{"title": "t", "columns": ["a"], "rows": [["b", "c"]]}]},
-         "table 't', row 1: expected 1 cells, got 2"),
+         "table 't', row 1: expected 1 cell, got 2"),
         ({"surprise": 1}, "report: expected title, lead, models, "),
         ({"title": "x" * 99, "lead": 10**99}, "report.lead: expected str, got 1000"),
     ],

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distilfast import cli
+from distilfast import __version__, cli, machine
 from distilfast.report import (
+    Blocks,
     Chart,
     Guess,
     ModelRow,
     Report,
     Sample,
     Table,
+    markdown,
+    models_table,
     read_report,
     write_report,
 )
 from distilfast.report.merging import merge
+from distilfast.report.paired import Paired, claim, paired
 from distilfast.studies.pages import read_run
 
 SCORES = {"eval_loss": 4.0, "eval_accuracy": 0.25, "eval_agreement": 0.5}
@@ -40,6 +45,14 @@ SUMMARY = {
         "student": SCORES,
     },
 }
+
+
+def blocks(above: float) -> dict[str, Any]:
+    """Twelve blocks of ten tokens, their losses higher by ``above`` in the mean."""
+    spread = [10 * (3 + above) + (3.0 * (-1) ** i if above else 0.0) for i in range(12)]
+    return {"examples": 40, "tokens": [10] * 12, "losses": spread}
+
+
 LINES = [
     {"step": 0, **SCORES},
     {"step": 1, "loss": 3.0},
@@ -58,6 +71,13 @@ def training_run(
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def row(
+    name: str, parameters: int, loss: float, agreement: float | None, teacher: bool = False
+) -> ModelRow:
+    size = parameters * 4 / 2**20
+    return ModelRow(name, parameters, size, loss, 0.25, agreement, None, None, teacher=teacher)
 
 
 def glue_report(*scores: float, columns: str = "model CoLA", title: str = "GLUE") -> Report:
@@ -87,14 +107,20 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_finished_training_run_is_read_from_its_files(tmp_path: Path) -> None:
     report = read_run(training_run(Path("runs/small")), "small")
     assert report.title == "small: 1.0 M parameters"
-    assert report.lead == "Held-out loss 4.000, accuracy 25.0% after 2 steps."
+    assert report.lead == "Held-out loss 4.000, accuracy 25.0 % after 2 steps."
     assert report.models == [
-        ModelRow("teacher", 2_000_000, 8e6 / 2**20, 4.0, 0.25, None, None, None),
-        ModelRow("untrained student", 1_000_000, 4e6 / 2**20, 9.0, 0.25, 0.5, None, None),
-        ModelRow("small", 1_000_000, 4e6 / 2**20, 4.0, 0.25, 0.5, 60.0, 2),
+        row("teacher", 2_000_000, 4.0, None, teacher=True),
+        row("student before training", 1_000_000, 9.0, 0.5),
+        replace(row("small", 1_000_000, 4.0, 0.5), train_time_s=60.0, steps=2),
     ]
     assert repr(report.curves) == repr({"small": LINES})
-    assert report.facts == {"device": "a CPU", "tokens": "4,096"}
+    assert report.facts == {
+        "teacher": "bert",
+        "trained on": "4,096 tokens in 2 steps",
+        "seed": "56",
+        "device": "a CPU",
+    }
+    assert report.blocks == {}
     assert report.commands == ["distilfast train --config runs/small/config.yaml"]
     assert str(report.config).startswith("loss:\n  temperature: 2.0\n")
 
@@ -103,7 +129,7 @@ def test_a_runs_own_page_is_what_its_files_say(recipe: list[str]) -> None:
     assert cli.main(["train", *recipe, "--steps=2", "--output=own"]) == 0
     own = read_report(Path("own/report.json"))
     assert own == read_run(Path("own"), "own")
-    assert [row.name for row in own.models] == ["teacher", "untrained student", "own"]
+    assert [row.name for row in own.models] == ["teacher", "student before training", "own"]
     assert own.models[0].parameters > own.models[2].parameters > 0
     assert len(own.curves["own"]) == 4
 
@@ -111,7 +137,45 @@ def test_a_runs_own_page_is_what_its_files_say(recipe: list[str]) -> None:
 def test_a_summary_from_before_teachers_were_counted_has_no_row_of_one() -> None:
     summary = {k: v for k, v in SUMMARY.items() if k != "teacher_parameters"}
     report = read_run(training_run(Path("old"), summary=summary), "old")
-    assert [row.name for row in report.models] == ["untrained student", "old"]
+    assert [row.name for row in report.models] == ["student before training", "old"]
+
+
+def test_a_run_says_what_it_was_made_of_and_measured_on() -> None:
+    summary = {**SUMMARY, "code": "distilfast 1 at 0123", "heldout": blocks(0.0)}
+    folder = training_run(Path("new"), summary=summary)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("loss: {temperature: 3.0, divergence: jsd, kd_weight: 5.0, ce_weight: 0.5}\n")
+    facts = read_run(folder, "new").facts
+    assert facts["loss"] == "5 x JSD at T = 3, 0.5 x masked-LM cross entropy"
+    assert facts["evaluated on"] == "40 held-out examples with 120 masked tokens"
+    assert facts["code"] == "distilfast 1 at 0123"
+
+
+def test_code_is_named_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "distilfast" / "machine.py"))
+    plain = machine.code_version()
+    assert plain == f"distilfast {__version__}"
+    git = "git -c user.name=a -c user.email=a@b -c commit.gpgsign=false"
+    for command in ("init -q", "commit -q --allow-empty -m one"):
+        subprocess.run([*git.split(), *command.split()], cwd=tmp_path, check=True)
+    head = subprocess.check_output("git rev-parse HEAD".split(), cwd=tmp_path, text=True)
+    assert machine.code_version() == f"{plain} at {head[:12]}"
+    (tmp_path / ".git" / "HEAD").unlink()  # a damaged checkout is no reason to fail
+    assert machine.code_version() == plain
+
+
+def test_scores_that_are_not_defined_are_no_figures() -> None:
+    nothing = dict.fromkeys(SCORES)
+    found = {"examples": 3, "tokens": [0, 0, 0], "losses": [0.0, 0.0, 0.0]}
+    summary = {**SUMMARY, "scores": {"student": nothing}, "heldout": found}
+    runs = {name: read_run(training_run(Path(name), summary=summary), name) for name in "ab"}
+    assert runs["a"].lead == "2 steps; no held-out token was masked, so nothing was measured."
+    page = merge(runs)
+    write_report(page, Path("page.html"))
+    assert page.tables == []
+    assert markdown(models_table(page.models)).splitlines()[2:] == [
+        f"| {name} | – | – | – | 1.0 M | 3.8 | 2 | 1 min 00 s |" for name in "ab"
+    ]
 
 
 def test_a_run_that_is_not_finished_has_its_curves() -> None:
@@ -156,16 +220,41 @@ def test_training_runs_share_a_table_and_a_plot() -> None:
     )
     # What is the same in both is there once.
     names = [(row.name, row.eval_loss) for row in page.models]
-    assert names == [("teacher", 4.0), ("untrained student", 9.0), ("a", 4.0), ("warm", 3.5)]
+    assert names == [("teacher", 4.0), ("student before training", 9.0), ("a", 4.0), ("warm", 3.5)]
     assert list(page.curves) == ["a", "warm"]
-    assert page.facts == {"device": "a CPU", "tokens": "4,096"}
-    runs, differs = page.tables
-    assert [name for name, _ in runs.rows] == ["a", "warm"]
-    assert differs == Table(
-        "What differs", ["key", "a", "warm"], [["loss.temperature", "2.0", "4.0"]]
-    )
+    assert page.facts["seed"] == "56"
+    assert page.tables == [
+        Table("What differs", ["key", "a", "warm"], [["loss.temperature", "2.0", "4.0"]])
+    ]
     assert list(page.config) == ["a", "warm"]
     assert page.commands == [f"distilfast train --config {f}/config.yaml" for f in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("above", "cells"),
+    [
+        (0.3, ["+0.300 ± 0.090", "higher than a"]),
+        (0.1, ["+0.100 ± 0.090", "not distinguishable from a"]),
+    ],
+)
+def test_losses_are_compared_on_the_same_examples(above: float, cells: list[str]) -> None:
+    """The standard error by hand: the blocks' differences are 10 x above, 3 more and 3 less in
+    turn, so it is 3 sqrt(12 / 11) / sqrt(12) for a block of 10 tokens."""
+    reports = {
+        name: read_run(training_run(Path(name), summary={**SUMMARY, "heldout": found}), name)
+        for name, found in (("a", blocks(0.0)), ("b", blocks(above)))
+    }
+    page = merge(reports)
+    table = page.tables[0]
+    assert table.rows == [["b", *cells]]
+    assert "the same 40 held-out examples with 120 masked tokens" in table.caption
+    verdict = cells[1].removesuffix(" a").replace("higher", "lower")
+    ours, theirs = reports["a"].blocks["a"], reports["b"].blocks["b"]
+    assert f"Held-out loss of a: 4.000, {verdict} the 4.000 of b. " in page.lead
+    assert claim(ours, None)[0] == claim(ours, replace(theirs, tokens=[9] * 12))[0] == "beside"
+    few = [Blocks(9, x.tokens[:9], x.losses[:9]) for x in (ours, theirs)]
+    assert claim(*few)[0] == "not distinguishable from"
+    assert paired(ours, ours) == Paired(0.0, 0.0)
 
 
 def test_rows_that_differ_are_told_apart_by_their_runs() -> None:
@@ -174,7 +263,7 @@ def test_rows_that_differ_are_told_apart_by_their_runs() -> None:
     runs = {"a": training_run(Path("a")), "b": training_run(Path("b"), summary=other)}
     page = merge({name: read_run(folder, name) for name, folder in runs.items()})
     names = [row.name for row in page.models]
-    assert names == ["a: teacher", "untrained student", "a", "b: teacher", "b"]
+    assert names == ["a: teacher", "student before training", "a", "b: teacher", "b"]
 
 
 def test_tables_of_one_title_and_columns_become_one() -> None:
