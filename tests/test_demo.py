@@ -12,6 +12,8 @@ from conftest import make_teacher
 from distilfast import config as configs
 from distilfast import demo, train
 from distilfast.driver import loop
+from distilfast.report import Blocks, read_report
+from distilfast.report.paired import claim
 from distilfast.sources import lookup
 
 
@@ -54,12 +56,14 @@ def test_demo_compares_three_runs(small: Path, capsys: pytest.CaptureFixture[str
         loss = summary["scores"]["student"]["eval_loss"]
         assert f"{loss:.3f}" in html, name
         assert f"| {name} |" in out
-    assert "untrained" in html
-    better = (
-        summaries["distilled"]["scores"]["student"]["eval_loss"]
-        < (summaries["undistilled"]["scores"]["student"]["eval_loss"])
-    )
-    assert ("not lower than" in html) is not better
+    assert "student before training" in out
+    report = read_report(path.with_suffix(".json"))
+    ours, theirs = (Blocks(**summary["heldout"]) for summary in summaries.values())
+    assert claim(ours, theirs)[1] in report.lead
+    assert report.facts["loss, undistilled"] == "1 x masked-LM cross entropy"
+    assert list(report.config) == ["teacher", "distilled", "undistilled"]
+    teacher = report.models[0]
+    assert (teacher.name, teacher.steps, teacher.is_teacher) == ("teacher", 2, True)
     untrained = {s["scores"]["untrained student"]["eval_loss"] for s in summaries.values()}
     assert len(untrained) == 1, "both students start from the same weights"
 
