@@ -37,6 +37,7 @@ import torch
 import transformers
 from kit import measure, parallel
 
+from distilfast import models
 from distilfast.driver import checks, engine, processes
 from distilfast.driver.step import Distillation
 from distilfast.sources import assets
@@ -51,9 +52,10 @@ SEQUENCES = 32
 
 def make_encoder_recipe(folder: Path) -> Path:
     """configs/demo.yaml's student."""
-    encoder = transformers.AutoModelForMaskedLM.from_pretrained(assets.minilm())
+    source = assets.minilm()
+    encoder, _ = models.load_weights("AutoModelForMaskedLM", source, str(source), fresh_head=True)
     encoder.save_pretrained(folder / "teacher")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.minilm())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(folder / "teacher")
     recipe = folder / "recipe.yaml"
     recipe.write_text(

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 
+from distilfast import models
 from distilfast.config import Config, parse
 from distilfast.driver import checks, engine, loop, optimizers, processes
 from distilfast.driver.metrics import Metrics
@@ -145,11 +146,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        encoder = transformers.AutoModelForMaskedLM.from_pretrained(assets.minilm())
-        encoder.save_pretrained(folder / "teacher")
-        transformers.AutoTokenizer.from_pretrained(assets.minilm()).save_pretrained(
-            folder / "teacher"
+        source = assets.minilm()
+        encoder, _ = models.load_weights(
+            "AutoModelForMaskedLM", source, str(source), fresh_head=True
         )
+        encoder.save_pretrained(folder / "teacher")
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder / "teacher")
         for precision in ("fp32", "bf16"):
             for accumulation in options.accumulation:
                 config = parse(

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from kit import measure
 from kit.measure import figure
 from torch import Tensor
@@ -117,7 +116,7 @@ def main() -> None:
     if not (trained.is_dir() and config.token_folder.is_dir()):
         raise ConfigError(f"output: expected a run that is complete, got {config.output!r}")
     teachers, tokenizer, first = checks.load_models(config)
-    last = transformers.AutoModelForMaskedLM.from_pretrained(trained, dtype=torch.float32)
+    last, _ = models.load_weights("AutoModelForMaskedLM", trained, str(trained))
     store = data.Store.open(config.token_folder)
     special, mask = tokenizer.all_special_ids, tokenizer.mask_token_id
     masker = Masker.from_counts(store.counts, special, mask, config.masking, config.seed)

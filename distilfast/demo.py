@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from distilfast import __version__, models
 from distilfast.config import RECIPES, Config, parse, to_yaml
 from distilfast.driver import loop
@@ -116,8 +114,10 @@ def guesses(folders: dict[str, Path], student: Config) -> list[Sample]:
     """The guesses of the runs' models, and of the student before training."""
     import transformers
 
-    load = transformers.AutoModelForMaskedLM.from_pretrained
-    loaded = {name: load(f / "model", dtype=torch.float32) for name, f in folders.items()}
+    loaded = {
+        name: models.load_weights("AutoModelForMaskedLM", f / "model", str(f / "model"))[0]
+        for name, f in folders.items()
+    }
     before = models.make_student(loaded["teacher"], student.student, student.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["teacher"] / "model")
     return samples({**loaded, "student before training": before}, tokenizer, SENTENCES)

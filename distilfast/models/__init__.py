@@ -20,11 +20,9 @@ from distilfast.models.teachers import (
     Teacher,
     choose_attention,
     load_teachers,
-    loading,
-    loading_errors,
-    quiet,
 )
 from distilfast.models.tokenizers import fingerprint
+from distilfast.models.weights import load_weights, loading, loading_errors, quiet
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +35,7 @@ __all__ = [
     "fingerprint",
     "layers_of",
     "load_teachers",
+    "load_weights",
     "loading",
     "loading_errors",
     "logit_scaling",

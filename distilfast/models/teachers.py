@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
 from distilfast.models.families import FAMILIES, family
+from distilfast.models.weights import load_weights, loading, some
 from distilfast.sources import lookup
 
 
@@ -61,7 +61,8 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
 
     source = lookup.model_source("teacher", spec.name, spec.revision)
     revision = spec.revision if source == spec.name else None
-    with loading(f"teacher: {spec.name!r}"):
+    what = f"teacher: {spec.name!r}"
+    with loading(what):
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
@@ -71,56 +72,26 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
                 f"{spec.name!r} of type {config.model_type!r}"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-    parts = FAMILIES[config.model_type]
+    model, drawn = load_weights(
+        "AutoModelForMaskedLM", source, what, fresh_head=True, revision=revision
+    )
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
-    own = [k for k in info["missing_keys"] if not k.startswith(parts.head_prefix)]
-    if own:
-        raise ConfigError(f"teacher: {spec.name!r} lacks weights: {', '.join(sorted(own)[:3])} ...")
-    has_head = not any(k.startswith(parts.transform) for k in info["missing_keys"])
-    if not has_head:
+    if drawn and (found := _head(model) - drawn):
+        raise ConfigError(
+            f"{what}: expected a whole masked-LM head or none, got none for {some(drawn)} and "
+            f"weights for {some(found)}"
+        )
+    if drawn:
         start_transform(model)
-    return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
+    return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), not drawn), tokenizer
 
 
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Keep transformers quiet while it loads ``what``, and turn its errors into a ConfigError of
-    one line."""
-    try:
-        with quiet():
-            yield
-    except ConfigError:
-        raise
-    except loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{what} cannot be loaded: {message}") from error
-
-
-def loading_errors() -> tuple[type[Exception], ...]:
-    """The errors that transformers raises for files that are damaged or do not fit together."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    own = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError)
-    return (*own, StrictDataclassError, SafetensorError)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide transformers' load report and progress bars. We check ourselves what matters in them."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
+def _head(model: Any) -> set[str]:
+    """Return the names of the head's weights, without those that are tied to the embeddings."""
+    named, body = model.named_parameters(remove_duplicate=False), set(model.base_model.parameters())
+    prefix = family(model).head_prefix
+    return {name for name, weight in named if name.startswith(prefix) and weight not in body}
 
 
 # On a CPU and up to this length, the backward of PyTorch's fused attention takes longer than plain

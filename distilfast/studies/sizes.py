@@ -45,12 +45,12 @@ class Candidate:
 
     def build(self) -> Any:
         """Return the model, in fp32 on the CPU."""
-        import transformers
-
         if self.source is None:
+            import transformers
+
             torch.manual_seed(0)
             return transformers.AutoModel.from_config(self.config)
-        return transformers.AutoModel.from_pretrained(self.source, dtype=torch.float32)
+        return _body(self.source, f"MODEL: {self.name!r}")
 
 
 def load(
@@ -110,7 +110,7 @@ def _load(name: str, given: str) -> Candidate:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or type(config) not in transformers.MODEL_MAPPING:
             raise ConfigError(f"MODEL: expected an encoder, got {given!r}, a {config.model_type}")
-        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+    model = _body(source, f"MODEL: {given!r}")
     path = Path(source)
     if not path.is_dir():
         path = Path(huggingface_hub.snapshot_download(given, local_files_only=True))
@@ -118,6 +118,11 @@ def _load(name: str, given: str) -> Candidate:
     disk_mib = sum(file.stat().st_size for file in files) / MIB
     parameters, embeddings = count(model)
     return Candidate(name, str(path), config, parameters, embeddings, disk_mib, positions(model))
+
+
+def _body(source: str, what: str) -> Any:
+    """Load a body. Its pooler may be missing."""
+    return models.load_weights("AutoModel", source, what, fresh_head=True)[0]
 
 
 def count(model: nn.Module) -> tuple[int, int]:

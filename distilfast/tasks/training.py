@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
-from distilfast.models import choose_attention, loading
+from distilfast.models import choose_attention, load_weights, loading
 from distilfast.sources.lookup import model_source
 from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX
@@ -84,15 +84,16 @@ class SoftTargets:
 
 
 def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model") -> Any:
-    """Load a model with the task's head, in fp32. Missing weights are drawn from ``seed``.
+    """Load a model with the task's head, in fp32. A head that is missing is drawn from ``seed``.
 
     Raises:
-        ConfigError: there is no such model, it has another task's head, or too few positions.
+        ConfigError: there is no such model, its weights do not fit, it has another task's head, or
+            too few positions.
     """
     import transformers
 
-    source = model_source(key, name)
-    with loading(f"{key}: {name!r}"), torch.random.fork_rng(devices=[]):
+    source, what = model_source(key, name), f"{key}: {name!r}"
+    with loading(what), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config = transformers.AutoConfig.from_pretrained(source)
         if has_head(config) and not fits(config, task):
@@ -105,8 +106,9 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
                 f"{key}: expected the classes {', '.join(task.classes)} in this order, got "
                 f"{', '.join(config.id2label.values())} in {name!r}"
             )
-        model = getattr(transformers, f"AutoModel{head(task)}").from_pretrained(
-            source, num_labels=task.outputs, dtype=torch.float32
+        auto = f"AutoModel{head(task)}"
+        model, _ = load_weights(
+            auto, source, what, fresh_head=not has_head(config), num_labels=task.outputs
         )
     most = _positions(model) // PAD_TO * PAD_TO  # a batch is padded to a multiple of PAD_TO
     expect(max_length <= most, "--max_length", f"at most {most} ({name!r})", max_length)
@@ -135,7 +137,7 @@ def head(task: Task) -> str:
 
 def has_head(config: Any) -> bool:
     """Return whether a model has been fine-tuned on some task."""
-    kinds = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
+    kinds = ("SequenceClassification", "QuestionAnswering", "TokenClassification", "MultipleChoice")
     return any(a.endswith(kinds) for a in config.architectures or ())
 
 

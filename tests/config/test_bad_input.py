@@ -749,7 +749,11 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("empty weights", lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
     ("weights cut short", lambda f: cut_short(f / "model.safetensors"), "cannot be loaded"),
     ("weights of another width", lambda f: with_config(f, hidden_size=64), "cannot be loaded"),
-    ("too few layers", lambda f: with_config(f, num_hidden_layers=6), "lacks weights"),
+    (
+        "too few layers",
+        lambda f: with_config(f, num_hidden_layers=6),
+        "got none for bert.encoder.layer.4",
+    ),
     ("broken tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded"),
 ]
 

@@ -337,7 +337,7 @@ def test_head_of_the_task_is_kept(headed: Callable[[str, int], str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "n"),
     [("SequenceClassification", 3), ("SequenceClassification", 1), ("TokenClassification", 2),
-     ("QuestionAnswering", 2)],
+     ("QuestionAnswering", 2), ("MultipleChoice", 1)],
 )  # fmt: skip
 def test_head_of_another_task_is_refused(
     kind: str, n: int, headed: Callable[[str, int], str]
