@@ -19,7 +19,7 @@ from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
 from distilfast.data.masking import permutation
 from distilfast.data.store import FORMAT, Store
 from distilfast.errors import writable
-from distilfast.models.tokenizers import fingerprint
+from distilfast.models.tokenizers import fingerprint, vocabulary_size
 from distilfast.sources import lookup
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -160,7 +160,7 @@ def _tokenize(
         message = f"data.source: expected UTF-8 text in {_names(sources)}, got {error}"
         raise ConfigError(message) from error
     flags = _held_out(np.asarray(examples.data.column("text").to_numpy()), data.heldout)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for split, chosen in (("train", ~flags), ("heldout", flags)):
         part = examples.select(np.flatnonzero(chosen)).remove_columns("text")
         part = part.flatten_indices() if len(part) else part

@@ -21,7 +21,7 @@ from distilfast.models.teachers import (
     choose_attention,
     load_teachers,
 )
-from distilfast.models.tokenizers import fingerprint
+from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import load_weights, loading, loading_errors, quiet
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "choose_attention",
     "family",
     "fingerprint",
+    "has_words",
     "layers_of",
     "load_teachers",
     "load_weights",
@@ -44,4 +45,5 @@ __all__ = [
     "make_student",
     "quiet",
     "spread",
+    "vocabulary_size",
 ]

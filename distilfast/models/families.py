@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distilfast.errors import ConfigError
+from distilfast.models.tokenizers import vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
         ConfigError: the logits differ by more than rounding.
     """
     width = min(8, model.config.max_position_embeddings)
-    input_ids = torch.linspace(0, len(tokenizer) - 1, 2 * width).long().view(2, width)
+    input_ids = torch.linspace(0, vocabulary_size(tokenizer) - 1, 2 * width).long().view(2, width)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, -3:] = 0
     rows = attention_mask.flatten().nonzero()[:, 0]

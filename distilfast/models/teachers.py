@@ -12,6 +12,7 @@ from torch import nn
 from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
 from distilfast.models.families import FAMILIES, family
+from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import load_weights, loading, some
 from distilfast.sources import lookup
 
@@ -33,8 +34,6 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
         ConfigError: a folder is missing, the hub does not answer, or a family or tokenizer does not
             fit.
     """
-    from distilfast.models.tokenizers import fingerprint
-
     loaded = [_load(spec) for spec in specs]
     tokenizer = loaded[0][1]
     for teacher, other in loaded:
@@ -43,10 +42,10 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
                 f"teacher: expected one vocabulary, got {loaded[0][0].name!r} with "
                 f"{len(tokenizer)} tokens and {teacher.name!r} with {len(other)}, not the same"
             )
-        if len(other) > teacher.model.config.vocab_size:
+        if vocabulary_size(other) > teacher.model.config.vocab_size:
             raise ConfigError(
                 f"teacher: {teacher.name!r} has embeddings for {teacher.model.config.vocab_size} "
-                f"tokens, its tokenizer {len(other)}"
+                f"tokens, its tokenizer ids for {vocabulary_size(other)}"
             )
     missing = [
         n for n in ("cls", "sep", "mask", "pad") if tokenizer.__getattr__(f"{n}_token_id") is None
@@ -75,7 +74,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     model, drawn = load_weights(
         "AutoModelForMaskedLM", source, what, fresh_head=True, revision=revision
     )
-    if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
+    if not (getattr(tokenizer, "is_fast", False) and has_words(tokenizer)):
         raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
     if drawn and (found := _head(model) - drawn):
         raise ConfigError(

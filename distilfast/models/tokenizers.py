@@ -1,10 +1,24 @@
-"""Identify a tokenizer."""
+"""What a tokenizer is: its identity, its size, whether it has any words."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from typing import Any
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest id plus one: how many rows counts, embeddings and heads need.
+
+    ``len(tokenizer)`` counts the tokens. They are fewer where ids are left out, as that of a word
+    that stands twice in vocab.txt.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def has_words(tokenizer: Any) -> bool:
+    """False for what transformers makes where a tokenizer's files are missing."""
+    return len(tokenizer) > len(tokenizer.all_special_ids)
 
 
 def fingerprint(tokenizer: Any) -> str:

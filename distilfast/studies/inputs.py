@@ -13,7 +13,7 @@ from torch import nn
 
 from distilfast import tasks
 from distilfast.errors import ConfigError
-from distilfast.models import loading
+from distilfast.models import has_words, loading, vocabulary_size
 from distilfast.sources import lookup
 from distilfast.studies import flags
 from distilfast.tasks import GLUE, Examples, Task, training
@@ -98,16 +98,16 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     source = lookup.model_source(key, name)
     with loading(f"{key}: the tokenizer of {name!r}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    # Without a tokenizer's files transformers makes one that has only special tokens.
-    empty = len(tokenizer) <= len(tokenizer.all_special_ids)
-    if empty or not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+    fast = getattr(tokenizer, "is_fast", False) and has_words(tokenizer)
+    if not fast or tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")
     length = max(settings.max_length or task.max_length for task in chosen)
     # One task for each shape of head.
     for task in {(task.kind, task.outputs): task for task in chosen}.values():
         model = training.load(source, task, 0, length, key)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise ConfigError(f"{key}: {name!r} has fewer embeddings than its tokenizer has tokens")
+        rows, needed = len(model.get_input_embeddings().weight), vocabulary_size(tokenizer)
+        if needed > rows:
+            raise ConfigError(f"{key}: {name!r} has {rows} embeddings, its tokenizer {needed} ids")
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
     fine_tuned = training.has_head(transformers.AutoConfig.from_pretrained(source))

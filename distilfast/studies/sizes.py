@@ -185,8 +185,7 @@ def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[lis
         tokenizer = transformers.AutoTokenizer.from_pretrained(candidate.source)
     except models.loading_errors() as error:
         raise missing from error
-    # Without a tokenizer's files transformers makes one that has only special tokens.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    if not models.has_words(tokenizer):
         raise missing
     cut = {} if candidate.positions is None else {"max_length": candidate.positions}
     return [tokenizer(*text, truncation=bool(cut), **cut)["input_ids"] for text in texts]

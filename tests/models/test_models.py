@@ -22,7 +22,7 @@ from conftest import WORDS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distilfast import data, models
+from distilfast import cli, data, models
 from distilfast.config import (
     BatchConfig,
     Config,
@@ -599,6 +599,20 @@ def test_teacher_with_too_few_embeddings_is_refused(tmp_path: Path) -> None:
     folder = save(make_bert(vocab_size=len(VOCABULARY) - 1), tmp_path / "few")
     with pytest.raises(ConfigError, match=r"^teacher: .*embeddings"):
         load(folder)
+
+
+def test_ids_may_go_beyond_the_number_of_tokens(recipe: list[str], tmp_path: Path) -> None:
+    """A word twice in vocab.txt has the later id, which a text then has."""
+    words = [*VOCABULARY, WORDS[0]]
+    few, folder = save(make_bert(), tmp_path / "few", words), tmp_path / "twice"
+    with pytest.raises(ConfigError, match=f"ids for {len(words)}"):
+        load(few)
+    teacher = save(make_bert(vocab_size=len(words)), folder, words)
+    assert cli.main(["train", *recipe, f"--teacher={teacher}", "--steps=1"]) == 0
+    counts = data.Store.open(tmp_path / "tokens").counts
+    assert len(counts) == len(words)
+    assert counts[-1] > 0
+    assert counts[VOCABULARY.index(WORDS[0])] == 0
 
 
 def test_ensemble_of_padded_vocabularies_is_refused_or_works(
