@@ -108,6 +108,7 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
         rows, needed = len(model.get_input_embeddings().weight), vocabulary_size(tokenizer)
         if needed > rows:
             raise ConfigError(f"{key}: {name!r} has {rows} embeddings, its tokenizer {needed} ids")
+        training.check_padding(f"{key}: {name!r}", model, tokenizer)
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
     fine_tuned = training.has_head(transformers.AutoConfig.from_pretrained(source))

@@ -116,11 +116,66 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
 
 
 def _positions(model: Any) -> int:
-    """Return how many tokens have positions. RoBERTa's begin after the padding token's number."""
+    """Return how many tokens have positions."""
+    most = int(getattr(model.config, "max_position_embeddings", -1))
+    return (most if most > 0 else sys.maxsize) - _positions_taken(model)  # XLNet has -1
+
+
+def _positions_taken(model: Any) -> int:
+    """Return the first token's position. RoBERTa's begin after the padding token's number."""
     tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
     taken = (getattr(table, "padding_idx", None) for table in tables)
-    most = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    return int(most) - next((index + 1 for index in taken if index is not None), 0)
+    return next((index + 1 for index in taken if index is not None), 0)
+
+
+# As a share of the largest logit. Sums over another number of tokens differ by 4e-7 (measured in
+# tiny models); a class that is read at the padding by 1e-1 and more.
+PADDING_TOLERANCE = 1e-3
+
+
+@torch.inference_mode()
+def check_padding(what: str, model: Any, tokenizer: Any) -> None:
+    """Check that a text's logits do not depend on the padding beside it.
+
+    They do where a class is read at the last position (XLNet) and where a model has no attention
+    mask (FNet). Its predictions would depend on the other texts of a batch.
+
+    Args:
+        what: the model's key and name, which begin an error.
+        model: in eval mode, with a task's head, on the CPU.
+
+    Raises:
+        ConfigError: the logits differ by more than rounding.
+    """
+    pad_token, logits = tokenizer.pad_token_id, []
+    with loading(what):
+        _set_padding(model, pad_token)
+        ids = torch.tensor(tokenizer("a text", truncation=True, max_length=PAD_TO - 2)["input_ids"])
+        n, takes = len(ids), _takes(model)
+        for width in (n, PAD_TO):
+            padded = ids.new_full((1, width), pad_token)
+            padded[0, :n] = ids
+            mask = (torch.arange(width) < n).long()[None]
+            inputs = {"input_ids": padded, "attention_mask": mask, "token_type_ids": 0 * padded}
+            logits.append(forward(model, {k: v for k, v in inputs.items() if k in takes}))
+    alone, beside = logits[0], logits[1][..., : logits[0].shape[-1]]
+    difference = float((alone - beside).abs().max() / alone.abs().max())
+    if not difference <= PADDING_TOLERANCE:
+        raise ConfigError(
+            f"{what}: expected logits that do not depend on padding, got a difference of "
+            f"{difference:.1e} of the largest logit in a {type(model).__name__}"
+        )
+
+
+def _set_padding(model: Any, pad_token: int) -> None:
+    """Tell a model which token is padding. A decoder reads a text's class before it.
+
+    Where positions begin after the padding token's number it is left as it is: the model would have
+    other positions once it is saved and loaded.
+    """
+    if not _positions_taken(model):
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = pad_token
 
 
 def same_order(config: Any, task: Task) -> bool:
@@ -177,6 +232,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
     choose_attention(model, device, int(train.lengths.max()))
+    _set_padding(model, pad_token)
     takes = _takes(model)
     model.train()
     step = 0
@@ -208,6 +264,7 @@ def fine_tune(
 def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
     """Return fp32 logits on the CPU, in the examples' order: (n, outputs), or (tokens, 2)."""
     device = next(model.parameters()).device
+    _set_padding(model, pad_token)
     takes = _takes(model)
     model.eval()
     logits = examples.empty_logits(model.config.num_labels)

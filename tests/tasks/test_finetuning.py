@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from distilfast import tasks
 from distilfast.config import ConfigError
+from distilfast.studies import inputs
 from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read, training
 from distilfast.tasks.training import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
 
@@ -280,6 +281,62 @@ def test_predictions_are_in_the_order_of_the_examples(
         for i in range(len(dev)):
             ids = dev.input_ids[dev.offsets[i] : dev.offsets[i + 1]].long()
             torch.testing.assert_close(logits[i], model(ids[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def small(kind: str, folder: Path, **settings: Any) -> str:
+    """A small model of some kind with weights large enough to show what they do."""
+    import transformers
+
+    sizes = {
+        **{"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "initializer_range": 0.5},
+        **{"bos_token_id": 2, "eos_token_id": 3, "num_labels": 2},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**(sizes | settings))
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 7])
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_decoder_reads_a_class_at_the_last_token(
+    kind: str, pad_token_id: int | None, words: dict[str, Encoded], tmp_path: Path
+) -> None:
+    """Whatever its config calls padding, which is a word of the tokenizer or nothing."""
+    model = load(small(kind, tmp_path, pad_token_id=pad_token_id), SENTENCE, 0, 16)
+    dev = words["dev"]
+    logits = predict(model, dev, SETTINGS, pad_token=0)
+    with torch.no_grad():
+        for i in range(len(dev)):
+            ids = dev.input_ids[dev.offsets[i] : dev.offsets[i + 1]].long()
+            last = model.base_model(ids[None]).last_hidden_state[0, -1]
+            torch.testing.assert_close(logits[i], model.score(last), atol=1e-5, rtol=1e-5)
+    fine_tune(model, words["train"], SENTENCE, SETTINGS, 0, pad_token=0)
+    assert model.config.pad_token_id == 0  # that is how it is saved
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("GPT2", True), ("Roberta", True), ("XLNet", False), ("FNet", False)]
+)
+def test_model_that_reads_the_padding_is_refused(
+    kind: str, fits: bool, model_folder: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    folder = small(kind, tmp_path, pad_token_id=1, **({"d_head": 8} if kind == "XLNet" else {}))
+    tokenizer.save_pretrained(folder)
+    if not fits:
+        with pytest.raises(ConfigError, match=r"--model: .* expected logits that do not depend on"):
+            inputs.open_model("--model", folder, [SENTENCE], FineTuning(max_length=16))
+        return
+    inputs.open_model("--model", folder, [SENTENCE], FineTuning(max_length=16))
+    model = load(folder, SENTENCE, 0, 16)
+    training.check_padding("--model: x", model, tokenizer)
+    # RoBERTa's positions begin after this number, also once it is saved and loaded.
+    assert model.config.pad_token_id == (1 if kind == "Roberta" else 0)
 
 
 def test_precision_is_that_of_the_products(model_folder: str, words: dict[str, Encoded]) -> None:
