@@ -37,7 +37,6 @@ from distilfast.config import ConfigError, LossConfig, parse
 from distilfast.data import MicroBatch
 from distilfast.data.masking import Masker
 from distilfast.driver import checks, step
-from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +92,7 @@ def gradient(
     """kd and the gradient of all parameters, in fp32."""
     student = copy.deepcopy(student).to(dtype)
     if dtype == BF16:
-        use_fp32_sums(student)
+        models.use_fp32_sums(student)
     side = TeacherSide(copy.deepcopy(teachers), loss, torch.device("cpu"), dtype)
     rows, masked = (len(x) for x in (step.vocabulary_rows(batch, loss), batch.masked))
     counts = Normalizers(*torch.tensor([rows, masked, len(batch.tokens)]).float())

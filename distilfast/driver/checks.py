@@ -19,7 +19,6 @@ from distilfast import config as configs
 from distilfast.config import Config
 from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
-from distilfast.driver.fp32_sums import use_fp32_sums
 from distilfast.driver.processes import World
 from distilfast.errors import ConfigError, expect, shown, writable
 from distilfast.losses import distillation_loss
@@ -84,7 +83,7 @@ def prepare(config: Config, world: World) -> Setup:
     teachers, tokenizer, student = world.together(lambda: load_models(config))
     models.choose_attention(student, world.device, config.data.max_length)
     if world.device.type == "cpu" and config.precision == "bf16":
-        use_fp32_sums(student)
+        models.use_fp32_sums(student)
     folder = config.token_folder
     world.first(lambda: data.prepare(config, tokenizer, folder))
     store = world.together(lambda: data.Store.open(folder))

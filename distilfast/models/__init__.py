@@ -15,6 +15,7 @@ from distilfast.models.families import (
     logits_at,
     spread,
 )
+from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.student import layers_of, make_student
 from distilfast.models.teachers import (
     Teacher,
@@ -45,5 +46,6 @@ __all__ = [
     "make_student",
     "quiet",
     "spread",
+    "use_fp32_sums",
     "vocabulary_size",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
-from distilfast.models import choose_attention, load_weights, loading
+from distilfast.models import choose_attention, load_weights, loading, use_fp32_sums
 from distilfast.sources.lookup import model_source
 from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX
@@ -234,6 +234,8 @@ def fine_tune(
     choose_attention(model, device, int(train.lengths.max()))
     _set_padding(model, pad_token)
     takes = _takes(model)
+    if device.type == "cpu" and settings.precision == "bf16":
+        use_fp32_sums(model)
     model.train()
     step = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -194,6 +194,31 @@ def test_gradients_are_clipped(
     assert clipped == pytest.approx([0.01] * 4, rel=1e-3)
 
 
+def test_layer_norms_behind_a_projection_sum_in_fp32(tmp_path: Path) -> None:
+    """ELECTRA-small's embeddings are narrower than its layers, which are then bf16 throughout."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    sizes = {"embedding_size": 8, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    folder = small("Electra", tmp_path, num_hidden_layers=2, initializer_range=0.2, **sizes)
+    ids = torch.randint(5, 40, (16, 64), generator=torch.Generator().manual_seed(0)).int()
+    ends, labels = torch.arange(0, 1025, 64), torch.arange(16) % 2
+    texts = Encoded(ids.flatten(), torch.zeros(1024, dtype=torch.int32), ends, labels.float())
+    found: dict[str, list[Tensor]] = {}
+    for precision in ("fp32", "bf16"):
+        model = load(folder, SENTENCE, 0, 64)
+        norms = [m for m in model.electra.encoder.modules() if isinstance(m, torch.nn.LayerNorm)]
+
+        def keep(*_: Any, norms: Any = norms, precision: str = precision) -> None:
+            found[precision] = [p.grad.clone() for norm in norms for p in norm.parameters()]
+
+        handle = register_optimizer_step_pre_hook(keep)
+        settings = FineTuning(batch_size=16, epochs=1, precision=precision, max_grad_norm=0.0)
+        fine_tune(model, texts, SENTENCE, settings, 0, pad_token=0)
+        handle.remove()
+    for exact, rounded in zip(found["fp32"], found["bf16"], strict=True):
+        assert (rounded - exact).norm() < 0.04 * exact.norm()
+
+
 def test_loop_is_that_of_plain_pytorch(model_folder: str, words: dict[str, Encoded]) -> None:
     """Without dropout, a padding of the batch's own and transformers' schedule."""
     import transformers

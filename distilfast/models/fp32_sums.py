@@ -1,7 +1,9 @@
 """LayerNorms and embeddings in bf16 that sum their gradients in fp32 on a CPU.
 
 On a CPU, PyTorch 2.13 sums these gradients in bf16, row after row. Of 4,096 rows that point one
-way, it loses half of the sum, and nothing done with the sum later can bring that back.
+way, it loses half of the sum, and nothing done with the sum later can bring that back. Under
+autocast a LayerNorm does so too wherever its input is bf16: behind the projection of embeddings
+that are narrower than the layers (ELECTRA-small, ALBERT), that is everywhere.
 
 According to its source, PyTorch does not do so on a GPU. There, a LayerNorm's gradients are summed
 in fp32 (layer_norm_kernel.cu; for more than 65,536 rows, sums of blocks are rounded to bf16 once).
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 
 
 def use_fp32_sums(model: nn.Module) -> None:
-    """Make the LayerNorms and embeddings of a bf16 model sum their gradients in fp32."""
+    """Make the LayerNorms and embeddings of a model in bf16 sum their gradients in fp32.
+
+    Where input and weights are fp32, nothing changes.
+    """
     for module in model.modules():
         if type(module) in REPLACED:
             module.__class__ = REPLACED[type(module)]
@@ -38,6 +43,8 @@ class Embedding(nn.Embedding):
     """An embedding that sums the gradients of a row in fp32 if it was looked up more than once."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dtype == torch.float32:
+            return super().forward(input)
         looked_up: Tensor = _Lookup.apply(self.weight, input, self.padding_idx)
         return looked_up
 

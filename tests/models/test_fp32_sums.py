@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distilfast.driver.fp32_sums import use_fp32_sums
+from distilfast.models import use_fp32_sums
 
 ROWS = 4096
 
