@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -134,12 +135,7 @@ def _check_file(given: str) -> Path:
         expected = f"a YAML file or one of the recipes {', '.join(recipes)}"
         got = repr(given) if given else "none"
         raise ConfigError(f"--config: expected {expected}, got {got}{hint}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else error.reason
-        raise ConfigError(f"{path}: expected YAML in UTF-8, got {said}") from None
-    content = _load(str(path), text)
+    content = _load(str(path), _text(path))
     _check_keys(str(path), "", content, Config)
     for key, kind in kinds().items():
         if is_dataclass(kind) and key in content:
@@ -154,10 +150,18 @@ def _check_value(key: str, value: str) -> None:
     kind = kinds()[key]
     expect(value != "null" or _optional(kind), key, _described(kind), None)
     if is_dataclass(kind):
-        path = Path(value)
-        _check_keys(key, key, _load(key, path.read_text() if path.is_file() else value), kind)
+        text = _text(Path(value)) if os.path.isfile(value) else value
+        _check_keys(key, key, _load(key, text), kind)
     elif key in _ENTRIES and value.startswith(("[", "{")):
         _check_entries("the command line", key, _load(key, value))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else error.reason
+        raise ConfigError(f"{path}: expected YAML in UTF-8, got {said}") from None
 
 
 # By a part of what the reader of YAML says.

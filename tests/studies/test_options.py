@@ -15,6 +15,7 @@ def parser() -> Parser:
     made = Parser("distilfast try", "Tries.")
     made.add_argument("models", nargs="+", metavar="MODEL")
     made.add_argument("--output", required=True)
+    made.add_argument("--set", nargs="+", default=[])
     made.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rate", type=float, default=0.1)
@@ -24,10 +25,11 @@ def parser() -> Parser:
 
 
 def test_flags_are_read_as_argparse_reads_them() -> None:
-    options = parser().parse_args("a b --output=o --precision fp32 --no-compile".split())
+    given = "a b --output=o --set x --precision fp32 --no-compile --set y z"
+    options = parser().parse_args(given.split())
     assert vars(options) == {
         **{"models": ["a", "b"], "output": "o", "precision": "fp32", "compile": False},
-        **{"seed": 0, "rate": 0.1, "rounds": 3},
+        **{"seed": 0, "rate": 0.1, "rounds": 3, "set": ["x", "y", "z"]},
     }
 
 
