@@ -155,7 +155,7 @@ def linear_distillation_loss(
     if chunk_rows != "auto" and (type(chunk_rows) is not int or chunk_rows < 1):
         raise ValueError(f"chunk_rows: expected 'auto' or a whole number >= 1, got {chunk_rows!r}")
 
-    soft = bool(kd_weight or cos_weight or mse_weight)
+    soft = any(weights[name] for name in SOFT)
     t_hidden = _as_teachers("teacher_hidden", teacher_hidden, soft)
     t_weight = _as_teachers("teacher_weight", teacher_weight, soft)
     t_bias = [None] * len(t_hidden) if teacher_bias is None else _as_list(teacher_bias)
