@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ from pathlib import Path
 def beside(path: Path) -> Path:
     """The temporary path, for this process, of something that will become ``path``."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def final(path: Path) -> Path:
+    """What ``path`` would become, if it is a temporary path of any process; else ``path``."""
+    made = re.fullmatch(r"(.+)\.tmp-\d+", path.name, re.DOTALL)
+    return path.with_name(made[1]) if made else path
 
 
 @contextlib.contextmanager

@@ -186,9 +186,7 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 def check_output(config: Config, output: Path) -> None:
     """Check that the folder is empty or holds this run."""
-    # A run writes these before config.yaml, and may have been killed then.
-    first = (config.token_folder.name, "config.yaml.tmp")
-    if not output.is_dir() or all(p.name.startswith(first) for p in output.iterdir()):
+    if not output.is_dir() or _unclaimed(output.absolute(), config.token_folder.absolute()):
         return
     if config.resume == "never":
         raise ConfigError(
@@ -216,6 +214,17 @@ def check_output(config: Config, output: Path) -> None:
         )
 
 
+def _unclaimed(folder: Path, tokens: Path) -> bool:
+    """Whether a folder holds no more than what a run writes before config.yaml: its tokens and what
+    it left half-written when it was killed."""
+    return all(
+        atomic.final(path) == tokens
+        or (path.name != "config.yaml" and atomic.final(path) == folder / "config.yaml")
+        or (path in tokens.parents and _unclaimed(path, tokens))
+        for path in folder.iterdir()
+    )
+
+
 def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The keys whose values differ, each with both values."""
     found: dict[str, Any] = {}
@@ -234,7 +243,8 @@ def claim(config: Config, output: Path) -> int:
     start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
     output.mkdir(parents=True, exist_ok=True)
     atomic.write(output / "config.yaml", configs.to_yaml(config))
-    for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/tmp-*")):
+    temporary = [path for path in output.iterdir() if atomic.final(path) != path]
+    for leftover in (*temporary, *output.glob("checkpoints/tmp-*")):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
