@@ -168,7 +168,12 @@ def test_check_counts_the_ranks_of_a_launcher(
 def test_prepare_makes_the_tokens_once(recipe: list[str], tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["prepare", *recipe]) == 0
     first, made = capsys.readouterr().out, contents(tmp_path / "tokens")
-    assert f"{tmp_path / 'tokens'}: " in first
+    for word in (
+        f"{Path(recipe[1]).parent / 'tokens'}\n",
+        ": 1 .txt\n",
+        "\ndata:     120 texts: 120 used",
+    ):
+        assert word in first
     assert {"store.json", "counts.npy", "train", "heldout"} <= set(made)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "tokens"]
 
@@ -178,7 +183,7 @@ def test_prepare_makes_the_tokens_once(recipe: list[str], tmp_path: Path, capsys
 
     # What has been prepared is in the plan, and needs its source no longer.
     assert cli.main(["check", *recipe, "--data.source=null"]) == 0
-    assert first.partition(": ")[2] in capsys.readouterr().out
+    assert first.partition("data: ")[2] in capsys.readouterr().out
     assert contents(tmp_path / "tokens") == made
 
 
@@ -195,7 +200,7 @@ def test_check_gives_epochs_as_steps(recipe: list[str], capsys: Any) -> None:
     capsys.readouterr()
     assert cli.main(["check", *recipe, "--steps=null", "--epochs=2"]) == 0
     out = capsys.readouterr().out
-    examples = int(out.partition("tokens: ")[2].split()[0])
+    examples = int(out.partition("train: ")[2].split()[0])
     assert f"steps:    {2 * examples // 16}" in out
 
 

@@ -87,16 +87,19 @@ class DataConfig:
     """The text and the store of its tokens.
 
     Args:
-        source: a file or folder of .txt, .jsonl, .parquet or .csv, a hub name, or a list of them
-            (hub entries may be {name, config, revision, split, column}).
-        prepared: folder of the tokens; made from source if it is missing. null: in output.
+        source: a file or folder of .txt, .jsonl, .json, .parquet or .csv, a hub name, or a list of
+            them (hub entries may be {name, config, revision, split, column}). Hidden files are not
+            read.
+        prepared: folder of the tokens; made from source if it is missing, and else compared with
+            its files by their contents. null: in output.
         column: the column with the text, in .jsonl, .parquet and .csv.
         txt_rows: the unit of a .txt file that counts as one text.
         max_length: most tokens in an example, special tokens included. A longer text is cut into
             several examples.
         min_length: fewest tokens in an example; shorter ones are dropped.
         max_unknown: an example is dropped if its share of unknown tokens is this or more.
-        heldout: the share of the texts that is held out for evaluation: whole texts, at least one.
+        heldout: the share of the texts that is held out for evaluation: whole texts, at least one,
+            and equal ones together.
     """
 
     source: str | list[str | SourceSpec] | None = None

@@ -3,67 +3,170 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distilfast import atomic
-from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
+from distilfast.config import Config, ConfigError, DataConfig
+from distilfast.data import files
 from distilfast.data.masking import permutation
-from distilfast.data.store import FORMAT, Store
+from distilfast.data.store import COUNTED, FORMAT, Store, describe
+from distilfast.data.texts import Source
 from distilfast.errors import writable
 from distilfast.models.tokenizers import fingerprint, vocabulary_size
 from distilfast.sources import lookup
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+log = logging.getLogger("distilfast")
 
 
 def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
-    """Make the store in ``folder`` if no valid one is there, and open it.
+    """Make the store in ``folder`` if there is none, and open it.
+
+    The texts of a store that is there are compared with those of today, by the hashes of their
+    files. A source may have been removed since then; the store is then taken as it is.
 
     Raises:
-        ConfigError: no source, a missing file or column, an empty corpus, or a folder that holds
-            something else. Then nothing is left behind.
+        ConfigError: no source, a missing file or column, an empty corpus, a file that changes while
+            it is read, or a folder that holds something else. Then nothing is left behind.
     """
-    record = _record(config, tokenizer)
-    if (folder / "store.json").is_file():
-        store = Store.open(folder)
-        # A source may have been removed since then, but it must not have changed.
-        gone = {name for name, size in record["bytes"].items() if size is None}
-        store.record.setdefault("bytes", {}).update(dict.fromkeys(gone))
-        differing = [k for k, v in record.items() if store.record.get(k) != v]
-        if config.sources and differing:
-            raise ConfigError(
-                f"data.prepared: expected an empty folder or tokens made with these settings, "
-                f"got {str(folder)!r}, which differs in {', '.join(differing)}"
-            )
-        if store.record["max_length"] > config.data.max_length:
-            raise ConfigError(
-                f"data.max_length: expected at least {store.record['max_length']}, that of the "
-                f"tokens in {str(folder)!r}, got {config.data.max_length}"
-            )
-        if store.record["tokenizer"] != record["tokenizer"]:
-            raise ConfigError(
-                f"data.prepared: expected tokens of the teacher's tokenizer, got {str(folder)!r}, "
-                "made with another"
-            )
-        return store
-    check(config, folder)
+    if not (folder / "store.json").is_file():
+        sources = check(config, folder)
+        record = _record(config, tokenizer, sources)
+        if _make(config, sources, tokenizer, folder, record):
+            return Store.open(folder)
+    store = Store.open(folder)
+    if config.sources:
+        _compare(store, _record(config, tokenizer, locate(config, missing_ok=True)), folder)
+    if store.record["max_length"] > config.data.max_length:
+        raise ConfigError(
+            f"data.max_length: expected at least {store.record['max_length']}, that of the "
+            f"tokens in {str(folder)!r}, got {config.data.max_length}"
+        )
+    if store.record["tokenizer"] != fingerprint(tokenizer):
+        raise ConfigError(
+            f"data.prepared: expected tokens of the teacher's tokenizer, got {str(folder)!r}, "
+            "made with another"
+        )
+    return store
+
+
+def check(config: Config, folder: Path) -> list[Source]:
+    """Check that a store can be made in ``folder``, and find its sources.
+
+    Of each local file this reads the first texts, of a data set of the hub nothing.
+    """
+    for place in (folder, folder.parent):  # it is made beside its place, and renamed
+        writable("data.prepared", place)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
+    if "::" in str(folder.absolute()):  # `datasets` would write to what stands before it
+        raise ConfigError(f"data.prepared: expected a path without '::', got {str(folder)!r}")
+    if not config.sources:
+        raise ConfigError("data.source: expected a file, folder or hub name, got null")
+    sources = locate(config)
+    found = [source.check(config.data.txt_rows) for source in sources]
+    if not any(found):
+        raise ConfigError(f"data.source: expected text, got none in {_names(config)}")
+    return sources
+
+
+def locate(config: Config, missing_ok: bool = False) -> list[Source]:
+    """Find the sources of a run, and list their files without reading them.
+
+    Args:
+        config: the run, whose output and tokens are no text even in the folder of its source.
+        missing_ok: a local source may be gone, and is then taken for one of the hub.
+
+    Raises:
+        ConfigError: nothing has that name, or no file has a known type.
+    """
+    own, found = [Path(config.output), config.token_folder], []
+    for spec in config.sources:
+        if missing_ok:
+            path = lookup.existing(spec.name)
+        elif (path := lookup.local_path("data.source", spec.name)) is None:
+            lookup.require_hub("data.source", spec.name, "dataset", spec.revision)
+        found.append(Source(spec, None if path is None else files.find(path, own)))
+    return found
+
+
+def _record(config: Config, tokenizer: Any, sources: Sequence[Source]) -> dict[str, Any]:
+    """The record of what a store is made from. Equal records mean equal tokens."""
+    settings = asdict(config.data)
+    del settings["prepared"], settings["source"]
+    return {
+        "format": FORMAT,
+        "source": [asdict(s.spec) for s in sources],
+        "files": _digests(sources),
+        "tokenizer": fingerprint(tokenizer),
+        **settings,
+    }
+
+
+def _digests(sources: Sequence[Source]) -> dict[str, dict[str, str] | None]:
+    """The hashes of each source's files; None: it is not local, or gone."""
+    return {s.spec.name: None if s.files is None else s.files.digests() for s in sources}
+
+
+def _compare(store: Store, record: dict[str, Any], folder: Path) -> None:
+    """Check that a store is what ``record`` would give, but for sources that are gone.
+
+    Raises:
+        ConfigError: it is not, or too old to tell.
+    """
+    before = store.record
+    if before["format"] < 2:
+        raise ConfigError(
+            f"data.prepared: expected tokens with hashes of their texts, got {str(folder)!r}, made "
+            "by an older version without; make them anew, or set data.source to null to use them "
+            "as they are"
+        )
+    differing = [k for k, v in record.items() if k != "files" and before.get(k) != v]
+    for name, now in record["files"].items():
+        then = before["files"].get(name) or {}
+        if now is not None and now != then:
+            changed = sorted(x for x in {*now, *then} if now.get(x) != then.get(x))
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            differing.append(f"the texts of {', '.join(map(repr, changed[:3]))}{more} in {name!r}")
+    if differing:
+        raise ConfigError(
+            f"data.prepared: expected an empty folder or tokens made with these settings, "
+            f"got {str(folder)!r}, which differs in {', '.join(differing)}"
+        )
+
+
+def _make(
+    config: Config, sources: Sequence[Source], tokenizer: Any, folder: Path, record: dict[str, Any]
+) -> bool:
+    """Make the store; False: another process was faster."""
     scratch = atomic.beside(folder)
     made = [parent for parent in scratch.parents if not parent.exists()]
     try:
-        _tokenize(config.data, config.sources, tokenizer, scratch, record)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if (folder / "store.json").is_file():  # another process was faster
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that had the same number
+        scratch.mkdir(parents=True)
+        record["texts"] = _fill(config, sources, tokenizer, scratch)
+        if _digests(locate(config)) != record["files"]:
+            raise ConfigError(
+                "data.source: expected files that do not change while they are read, got a change "
+                f"in {_names(config)}"
+            )
+        (scratch / "store.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if (folder / "store.json").is_file():
             shutil.rmtree(scratch)
-            return Store.open(folder)
+            return False
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)
@@ -73,209 +176,131 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
             with contextlib.suppress(OSError):  # missing, or another process uses it too
                 parent.rmdir()
         raise
-    return Store.open(folder)
+    return True
 
 
-def check(config: Config, folder: Path) -> None:
-    """Check that a store can be made in ``folder``, as far as possible without reading the text."""
-    import datasets
+def _fill(
+    config: Config, sources: Sequence[Source], tokenizer: Any, folder: Path
+) -> dict[str, int]:
+    """Write the tokens into ``folder``, and tell what became of the texts (see `describe`).
 
-    for place in (folder, folder.parent):  # it is made beside its place, and renamed
-        writable("data.prepared", place)
-    writable("HF_DATASETS_CACHE", Path(datasets.config.HF_DATASETS_CACHE))
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
-    if not config.sources:
-        raise ConfigError("data.source: expected a file, folder or hub name, got null")
-    for source in config.sources:
-        locate(source)
-
-
-def _record(config: Config, tokenizer: Any) -> dict[str, Any]:
-    """The record of what a store is made from. Equal records mean equal tokens."""
-    settings = asdict(config.data)
-    del settings["prepared"], settings["source"]
-    return {
-        "format": FORMAT,
-        "source": [asdict(s) for s in config.sources],
-        "bytes": {s.name: _bytes(Path(s.name).expanduser()) for s in config.sources},
-        "tokenizer": fingerprint(tokenizer),
-        **settings,
-    }
-
-
-def _bytes(path: Path) -> int | None:
-    """The size of a local source's files, to notice a change; None: the source is not local."""
-    if not path.exists():
-        return None
-    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
-
-
-def _tokenize(
-    data: DataConfig,
-    sources: Sequence[SourceSpec],
-    tokenizer: Any,
-    folder: Path,
-    record: dict[str, Any],
-) -> None:
+    Raises:
+        ConfigError: a source cannot be read, or gives too little to train on and hold out.
+    """
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    whole = folder / "examples.arrow"
+    keys, seen = _tokenize(config.data, sources, tokenizer, whole)
+    texts = _numbered(keys)
+    distinct = int(texts.max()) + 1 if len(texts) else 0
+    seen["repeated"] = seen["used"] - distinct
+    told = describe(seen, asdict(config.data))
+    if distinct < 2:
+        raise ConfigError(
+            f"data.source: expected two different texts of at least {config.data.min_length} "
+            f"tokens, one to train on and one held out, got {told} in {_names(config)}"
+        )
+    if seen["used"] < seen["read"] / 2:
+        log.warning("data.source: more than half of the texts are left out: %s", told)
+    examples = datasets.Dataset.from_file(str(whole))
+    flags = _held_out(texts, config.data.heldout)
+    for split, chosen in (("train", ~flags), ("heldout", flags)):
+        # An absolute path, because `datasets` takes a ~ at the start for the home folder.
+        examples.select(np.flatnonzero(chosen)).save_to_disk(str(folder.absolute() / split))
+    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    for piece in _token_arrays(datasets.load_from_disk(str(folder.absolute() / "train"))):
+        counts += np.bincount(piece, minlength=len(counts))
+    np.save(folder / "counts.npy", counts)
+    whole.unlink()
+    return dict(seen)
+
+
+def _tokenize(
+    data: DataConfig, sources: Sequence[Source], tokenizer: Any, file: Path
+) -> tuple[np.ndarray, Counter[str]]:
+    """Write the examples of all texts to an Arrow file, in order.
+
+    Returns:
+        For each example a number that is the same for equal texts, (n,) int64; and how many texts
+        were read, used, and left out for which reason.
+    """
+    import pyarrow
+    from datasets.utils import tqdm
+
     # Read every source before tokenising the first, so that errors show early.
-    texts = datasets.concatenate_datasets([_read(spec, data) for spec in sources])
-    if len(texts) == 0:
-        raise ConfigError(f"data.source: expected text, got none in {_names(sources)}")
+    total = sum(len(batch) for source in sources for batch in source.texts(data.txt_rows))
     cls_token, sep_token = tokenizer.cls_token_id, tokenizer.sep_token_id
     unknown, body = tokenizer.unk_token_id, data.max_length - 2
 
-    def cut(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {"input_ids": [], "text": []}
-        strings = [text or "" for text in batch["text"]]
-        encoded = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in zip(rows, encoded, strict=True):
-            for start in range(0, len(ids), body):
-                piece = ids[start : start + body]
-                if len(piece) + 2 < data.min_length:
-                    continue
-                if piece.count(unknown) >= data.max_unknown * (len(piece) + 2):
-                    continue
-                made["input_ids"].append([cls_token, *piece, sep_token])
-                made["text"].append(row)
-        return made
+    def cut(ids: list[int]) -> tuple[list[list[int]], Counter[str]]:
+        """The examples of a text, and how many pieces are none, by the reason."""
+        kept, lost = [], Counter[str]()
+        for start in range(0, len(ids), body):
+            piece = ids[start : start + body]
+            if len(piece) + 2 < data.min_length:
+                lost["short"] += 1
+            elif piece.count(unknown) >= data.max_unknown * (len(piece) + 2):
+                lost["unknown"] += 1
+            else:
+                kept.append([cls_token, *piece, sep_token])
+        return kept, lost
 
-    features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32")), "text": datasets.Value("int64")}
-    )
-    try:
-        examples = texts.map(
-            cut,
-            batched=True,
-            with_indices=True,
-            remove_columns=texts.column_names,
-            features=features,
-            desc="tokenizing",
-        )
-    except UnicodeDecodeError as error:
-        message = f"data.source: expected UTF-8 text in {_names(sources)}, got {error}"
-        raise ConfigError(message) from error
-    flags = _held_out(np.asarray(examples.data.column("text").to_numpy()), data.heldout)
-    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
-    for split, chosen in (("train", ~flags), ("heldout", flags)):
-        part = examples.select(np.flatnonzero(chosen)).remove_columns("text")
-        part = part.flatten_indices() if len(part) else part
-        if len(part) == 0:
-            raise ConfigError(
-                f"data.source: expected examples of at least {data.min_length} tokens for both "
-                f"training and evaluation, got none for {split} in {_names(sources)}"
-            )
-        part.save_to_disk(folder / split)
-        if split == "train":
-            for piece in _token_arrays(part):
-                counts += np.bincount(piece, minlength=len(counts))
-    np.save(folder / "counts.npy", counts)
-    (folder / "store.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    keys, seen = array("q"), Counter(dict.fromkeys(COUNTED, 0))
+    column = pyarrow.list_(pyarrow.int32())
+    with (
+        file.open("wb") as opened,
+        pyarrow.ipc.new_stream(opened, pyarrow.schema({"input_ids": column})) as writer,
+        tqdm(total=total, desc="tokenizing", unit=" texts") as bar,
+    ):
+        for batch in chain.from_iterable(source.texts(data.txt_rows) for source in sources):
+            strings = [text or "" for text in batch]
+            encoded = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+            examples: list[list[int]] = []
+            for ids in encoded:
+                kept, lost = cut(ids)
+                examples += kept
+                keys.extend([_key(kept)] * len(kept))
+                seen["read"] += 1
+                if kept:
+                    seen["used"] += 1
+                    seen["pieces"] += lost.total()
+                else:
+                    seen["unknown" if lost["unknown"] else "short" if lost else "empty"] += 1
+            made = pyarrow.array(examples, column)
+            writer.write_batch(pyarrow.record_batch([made], ["input_ids"]))
+            bar.update(len(batch))
+    return np.array(keys, dtype=np.int64), seen
 
 
-def locate(spec: SourceSpec) -> list[Path] | None:
-    """List a source's files without reading them; None for a data set of the hub.
-
-    Raises:
-        ConfigError: nothing has that name, or no file has a known type.
-    """
-    path = lookup.local_path("data.source", spec.name)
-    if path is None:
-        lookup.require_hub("data.source", spec.name, "dataset", spec.revision)
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    known = [p for p in files if p.suffix in READERS]
-    if not known:
-        raise ConfigError(
-            f"data.source: expected files of type {', '.join(READERS)}, got {str(path)!r}"
-        )
-    return known
+def _key(examples: list[list[int]]) -> int:
+    """A number for a text. Unequal texts with the same one would only be kept together."""
+    tokens = np.fromiter(chain.from_iterable(examples), np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "big", signed=True)
 
 
-def _read(spec: SourceSpec, data: DataConfig) -> Any:
-    """Load one source as a data set whose only column is "text"."""
-    import datasets
-    import huggingface_hub
-
-    files = locate(spec)
-    if files is not None:
-        parts = [_read_file(file, spec.column, data.txt_rows) for file in files]
-        return datasets.concatenate_datasets(parts)
-    # `locate` may have switched to offline mode; `datasets` has its own copy of that setting.
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        loaded = datasets.load_dataset(
-            spec.name, spec.config, split=spec.split, revision=spec.revision
-        )
-    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"data.source: {spec.name!r} cannot be loaded: {message}") from error
-    return _text_column(loaded, spec.column, spec.name)
-
-
-def _read_file(file: Path, column: str, txt_rows: str) -> Any:
-    import datasets
-
-    reader = READERS[file.suffix]
-    features = datasets.Features({"text": datasets.Value("string")})
-    empty = datasets.Dataset.from_dict({"text": []}, features=features)
-    if file.stat().st_size == 0:
-        return empty
-    options = {"sample_by": txt_rows} if reader == "text" else {}
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs an error, then raises it
-    try:
-        loaded = datasets.load_dataset(reader, data_files=str(file), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
-        if "corresponds to no data" in str(error):
-            return empty
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(
-            f"data.source: {str(file)!r} is no valid {reader} file: {cause}"
-        ) from error
-    finally:
-        datasets.logging.set_verbosity(level)
-    return _text_column(loaded, "text" if reader == "text" else column, str(file))
-
-
-def _text_column(loaded: Any, column: str, source: str) -> Any:
-    """Reduce a data set to one column of strings, named "text"."""
-    import datasets
-
-    if column not in loaded.column_names:
-        raise ConfigError(
-            f"data.source: expected a column {column!r} in {source!r}, got "
-            f"{', '.join(loaded.column_names)}; name it with data.column"
-        )
-    loaded = loaded.select_columns(column)
-    loaded = loaded if column == "text" else loaded.rename_column(column, "text")
-    try:
-        return loaded.cast(datasets.Features({"text": datasets.Value("string")}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"data.source: expected text in column {column!r} of {source!r}, got "
-            f"{loaded.features['text']}"
-        ) from error
-
-
-def _names(sources: Sequence[SourceSpec]) -> str:
-    return ", ".join(repr(s.name) for s in sources)
+def _numbered(keys: np.ndarray) -> np.ndarray:
+    """(n,), the number of each example's text; equal texts have that of the first of them."""
+    _, first, text = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[text]
 
 
 def _held_out(texts: np.ndarray, share: float) -> np.ndarray:
     """Choose the examples to hold out, given the number of each example's text.
 
-    Whole texts are held out, at least one, so that no piece of an evaluated text is trained on.
+    Whole texts are held out, at least one and not all, and equal ones together: no piece of an
+    evaluated text is trained on.
     """
-    numbers, text_of_example = np.unique(texts, return_inverse=True)
-    count = min(max(1, round(share * len(numbers))), len(numbers) - 1) if len(numbers) > 1 else 0
-    chosen = np.zeros(len(numbers), dtype=bool)
-    chosen[permutation(0, 0, len(numbers))[:count].numpy()] = True
-    return chosen[text_of_example]
+    distinct = int(texts.max()) + 1
+    count = min(max(1, round(share * distinct)), distinct - 1)
+    chosen = np.zeros(distinct, dtype=bool)
+    chosen[permutation(0, 0, distinct)[:count].numpy()] = True
+    return chosen[texts]
+
+
+def _names(config: Config) -> str:
+    return ", ".join(repr(spec.name) for spec in config.sources)
 
 
 def _token_arrays(dataset: Any) -> Iterator[np.ndarray]:

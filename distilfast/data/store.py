@@ -14,7 +14,11 @@ from torch import Tensor
 
 from distilfast.config import BatchConfig, ConfigError
 
-FORMAT = 1  # the store's format; raised when the meaning of its files changes
+# The store's format, raised when the meaning of its files changes. Format 1 has neither hashes nor
+# counts of its texts, and equal texts may stand in both of its parts.
+FORMAT = 2
+# What the record counts: texts; and of those used, pieces that are no examples.
+COUNTED = ("read", "used", "repeated", "short", "unknown", "empty", "pieces")
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Store:
 
         try:
             record = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-            if record["format"] != FORMAT:
-                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
+            if record["format"] not in (1, FORMAT):
+                raise ValueError(f"format {record['format']}, this version reads 1 and {FORMAT}")
             return cls(
-                datasets.load_from_disk(str(folder / "train")),
-                datasets.load_from_disk(str(folder / "heldout")),
+                datasets.load_from_disk(str(folder.absolute() / "train")),
+                datasets.load_from_disk(str(folder.absolute() / "heldout")),
                 torch.from_numpy(np.load(folder / "counts.npy")),
                 record,
             )
@@ -85,3 +89,22 @@ class Store:
     def tokens(self, split: str, examples: Tensor) -> Tensor:
         """The token ids of the given examples, (n,) int32, one example after the other."""
         return torch.from_numpy(np.concatenate(self.rows(split, examples)))
+
+
+def describe(texts: dict[str, int], settings: dict[str, Any]) -> str:
+    """What became of the texts, in words.
+
+    Args:
+        texts: the counts of a store's record, or those to be.
+        settings: with ``min_length`` and ``max_unknown``.
+    """
+    repeated = f" ({texts['repeated']:,} repeat another)" if texts["repeated"] else ""
+    reasons = {
+        "short": f"shorter than {settings['min_length']} tokens",
+        "unknown": f"with {100 * settings['max_unknown']:g} % or more unknown tokens",
+        "empty": "empty",
+        "pieces": "pieces of the used",
+    }
+    lost = ", ".join(f"{texts[key]:,} {why}" for key, why in reasons.items() if texts[key])
+    left = f"; left out: {lost}" if lost else ""
+    return f"{texts['read']:,} texts: {texts['used']:,} used{repeated}{left}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from distilfast import data, models
-from distilfast.config import RECIPES, BatchConfig, parse
+from distilfast.config import RECIPES, BatchConfig, Config, parse
 from distilfast.data import Store
 from distilfast.driver import checks, loop, processes
 from distilfast.driver import replay as replaying
@@ -18,12 +18,12 @@ from distilfast.report.numbers import counted
 
 
 def prepare(arguments: Sequence[str]) -> int:
-    """Make the store, and print its size."""
+    """Make the store, and print what was read, what became of it, and the store's size."""
     config = parse(arguments, prog="distilfast prepare")
 
     _, tokenizer, _ = checks.load_models(config)
     store = data.prepare(config, tokenizer, config.token_folder)
-    print(f"{config.token_folder}: {describe_store(store)}")
+    print_store(config, store)
     return 0
 
 
@@ -44,13 +44,13 @@ def check(arguments: Sequence[str]) -> int:
     folder = config.token_folder
     if (folder / "store.json").is_file():
         store = data.prepare(config, tokenizer, folder)
-        print(f"data:     {folder}: {describe_store(store)}")
+        print_store(config, store)
         epoch_size = checks.make_batches(config, tokenizer, store).epoch_size
         steps = checks.count_steps(config, epoch_size)
         print(f"steps:    {steps:,} = {config.batch.before(steps) / epoch_size:.2f} epochs")
     else:
-        data.check(config, folder)
-        print(f"data:     {', '.join(s.name for s in config.sources)}, to be tokenised to {folder}")
+        print_sources(data.check(config, folder))
+        print(f"tokens:   {folder}, to be made")
         print(f"steps:    {config.steps or counted(config.epochs or 0, 'epoch')}")
     precision = checks.chosen_precision(config, device)
     print(f"batch:    {describe_batch(config.batch, ranks)}, {precision}")
@@ -108,12 +108,21 @@ def describe_batch(batch: BatchConfig, ranks: int) -> str:
     )
 
 
-def describe_store(store: Store) -> str:
-    tokens = {split: int(store.lengths(split).sum()) for split in ("train", "heldout")}
-    return (
-        f"{counted(len(store.train), 'example')} of {tokens['train']:,} tokens, "
-        f"{len(store.heldout):,} of {tokens['heldout']:,} held out"
-    )
+def print_sources(sources: Sequence[data.Source]) -> None:
+    """Print which files are read, and which are not."""
+    for source in sources:
+        print(f"source:   {source.spec.name}" + (f": {source.files}" if source.files else ""))
+
+
+def print_store(config: Config, store: Store) -> None:
+    """Print what the store is made from, what became of the texts, and its size."""
+    print_sources(data.locate(config, missing_ok=True))
+    if "texts" in store.record:  # not in an old one
+        print(f"data:     {data.describe(store.record['texts'], store.record)}")
+    for name, split in (("train", "train"), ("held out", "heldout")):
+        lengths = store.lengths(split)
+        print(f"{name + ':':9} {counted(len(lengths), 'example')}, {int(lengths.sum()):,} tokens")
+    print(f"tokens:   {config.token_folder}")
 
 
 def _millions(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ that does not answer is noticed within seconds, not after minutes of retries.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,9 +34,9 @@ def local_path(key: str, name: str) -> Path | None:
             return ASSETS[name]()
         except assets.AssetError as error:
             raise ConfigError(f"{key}: {error}") from error
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    if (found := existing(name)) is not None:
+        return found
+    path = Path(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(path.suffix[1:])
     first = name.split("/")[0]
     in_folder = "/" in name and (first in FOLDERS or Path(first).is_dir())
@@ -43,6 +44,12 @@ def local_path(key: str, name: str) -> Path | None:
     if in_folder or (is_path and not looks_versioned) or not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"{key}: expected an existing file or folder, got {name!r}")
     return None
+
+
+def existing(name: str) -> Path | None:
+    """The file or folder of that name, if there is one. ~ and ~user stand for home folders."""
+    path = os.path.expanduser(name)
+    return Path(path) if os.path.exists(path) else None
 
 
 def model_source(key: str, name: str, revision: str | None = None) -> str:

@@ -549,7 +549,8 @@ BAD_TEXT = [
     ("blank.txt", b"\n\n\n", "expected"),
     ("short.txt", b"the a\nof to in\n" * 50, "at least 12 tokens"),
     ("unknown.txt", b"zzz qqq xxx yyy\n" * 50, "expected"),
-    ("one.txt", LONG.encode() + b"\n", "heldout"),  # nothing is left for evaluation
+    ("one.txt", LONG.encode() + b"\n", "held out"),  # nothing is left for evaluation
+    ("same.txt", (LONG.encode() + b"\n") * 9, "two different texts"),
     ("empty.jsonl", b"", "expected text"),
     ("blank.jsonl", b"\n\n", "expected text"),
     ("empty.csv", b"", "expected text"),
@@ -561,6 +562,8 @@ BAD_TEXT = [
     ("word.jsonl", b'"abc"\n', "json"),
     ("list.jsonl", b'{"text": ["a", "b"]}\n', "text"),
     ("object.jsonl", b'{"text": {"a": "b"}}\n', "text"),
+    ("half.jsonl", b'{"text": "a \\ud800"}\n', "json: line 1"),
+    ("comma.csv", b"title,text\na,b,c\n", "csv: line 2"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n' * 20, "UTF"),
     ("latin.txt", b"caf\xe9 au lait\n" * 20, "utf-8"),
     ("quote.csv", b'text\n"never closed\n', "csv"),
@@ -576,10 +579,13 @@ def test_bad_text_is_refused(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(text)
-    message = refuse(*changed(base, {"data.source": str(path)}))
+    given = changed(base, {"data.source": str(path)})
+    message = refuse(*given)
     assert message.startswith("data.source: ")
     assert str(path) in message
     assert expected in message
+    if path.stem not in ("short", "unknown", "one", "same"):  # what shows when all is tokenised
+        assert refuse("check", *given, program=quiet_check) == message
 
 
 def test_column_that_is_missing_from_parquet_is_named(
@@ -1046,10 +1052,13 @@ FOUND_BY_CHECK = [
     {"teacher": "no-such-user/no-such-model"},
     {"data.source": None},
     {"data.source": "nothing.txt"},
+    {"data.source": "~nobody/nothing"},
+    {"data.source": "x" * 300},
     {"data.source": "asset:nothing"},
     {"data.source": "no-such-user/no-such-data"},
     {"data.source": "recipe.yaml"},
     {"data.prepared": "folder"},
+    {"data.prepared": "a::b"},
     {"output": "folder"},
     # Not even root can make anything here.
     {"data.prepared": "/proc/nothing/tokens"},

@@ -45,12 +45,14 @@ N_WORDS = 3000
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`datasets` keeps what it reads; here, in a folder that goes away."""
+    """Nothing of a text is kept where `datasets` keeps what it reads."""
     import datasets
 
+    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield
+    assert not list(folder.iterdir())
 
 
 def make_tokenizer(n_words: int = N_WORDS, **options: Any) -> Any:
@@ -204,6 +206,64 @@ def test_folder_with_the_name_of_a_file_is_a_folder(tokenizer: Any, tmp_path: Pa
     assert everything(store) == [tokens(t) for t in TEXTS]
 
 
+def test_names_of_files_are_only_names(tokenizer: Any, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "[a]*::b", tmp_path / "elsewhere"
+    names = ["a1.txt", "a[1].txt", "*.jsonl", "?.csv", "{a,b}.parquet", "c::d.json", "~ .TXT"]
+    names += ["hf:/user/e.txt", "link.txt", "folder/f.txt"]
+    (folder / "hf:" / "user").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "folder").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "link.txt").symlink_to(elsewhere / "target")
+    for name, text in zip(names, TEXTS, strict=True):
+        WRITERS[name.rpartition(".")[2].lower()](folder / name, [spell(text)])
+    store = data.prepare(config(folder), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+    store = data.prepare(
+        config([str(folder / name) for name in names]), tokenizer, tmp_path / "each"
+    )
+    assert everything(store) == [tokens(t) for t in TEXTS]
+
+
+def test_what_is_no_text_is_told_and_does_not_count(tokenizer: Any, tmp_path: Path) -> None:
+    """Beside the texts: other files, hidden ones, the run itself. A text that is new does count."""
+    folder = tmp_path / "texts"
+    settings = replace(config(folder), output=str(folder / "run"))
+    (folder / ".git").mkdir(parents=True)
+    write_txt(folder / "a.txt", [spell(t) for t in TEXTS])
+    for other in (".git/b.txt", ".c.txt", "d.text", "e.md", "f"):
+        (folder / other).write_text("w1 w2 w3\n", encoding="utf-8")
+    kill(settings, tokenizer, settings.token_folder, "counts", outright=True)
+    store = data.prepare(settings, tokenizer, settings.token_folder)
+    assert everything(store) == [tokens(t) for t in TEXTS]
+    (folder / "run" / "metrics.jsonl").write_text("{}", encoding="utf-8")
+    (folder / "notes.md").touch()
+    assert same_store(store, data.prepare(settings, tokenizer, settings.token_folder), least=0)
+    told = "1 .txt; not read: 2 .md, 1 .text, 2 hidden, 1 without a type"
+    assert [str(source.files) for source in data.locate(settings)] == [told]
+    (folder / "new.txt").touch()
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*the texts of 'new\.txt'"):
+        data.prepare(settings, tokenizer, settings.token_folder)
+
+
+def test_data_set_of_the_hub_is_read_whole(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    hub = datasets.Dataset.from_dict({"body": [*(spell(t) for t in TEXTS), None], "text": [1] * 11})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((*a, k)) or hub)
+    monkeypatch.setattr("distilfast.sources.lookup.require_hub", lambda *_: None)
+    spec = SourceSpec("user/texts", "en", "abc", "test", column="body")
+    store = data.prepare(config([spec]), tokenizer, tmp_path / "tokens")
+    assert everything(store) == [tokens(t) for t in TEXTS]
+    assert asked == [("user/texts", "en", {"split": "test", "revision": "abc"})]
+    for column, message in (("text", "expected text in"), ("title", "expected a column 'title'")):
+        with pytest.raises(ConfigError, match=f"^data.source: {message}"):
+            data.prepare(config([replace(spec, column=column)]), tokenizer, tmp_path / "none")
+
+
 def test_list_of_sources_is_read_in_order(tokenizer: Any, tmp_path: Path) -> None:
     write_txt(tmp_path / "a.txt", [spell(t) for t in TEXTS[:3]])
     write_jsonl(tmp_path / "b.jsonl", [spell(t) for t in TEXTS[3:7]], column="body")
@@ -248,6 +308,9 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
             path.write_bytes(b"%PDF")
         case "folder":
             path.mkdir()
+        case "broken link":
+            path.mkdir()
+            (path / "a.txt").symlink_to("nowhere")
         case "single.txt":  # nothing left to train on
             write_txt(path, [spell(TEXTS[0])])
         case "good, missing.txt":
@@ -271,6 +334,7 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
         "blank.txt",
         "text.pdf",
         "folder",
+        "broken link",
         "single.txt",
         "good, missing.txt",
         "nothing",
@@ -386,6 +450,32 @@ def test_heldout_texts_are_whole_and_none_is_trained_on(tokenizer: Any, tmp_path
     assert whole != sorted(whole, reverse=True)
 
 
+def test_equal_texts_fall_on_one_side(tokenizer: Any, tmp_path: Path) -> None:
+    """Equal in what is made of them: spaces, capitals and a short last piece do not count."""
+    texts = make_texts([30] * 12)
+    lines = [how(spell(t)) for how in (str, str.upper, "  {} w2999".format) for t in texts]
+    write_txt(tmp_path / "text.txt", lines)
+    settings = config(tmp_path / "text.txt", heldout=0.25, min_length=12)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    heldout, trained = rows(store.heldout), rows(store.train)
+    assert len(heldout) == len({*map(tuple, heldout)}) * 3 == 9
+    assert not {*map(tuple, heldout)} & {*map(tuple, trained)}
+    assert len(trained) == 27
+    assert store.record["texts"]["repeated"] == 24
+
+
+def test_texts_left_out_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [spell(t) for t in (*TEXTS, TEXTS[0], range(30))]
+    lines += ["w1 w2", "", " ", "xyz " * 20, f"{'xyz ' * 20} {spell(range(4))}", "w7"]
+    write_txt(tmp_path / "text.txt", lines)
+    settings = config(tmp_path / "text.txt", min_length=12)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    assert data.describe(store.record["texts"], store.record) == (
+        "18 texts: 12 used (1 repeat another); left out: 2 shorter than 12 tokens, 2 with 50 % or "
+        "more unknown tokens, 2 empty, 1 pieces of the used"
+    )
+
+
 @pytest.mark.parametrize("n_texts", [7, 8, 9, 10, 11, 12])
 def test_heldout_text_is_found_between_blank_lines(
     n_texts: int, tokenizer: Any, tmp_path: Path
@@ -434,12 +524,35 @@ def test_text_of_many_chunks_is_one_text(tokenizer: Any, tmp_path: Path) -> None
     assert store.counts.tolist() == [recount[token] for token in range(len(tokenizer))]
 
 
-def test_changed_source_is_read_anew(tokenizer: Any, tmp_path: Path) -> None:
-    """`datasets` remembers what it has read, and must not remember it for another text."""
-    for i, texts in enumerate((TEXTS[:5], TEXTS[5:])):
-        write_txt(tmp_path / "text.txt", [spell(t) for t in texts])
-        store = data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / f"tokens-{i}")
-        assert everything(store) == [tokens(t) for t in texts]
+def test_contents_of_a_source_decide(tokenizer: Any, tmp_path: Path) -> None:
+    """Not its name, length and time, which are those of another text."""
+    source = tmp_path / "text.txt"
+    for i, text in enumerate(["w1 w2 w3", "w4 w5 w6"]):
+        write_txt(source, [text, "w7 w8 w9"])
+        os.utime(source, (1e9, 1e9))
+        store = data.prepare(config(source), tokenizer, tmp_path / f"tokens-{i}")
+        assert everything(store) == [tokens([1 + 3 * i, 2 + 3 * i, 3 + 3 * i]), tokens([7, 8, 9])]
+    with pytest.raises(
+        ConfigError, match=r"^data\.prepared: .* differs in the texts of 'text\.txt'"
+    ):
+        data.prepare(config(source), tokenizer, tmp_path / "tokens-0")
+    source.unlink()
+    assert len(data.prepare(config(source), tokenizer, tmp_path / "tokens-0").train) == 1
+
+
+def test_source_that_changes_while_it_is_read_is_refused(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*given: Any) -> Any:
+        write_txt(tmp_path / "text.txt", [spell(t) for t in TEXTS[1:]])
+        return filled(*given)
+
+    filled = corpus._fill
+    write_txt(tmp_path / "text.txt", [spell(t) for t in TEXTS])
+    monkeypatch.setattr(corpus, "_fill", fill)
+    with pytest.raises(ConfigError, match=r"^data\.source: expected files that do not change"):
+        data.prepare(config(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 # --- The store ------------------------------------------------------------------------------------
@@ -471,9 +584,9 @@ def test_store_reopened_is_the_same(
     assert same_store(opened, Store.open(stored))  # and the same wherever and whenever it is made
 
 
-def same_store(a: Store, b: Store) -> bool:
-    assert len(a.train) > 40
-    assert len(a.heldout) > 10
+def same_store(a: Store, b: Store, least: int = 40) -> bool:
+    assert len(a.train) > least
+    assert len(a.heldout) > least // 4
     return (
         rows(a.train) == rows(b.train)
         and rows(a.heldout) == rows(b.heldout)
@@ -488,7 +601,7 @@ def test_preparing_again_changes_nothing(
     folder = tmp_path / "tokens"
     made = data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder)
     before = snapshot(tmp_path)
-    monkeypatch.setattr(corpus, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(corpus, "_fill", lambda *_: pytest.fail("tokenised again"))
     assert same_store(made, data.prepare(config(corpus_file, heldout=0.2), tokenizer, folder))
     assert same_store(made, data.prepare(config(None, heldout=0.2), tokenizer, folder))
     assert snapshot(tmp_path) == before
@@ -529,6 +642,20 @@ def test_store_of_another_tokenizer_is_refused(
     settings = config(corpus_file if with_source else None, heldout=0.2)
     with pytest.raises(ConfigError, match=r"^data\.prepared: .*tokenizer"):
         data.prepare(settings, make_tokenizer(N_WORDS - 1), stored)
+
+
+def test_old_store_is_read_but_never_compared(
+    stored: Path, corpus_file: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """It has no hashes, so nobody knows whether it is of these texts."""
+    shutil.copytree(stored, tmp_path / "tokens")
+    record = json.loads((stored / "store.json").read_text(encoding="utf-8")) | {"format": 1}
+    del record["files"], record["texts"]
+    (tmp_path / "tokens" / "store.json").write_text(json.dumps(record), encoding="utf-8")
+    store = data.prepare(config(None), tokenizer, tmp_path / "tokens")
+    assert rows(store.train) == rows(Store.open(stored).train)
+    with pytest.raises(ConfigError, match=r"^data\.prepared: .*hashes.*data\.source to null"):
+        data.prepare(config(corpus_file, heldout=0.2), tokenizer, tmp_path / "tokens")
 
 
 def test_store_of_longer_texts_is_refused(stored: Path, tokenizer: Any) -> None:
@@ -638,14 +765,25 @@ def test_half_written_store_is_not_taken_for_one(
     assert [p.name for p in folder.parent.iterdir()] == ["tokens"]
 
 
+@pytest.mark.parametrize("place", ["tokens", "data/tokens"])
 def test_killed_preparation_does_not_block_the_next_run(
-    corpus_file: Path, tokenizer: Any, tmp_path: Path
+    place: str, corpus_file: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """A run's tokens are made in its output, which has to pass for empty when they are not done."""
+    """A run's tokens are made in its output, which has to pass for empty when they are not done;
+    but not with what only resembles them."""
     output = tmp_path / "run"
-    settings = replace(config(corpus_file, heldout=0.2), output=str(output))
-    kill(settings, tokenizer, output / "tokens", "counts", outright=True)
+    settings = config(corpus_file, heldout=0.2, prepared=str(output / place))
+    settings = replace(settings, output=str(output))
+    kill(settings, tokenizer, output / place, "counts", outright=True)
     checks.check_output(settings, output)
+    for other in (f"{place}-backup", f"{place}.tmp-old", "config.yaml.tmp-mine"):
+        (output / other).mkdir()
+        with pytest.raises(ConfigError, match=r"^output: expected an empty folder"):
+            checks.check_output(settings, output)
+        checks.claim(settings, output)
+        assert (output / other).is_dir()
+        (output / other).rmdir()
+        (output / "config.yaml").unlink()
 
 
 def damage(folder: Path, how: str) -> None:

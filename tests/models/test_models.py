@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -814,28 +814,22 @@ ALONE = World(rank=0, ranks=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def held(
-    bert: models.Teacher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Held]:
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        settings = DataConfig(source=str(corpus), max_length=24, heldout=0.4)
-        config = Config(teacher=bert.name, data=settings, steps=1)
-        tokenizer = models.load_teachers(config.teachers)[1]
-        store = data.prepare(config, tokenizer, tmp_path_factory.mktemp("held") / "tokens")
-        masking = MaskingConfig(probability=0.4, mask=0.4, random=0.2, keep=0.4)
-        special, mask = tokenizer.all_special_ids, tokenizer.mask_token_id
-        masker = Masker.from_counts(store.counts, special, mask, masking, seed=3)
-        # One layer and large weights: its guesses differ from place to place.
-        teacher = make_bert(num_hidden_layers=1, initializer_range=1.0).eval()
-        student = models.make_student(teacher, StudentConfig(layers="all"), 1)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for p in student.parameters():
-                p.mul_(1 + 0.1 * torch.randn_like(p))
-        yield Held(data.Batches(store, masker, 0, BatchConfig(8)), teacher, student)
+def held(bert: models.Teacher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Held:
+    settings = DataConfig(source=str(corpus), max_length=24, heldout=0.4)
+    config = Config(teacher=bert.name, data=settings, steps=1)
+    tokenizer = models.load_teachers(config.teachers)[1]
+    store = data.prepare(config, tokenizer, tmp_path_factory.mktemp("held") / "tokens")
+    masking = MaskingConfig(probability=0.4, mask=0.4, random=0.2, keep=0.4)
+    special, mask = tokenizer.all_special_ids, tokenizer.mask_token_id
+    masker = Masker.from_counts(store.counts, special, mask, masking, seed=3)
+    # One layer and large weights: its guesses differ from place to place.
+    teacher = make_bert(num_hidden_layers=1, initializer_range=1.0).eval()
+    student = models.make_student(teacher, StudentConfig(layers="all"), 1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1 + 0.1 * torch.randn_like(p))
+    return Held(data.Batches(store, masker, 0, BatchConfig(8)), teacher, student)
 
 
 @torch.no_grad()
