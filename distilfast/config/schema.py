@@ -92,7 +92,8 @@ class DataConfig:
             read.
         prepared: folder of the tokens; made from source if it is missing, and else compared with
             its files by their contents. null: in output.
-        column: the column with the text, in .jsonl, .parquet and .csv.
+        column: the column with the text, in .jsonl, .parquet and .csv. A cell is read as it is
+            written; one that is empty or JSON's null is no text.
         txt_rows: the unit of a .txt file that counts as one text.
         max_length: most tokens in an example, special tokens included. A longer text is cut into
             several examples.

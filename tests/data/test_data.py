@@ -34,7 +34,7 @@ from distilfast.config import (
     MaskingConfig,
     SourceSpec,
 )
-from distilfast.data import Batches, MicroBatch, Store, corpus
+from distilfast.data import Batches, MicroBatch, Store, corpus, texts
 from distilfast.data.masking import IGNORE_INDEX, Masker, permutation
 from distilfast.driver import checks
 from distilfast.models import fingerprint
@@ -285,6 +285,21 @@ def test_null_and_blank_rows_are_passed_over(tokenizer: Any, tmp_path: Path) -> 
     assert everything(store) == [tokens(TEXTS[0]), tokens(TEXTS[1])]
 
 
+# What a reader could take for something else than the text that it is.
+CELLS = ["null", "NA", "nan", "None", "007", "1.0", "1e5", "2020-01-01", "true", "", "# no comment"]
+CELLS += ['say "so", twice', "two\nlines", " spaced ", "#", "\u2028|\x0b|\t|", '"quoted"']
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_cells_are_read_as_they_are_written(suffix: str, tmp_path: Path) -> None:
+    for i, cells in enumerate((CELLS, *([cell] for cell in CELLS if cell))):
+        file = tmp_path / f"{i}.{suffix}"
+        WRITERS[suffix](file, cells)
+        if suffix != "parquet":  # a byte-order mark is no part of the first name
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert list(chain.from_iterable(texts.read(file, "text", "line"))) == cells
+
+
 def broken_source(name: str, folder: Path) -> tuple[Any, str]:
     """A source that gives no text, and what the error has to name."""
     path = folder / name
@@ -292,6 +307,19 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
         case "column.jsonl":
             write_jsonl(path, [spell(t) for t in TEXTS], column="body")
             return str(path), "body"
+        case "row.csv":  # pandas would take the first cells for names of the rows
+            path.write_text("text\nHello, world\nw1, w2\n", encoding="utf-8")
+            return str(path), "row.csv' cannot be read as csv: line 2: expected 1 fields"
+        case "twice.csv":
+            path.write_text("text,text\nw1,w2\n", encoding="utf-8")
+            return str(path), "twice.csv', got text, text"
+        case "open.csv":
+            path.write_text('text\nw1\n"w2\nw3\n', encoding="utf-8")
+        case "number.jsonl":
+            path.write_text('{"text": "w1"}\n\n{"text": 7}\n', encoding="utf-8")
+            return str(path), "number.jsonl', got int in line 3"
+        case "numbers.parquet":
+            write_parquet(path, [1, 2])  # type: ignore[list-item]
         case "lists.jsonl":
             path.write_text('{"text": ["w1", "w2"]}', encoding="utf-8")
         case "half.jsonl":
@@ -326,6 +354,11 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
     [
         "missing.txt",
         "column.jsonl",
+        "row.csv",
+        "twice.csv",
+        "open.csv",
+        "number.jsonl",
+        "numbers.parquet",
         "lists.jsonl",
         "half.jsonl",
         "half.parquet",
