@@ -98,6 +98,8 @@ class DataConfig:
         max_length: most tokens in an example, special tokens included. A longer text is cut into
             several examples.
         min_length: fewest tokens in an example; shorter ones are dropped.
+        special_tokens: what the words [MASK] or [SEP] in a text are: text, words like others, or
+            the special tokens.
         max_unknown: an example is dropped if its share of unknown tokens is this or more.
         heldout: the share of the texts that is held out for evaluation: whole texts, at least one,
             and equal ones together.
@@ -109,6 +111,7 @@ class DataConfig:
     txt_rows: Literal["line", "paragraph", "document"] = "line"
     max_length: int = 512
     min_length: int = 12
+    special_tokens: Literal["text", "tokens"] = "text"
     max_unknown: float = 0.5
     heldout: float = 0.01
 

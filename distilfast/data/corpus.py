@@ -26,7 +26,7 @@ from distilfast.data.masking import permutation
 from distilfast.data.store import COUNTED, FORMAT, Store, describe
 from distilfast.data.texts import Source
 from distilfast.errors import writable
-from distilfast.models.tokenizers import fingerprint, vocabulary_size
+from distilfast.models.tokenizers import fingerprint, tokenize, vocabulary_size
 from distilfast.sources import lookup
 
 log = logging.getLogger("distilfast")
@@ -256,7 +256,12 @@ def _tokenize(
     ):
         for batch in chain.from_iterable(source.texts(data.txt_rows) for source in sources):
             strings = [text or "" for text in batch]
-            encoded = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+            if data.special_tokens == "text":
+                options = {"key": "data.special_tokens", "add_special_tokens": False}
+                encoded = tokenize(tokenizer, strings, **options)["input_ids"]
+            else:
+                options = {"split_special_tokens": False, "add_special_tokens": False}
+                encoded = tokenizer(strings, verbose=False, **options)["input_ids"]
             examples: list[list[int]] = []
             for ids in encoded:
                 kept, lost = cut(ids)

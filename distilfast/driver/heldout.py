@@ -108,7 +108,7 @@ def fill(
     """The k likeliest tokens, with probabilities, at the first [MASK] of each text."""
     guesses = []
     for text in texts:
-        batch = tokenizer(text, return_tensors="pt")
+        batch = tokenizer(text, return_tensors="pt", split_special_tokens=False)
         with torch.no_grad():
             logits = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}).logits[0]
         position = int((batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0])

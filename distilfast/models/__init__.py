@@ -22,7 +22,7 @@ from distilfast.models.teachers import (
     choose_attention,
     load_teachers,
 )
-from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
+from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocabulary_size
 from distilfast.models.weights import load_weights, loading, loading_errors, quiet
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "make_student",
     "quiet",
     "spread",
+    "tokenize",
     "use_fp32_sums",
     "vocabulary_size",
 ]

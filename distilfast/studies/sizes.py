@@ -188,7 +188,8 @@ def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[lis
     if not models.has_words(tokenizer):
         raise missing
     cut = {} if candidate.positions is None else {"max_length": candidate.positions}
-    return [tokenizer(*text, truncation=bool(cut), **cut)["input_ids"] for text in texts]
+    options = {"truncation": bool(cut), "split_special_tokens": True, **cut}
+    return [tokenizer(*text, **options)["input_ids"] for text in texts]
 
 
 # --- Depth against width --------------------------------------------------------------------------

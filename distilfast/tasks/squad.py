@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distilfast import models
 from distilfast.errors import ConfigError
 
 Answer = tuple[str, int]  # the text, and the index of its first character in the context
@@ -107,9 +108,11 @@ def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -
     """
     for begin in range(0, len(texts), CHUNK):
         questions, contexts = (list(x) for x in zip(*texts[begin : begin + CHUNK], strict=True))
-        made = tokenizer(
+        made = models.tokenize(
+            tokenizer,
             _cut(questions, tokenizer, max(1, max_length // 6)),
             contexts,
+            key="--data",
             truncation="only_second",
             max_length=max_length,
             stride=max_length // 3,
@@ -129,7 +132,8 @@ def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -
 
 def _cut(questions: list[str], tokenizer: Any, length: int) -> list[str]:
     """Cut each question after ``length`` tokens."""
-    made = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
+    options = {"add_special_tokens": False, "return_offsets_mapping": True}
+    made = models.tokenize(tokenizer, questions, key="--data", **options)
     places = made["offset_mapping"]
     return [
         question if len(of_tokens) <= length else question[: of_tokens[length - 1][1]]

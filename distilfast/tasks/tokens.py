@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distilfast.models import tokenize
 from distilfast.tasks import squad
 from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX, Examples
@@ -231,9 +232,8 @@ def encode(
     for begin in range(0, len(examples.texts), CHUNK):
         columns = map(list, zip(*examples.texts[begin : begin + CHUNK], strict=True))
         # Request token types always: models whose tokenizers differ only in them share a store.
-        made = tokenizer(
-            *columns, truncation=True, max_length=max_length, return_token_type_ids=True
-        )
+        options = {"max_length": max_length, "return_token_type_ids": True}
+        made = tokenize(tokenizer, *columns, key="--data", truncation=True, **options)
         ids += (np.asarray(row, np.int32) for row in made["input_ids"])
         types += (np.asarray(row, np.int32) for row in made["token_type_ids"])
         tell(len(ids))

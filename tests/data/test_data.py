@@ -437,6 +437,23 @@ def test_examples_of_unknown_tokens_are_dropped(tokenizer: Any, tmp_path: Path) 
     assert everything(store) == [tokens(texts[0]), long]
 
 
+@pytest.mark.parametrize("how", ["text", "tokens"])
+def test_words_of_special_tokens_are_what_was_asked_for(
+    how: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """An older store's record does not say how; its tokens do."""
+    write_txt(tmp_path / "text.txt", ["w1 [MASK] w2[SEP]", "w3 w4"])
+    settings = config(tmp_path / "text.txt", special_tokens=how, max_unknown=1.0)
+    store = data.prepare(settings, tokenizer, tmp_path / "tokens")
+    body = [6, UNK, UNK, UNK, 7, UNK, UNK, UNK] if how == "text" else [6, MASK, 7, SEP]
+    assert everything(store) == [[CLS, *body, SEP], tokens([3, 4])]
+    file = tmp_path / "tokens" / "store.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record.pop("special_tokens") == how
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert data.prepare(settings, tokenizer, tmp_path / "tokens").record["special_tokens"] == how
+
+
 # --- Training and held-out text -------------------------------------------------------------------
 
 
@@ -649,6 +666,7 @@ def test_preparing_again_changes_nothing(
         {"heldout": 0.1},
         {"txt_rows": "document"},
         {"column": "body"},
+        {"special_tokens": "tokens"},
     ],
     ids=lambda x: next(iter(x)),
 )

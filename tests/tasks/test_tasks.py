@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor
@@ -566,6 +568,22 @@ def test_tokens_are_the_same_in_one_piece_or_several(
     _, pieces = encoded(tokenizer)
     for name, tensor in whole.tensors().items():
         assert torch.equal(pieces.tensors()[name], tensor), name
+
+
+def test_words_of_special_tokens_are_text(tokenizer: Any) -> None:
+    """Where a vocabulary has them among its words, the text is refused."""
+    pairs = [("the [MASK]", "a [SEP] [PAD]"), ("[CLS]", "[UNK]")]
+    made = encode(Examples(pairs, [0.0, 0.0]), tokenizer, 64)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert sum(token in special for token in made.input_ids.tolist()) == 3 * len(pairs)
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"the"]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([(w, -1.0) for w in words], 0))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, **names)
+    assert len(encode(Examples([("the", "he")], [0.0]), other, 64).input_ids) == 5
+    said = r"^--data: expected texts without '\[MASK\]', .*, got 'he \| the\[MASK\]'$"
+    with pytest.raises(ConfigError, match=said):
+        encode(Examples([("the", "he"), ("he", "the[MASK]")], [0.0, 0.0]), other, 64)
 
 
 def test_longer_text_of_a_pair_is_cut(tokenizer: Any) -> None:
