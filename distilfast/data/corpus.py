@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -247,6 +248,9 @@ def _tokenize(
                 kept.append([cls_token, *piece, sep_token])
         return kept, lost
 
+    encode = functools.partial(tokenize, tokenizer, key="data.special_tokens")
+    if data.special_tokens == "tokens":
+        encode = functools.partial(tokenizer, split_special_tokens=False, verbose=False)
     keys, seen = array("q"), Counter(dict.fromkeys(COUNTED, 0))
     column = pyarrow.list_(pyarrow.int32())
     with (
@@ -256,14 +260,9 @@ def _tokenize(
     ):
         for batch in chain.from_iterable(source.texts(data.txt_rows) for source in sources):
             strings = [text or "" for text in batch]
-            if data.special_tokens == "text":
-                options = {"key": "data.special_tokens", "add_special_tokens": False}
-                encoded = tokenize(tokenizer, strings, **options)["input_ids"]
-            else:
-                options = {"split_special_tokens": False, "add_special_tokens": False}
-                encoded = tokenizer(strings, verbose=False, **options)["input_ids"]
+            made_of = encode(strings, add_special_tokens=False)["input_ids"]
             examples: list[list[int]] = []
-            for ids in encoded:
+            for ids in made_of:
                 kept, lost = cut(ids)
                 examples += kept
                 keys.extend([_key(kept)] * len(kept))

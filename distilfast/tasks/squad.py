@@ -7,6 +7,7 @@ of context over all windows of the question (Devlin et al. 2019, section 4.2).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import string
@@ -120,14 +121,71 @@ def windows(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -
             return_offsets_mapping=True,
             return_token_type_ids=True,
         )
-        for i, ids in enumerate(made["input_ids"]):
-            in_context = np.array([part == 1 for part in made.sequence_ids(i)])
-            yield Window(
-                begin + made["overflow_to_sample_mapping"][i],
-                np.asarray(ids, np.int32),
-                np.asarray(made["token_type_ids"][i], np.int32),
-                np.where(in_context[:, None], np.asarray(made["offset_mapping"][i], np.int32), -1),
-            )
+        # The windows of a question, which follow one another.
+        numbers = made["overflow_to_sample_mapping"]
+        for number, some in itertools.groupby(range(len(numbers)), numbers.__getitem__):
+            mine = list(some)
+            inside = [np.array([part == 1 for part in made.sequence_ids(i)]) for i in mine]
+            places = [
+                _in_order(np.asarray(made["offset_mapping"][i], np.int32)[held])
+                for i, held in zip(mine, inside, strict=True)
+            ]
+            moved = _with_all_letters(contexts[number], np.concatenate(places))
+            for i, place, held in zip(mine, places, inside, strict=True):
+                for token, pair in enumerate(map(tuple, place.tolist()) if moved else ()):
+                    place[token] = moved.get(pair, pair)
+                chars = np.full((len(held), 2), -1, np.int32)
+                chars[held] = place
+                yield Window(
+                    begin + number,
+                    np.asarray(made["input_ids"][i], np.int32),
+                    np.asarray(made["token_type_ids"][i], np.int32),
+                    chars,
+                )
+
+
+def _in_order(places: np.ndarray) -> np.ndarray:
+    """Return places of which none begins after the next one, nor ends before the one before.
+
+    The first of several tokens of one letter may be reported as empty, behind the letter.
+    """
+    begins = np.minimum.accumulate(places[::-1, 0])[::-1]
+    return np.stack([begins, np.maximum.accumulate(places[:, 1])], 1)
+
+
+def _with_all_letters(context: str, places: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return the tokens' places that have to move so that each visible character is in one.
+
+    A tokenizer may report a word's place without its first letter (byte pairs after another
+    pre-tokenizer), or drop a character. What is in no place belongs to the token that begins after
+    it, else to the one that ends before it; if there is a space on both sides, to none.
+
+    Args:
+        places: (n, 2), the begin and end of all tokens of the context.
+    """
+    change = np.zeros(len(context) + 1, np.int64)
+    np.add.at(change, places[:, 0], 1)
+    np.add.at(change, places[:, 1], -1)
+    outside = np.flatnonzero(change.cumsum()[:-1] == 0).tolist()
+    loose = [i for i in outside if context[i].isprintable() and not context[i].isspace()]
+    if not loose:
+        return {}
+    ordered = sorted(set(map(tuple, places.tolist())))
+    first = {begin: (begin, end) for begin, end in reversed(ordered)}  # that begins there
+    last = {end: (begin, end) for begin, end in ordered}  # that ends there
+    moved: dict[tuple[int, int], tuple[int, int]] = {}
+    start = loose[0]
+    for here, following in itertools.pairwise([*loose, -1]):
+        stop = here + 1
+        if stop == following and not (stop in first or stop in last):
+            continue
+        spaced = context[stop : stop + 1].isspace() and first.get(stop, (0, 0))[1] > stop
+        if stop in first and not (spaced and start in last):
+            moved[first[stop]] = (start, moved.get(first[stop], first[stop])[1])
+        elif start in last:
+            moved[last[start]] = (moved.get(last[start], last[start])[0], stop)
+        start = following
+    return moved
 
 
 def _cut(questions: list[str], tokenizer: Any, length: int) -> list[str]:
@@ -136,7 +194,7 @@ def _cut(questions: list[str], tokenizer: Any, length: int) -> list[str]:
     made = models.tokenize(tokenizer, questions, key="--data", **options)
     places = made["offset_mapping"]
     return [
-        question if len(of_tokens) <= length else question[: of_tokens[length - 1][1]]
+        question if len(of_tokens) <= length else question[: max(e for _, e in of_tokens[:length])]
         for question, of_tokens in zip(questions, places, strict=True)
     ]
 
@@ -150,13 +208,23 @@ def positions(chars: np.ndarray, answer: Answer) -> tuple[int, int]:
         chars: the window's.
     """
     text, start = answer
-    stop = start + len(text)
+    start += len(text) - len(text.lstrip())
+    stop = start + len(text.strip())
     inside = np.flatnonzero(chars[:, 0] >= 0)
     if not len(inside) or start < chars[inside[0], 0] or stop > chars[inside[-1], 1]:
         return 0, 0
     touched = inside[(chars[inside, 1] > start) & (chars[inside, 0] < stop)]
     # An answer may have no token: a tokenizer drops characters such as control characters.
     return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
+
+
+def within_reach(chars: np.ndarray, context: str, answer: Answer) -> bool:
+    """Return whether the window can give this answer, to the word: a span of at most MAX_ANSWER
+    tokens that begins and ends where the answer does."""
+    first, last = positions(chars, answer)
+    if not last >= first > 0 or last - first >= MAX_ANSWER:
+        return False
+    return bool(exact_match(context[chars[first, 0] : chars[last, 1]], answer[0]))
 
 
 # --- Answers --------------------------------------------------------------------------------------

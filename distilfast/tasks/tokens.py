@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distilfast.errors import ConfigError
 from distilfast.models import tokenize
 from distilfast.tasks import squad
 from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX, Examples
 
+log = logging.getLogger("distilfast.tasks")
 CHUNK = 10_000  # examples tokenised at a time, because the tokenizer's own lists are large
+LEAST_WITHIN_REACH = 0.95  # of the answers: some begin or end within a token
 PAD_TO = 8  # the width of a batch is a multiple of this
 
 
@@ -193,11 +197,28 @@ def encode_windows(
     max_length: int,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Windows:
-    """Turn questions and contexts into windows of at most ``max_length`` tokens."""
+    """Turn questions and contexts into windows of at most ``max_length`` tokens.
+
+    Raises:
+        ConfigError: even perfect logits would give fewer than LEAST_WITHIN_REACH of the answers.
+    """
     made = []
+    reached = set()
     for window in squad.windows(examples.texts, tokenizer, max_length):
         made.append(window)
+        context, gold = examples.texts[window.question][1], examples.labels[window.question]
+        if any(squad.within_reach(window.chars, context, answer) for answer in gold):
+            reached.add(window.question)
         tell(window.question)
+    missed = [i for i, gold in enumerate(examples.labels) if gold and i not in reached]
+    if missed:
+        said = (
+            f"{len(missed)} of {len(examples.labels)} answers that no span of tokens gives, such "
+            f"as {examples.labels[missed[0]][0][0][:40]!r}"
+        )
+        if len(missed) > (1 - LEAST_WITHIN_REACH) * len(examples.labels):
+            raise ConfigError(f"--data: expected answers of whole tokens in a window, got {said}")
+        log.warning("no model can be right about %s", said)
     labels = [
         squad.positions(window.chars, answers[0]) if answers else (IGNORE_INDEX, IGNORE_INDEX)
         for window in made

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,9 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from distilfast import cli, tasks
@@ -254,29 +260,117 @@ def test_perfect_logits_give_100(data: Path, tokenizer: Any) -> None:
         assert tasks.score(SQUAD, windows, wrong)["EM"] < 50
 
 
-def test_byte_pairs_find_the_same_answers(data: Path) -> None:
-    """RoBERTa's: four special tokens, words in pieces, each with the space before it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+# --- Tokenizers -----------------------------------------------------------------------------------
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+ODD_WORDS = ["a", "it's", "(1895)", "$5.00", "naïve", "cafe\u0301s", "e\u0301", "北京", "𝒳", "ß"]
+SPACES = st.sampled_from([" ", "  ", "\n", " \n", "\u00a0"])
+BERTS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def byte_pairs(*, split: bool, prefix: bool, trim: bool) -> Any:
+    """RoBERTa's: four special tokens, words in pieces, each with the space before it."""
+    first = [pre_tokenizers.Whitespace()] if split else []
+    steps = [*first, pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
+    end = processors.RobertaProcessing(
+        ("[SEP]", 3), ("[CLS]", 2), trim_offsets=trim, add_prefix_space=prefix
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=320, special_tokens=BERTS, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator([" ".join(WORDS)], trainer)
-    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", cls_token="<s>", sep_token="</s>"
+    return trained(models.BPE(), trainer, pre_tokenizers.Sequence(steps), end)
+
+
+def trained(model: Any, trainer: Any, steps: Any, end: Any = None, normalizer: Any = None) -> Any:
+    made = Tokenizer(model)
+    made.pre_tokenizer = steps
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.train_from_iterator([" ".join([*WORDS, "MASK", "'s ()$."])] * 3, trainer)
+    made.post_processor = end or processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), BERTS, strict=True))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, **{f"{name}_token": word for name, word in names.items()}
     )
-    examples = tasks.read(SQUAD, str(data))["train"]
-    windows = tasks.encode_windows(examples, tokenizer, 60)
-    assert len(windows) > 8
-    assert windows.input_ids.tolist().count(2) == 3 * len(windows)  # <s> q </s></s> c </s>
-    found = windows.answers(perfect_logits(windows))
-    assert found == [answers[0][0] for answers in examples.labels]
+
+
+def pieces(*normalizer: Any, prepend: str = "always") -> Any:
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=BERTS, unk_token="[UNK]", show_progress=False
+    )
+    lines = normalizers.Replace("\n", " ")
+    steps = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    normalizer = normalizers.Sequence([lines, normalizers.NFKC(), *normalizer])
+    return trained(models.Unigram(), trainer, steps, normalizer=normalizer)
+
+
+def word_pieces(normalizer: Any, steps: Any) -> Any:
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=BERTS, show_progress=False)
+    return trained(models.WordPiece(unk_token="[UNK]"), trainer, steps, normalizer=normalizer)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    **{
+        f"byte pairs, {split=}, {prefix=}, {trim=}": functools.partial(
+            byte_pairs, split=split, prefix=prefix, trim=trim
+        )
+        for split, prefix, trim in itertools.product((False, True), repeat=3)
+    },
+    "word pieces": lambda: word_pieces(
+        normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    ),
+    "word pieces, cased": lambda: word_pieces(None, pre_tokenizers.Whitespace()),
+    "pieces": pieces,
+    "pieces, first": lambda: pieces(prepend="first"),
+    "pieces, never": lambda: pieces(prepend="never"),
+    "pieces, lower": lambda: pieces(
+        normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()
+    ),
+}
+
+
+@functools.cache
+def made_tokenizer(name: str) -> Any:
+    return TOKENIZERS[name]()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(content=st.data())
+def test_perfect_logits_give_100_with_any_tokenizer(name: str, content: st.DataObject) -> None:
+    """Answers of some words anywhere in a context of many, which takes several windows."""
+    tokenizer = made_tokenizer(name)
+    words = st.sampled_from(WORDS + 3 * ODD_WORDS)
+    texts, labels = [], []
+    for _ in range(3):
+        context = content.draw(st.lists(st.tuples(words, SPACES), min_size=4, max_size=30))
+        begins = list(itertools.accumulate((len(w + s) for w, s in context), initial=0))
+        first = content.draw(st.integers(0, len(context) - 1))
+        last = content.draw(st.integers(first, min(first + 2, len(context) - 1)))
+        whole = "".join(w + s for w, s in context)
+        answer = whole[begins[first] : begins[last] + len(context[last][0])]
+        texts.append(("who is it ?", whole))
+        labels.append([(answer, begins[first])])
+    windows = tasks.encode_windows(tasks.Examples(texts, labels), tokenizer, 64)
+    found = tasks.score(SQUAD, windows, perfect_logits(windows))
+    assert found["EM"] == 100, (windows.answers(perfect_logits(windows)), labels)
+
+
+def test_answers_that_no_tokens_give_are_counted_or_refused(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = "the city of the king"
+    good = [[("city", 4)]] * 30
+    within = tasks.Examples([("who", context)] * 31, [*good, [("cit", 4)]])
+    with caplog.at_level(logging.WARNING, "distilfast"):
+        tasks.encode_windows(within, tokenizer, LENGTH)
+    assert "1 of 31 answers that no span of tokens gives, such as 'cit'" in caplog.text
+    with pytest.raises(ConfigError, match=r"^--data: expected answers of whole tokens.*2 of 32"):
+        tasks.encode_windows(
+            tasks.Examples([*within.texts, ("who", context)], [*within.labels, [("kin", 16)]]),
+            tokenizer,
+            LENGTH,
+        )
 
 
 def test_windows_added_and_saved_are_the_same(train: Windows, tmp_path: Path) -> None:
