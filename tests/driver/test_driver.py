@@ -306,7 +306,7 @@ def test_mean_over_no_tokens_is_null(
     assert all(scores == undefined for scores in summary["scores"].values())
     for file in ("model/README.md", "report.html"):
         assert "no held-out token was masked, so nothing was measured." in (both / file).read_text()
-    assert "| student |  |  |  |" in (both / "model" / "README.md").read_text()
+    assert "| both | – | – | – |" in (both / "model" / "README.md").read_text()
 
     alone = ("--loss.kd_rows=masked", "--loss.hidden_cos_weight=0")
     alone = run(recipe, *changes, *alone, f"--output={tmp_path / 'alone'}")
