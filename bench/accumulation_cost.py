@@ -39,7 +39,7 @@ from kit import measure, parallel
 
 from distilfast import models
 from distilfast.driver import checks, engine, processes
-from distilfast.driver.step import Distillation
+from distilfast.driver.micro_batch import Distillation
 from distilfast.sources import assets
 
 RESULTS = Path(__file__).parent / "results"

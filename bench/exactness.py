@@ -35,7 +35,7 @@ from kit import measure, parallel
 
 from distilfast.data import batches
 from distilfast.driver import engine, processes
-from distilfast.driver.step import Normalizers, vocabulary_rows
+from distilfast.driver.micro_batch import Normalizers, vocabulary_rows
 
 CSV = Path(__file__).parent / "results" / "exactness.csv"
 RANKS = (1, 2, 4)

@@ -26,9 +26,11 @@ import transformers
 
 from distilfast import models
 from distilfast.config import Config, parse
-from distilfast.driver import checks, engine, loop, optimizers, processes
+from distilfast.driver import checks, engine, optimizers, processes
 from distilfast.driver.metrics import Metrics
-from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.driver.micro_batch import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import optimiser_step
 from distilfast.sources import assets
 
 WARMUP = 3  # steps that are not counted
@@ -92,14 +94,14 @@ class DriverLoop:
 
     def __init__(self, config: Config, setup: checks.Setup, teacher: TeacherSide, folder: Path):
         self.config, self.setup, self.teacher = config, setup, teacher
-        self.world, self.stop = processes.start(), loop.Stop()
+        self.world, self.stop = processes.start(), Stop()
         module = Distillation(setup.student, config.loss, teacher)
         self.runner = engine.Engine(module, config, self.world)
         self.metrics = Metrics(folder, 0, tensorboard=True)
 
     def step(self, number: int) -> float:
         """One optimiser step; its loss."""
-        line, _ = loop.optimiser_step(
+        line, _ = optimiser_step(
             self.config, self.world, self.setup, self.runner, self.teacher, number, self.stop
         )
         self.metrics.write(line)

@@ -36,8 +36,8 @@ from distilfast import data, models
 from distilfast.config import ConfigError, LossConfig, parse
 from distilfast.data import MicroBatch
 from distilfast.data.masking import Masker
-from distilfast.driver import checks, step
-from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.driver import checks, micro_batch
+from distilfast.driver.micro_batch import PARTS, Distillation, Normalizers, TeacherSide
 
 ROOT = Path(__file__).parent.parent
 CSV = Path(__file__).parent / "results" / "precision.csv"
@@ -74,12 +74,12 @@ def rounding(loss: Any, rounded: bool, logits_dtype: torch.dtype | None) -> Any:
 
 @contextmanager
 def head(rounded: bool, logits_dtype: torch.dtype | None) -> Iterator[None]:
-    before = step.linear_distillation_loss
-    step.linear_distillation_loss = rounding(before, rounded, logits_dtype)  # type: ignore[attr-defined]
+    before = micro_batch.linear_distillation_loss
+    micro_batch.linear_distillation_loss = rounding(before, rounded, logits_dtype)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        step.linear_distillation_loss = before  # type: ignore[attr-defined]
+        micro_batch.linear_distillation_loss = before  # type: ignore[attr-defined]
 
 
 def gradient(
@@ -94,7 +94,7 @@ def gradient(
     if dtype == BF16:
         models.use_fp32_sums(student)
     side = TeacherSide(copy.deepcopy(teachers), loss, torch.device("cpu"), dtype)
-    rows, masked = (len(x) for x in (step.vocabulary_rows(batch, loss), batch.masked))
+    rows, masked = (len(x) for x in (micro_batch.vocabulary_rows(batch, loss), batch.masked))
     counts = Normalizers(*torch.tensor([rows, masked, len(batch.tokens)]).float())
     total, parts = Distillation(student, loss, side)(batch, side(batch), counts)
     total.backward()

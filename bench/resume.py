@@ -38,9 +38,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distilfast import config as configs
-from distilfast.driver import checks, engine, loop, processes
+from distilfast.driver import checks, engine, processes
 from distilfast.driver.checkpoint import Checkpoints, Saved
-from distilfast.driver.step import Distillation, TeacherSide
+from distilfast.driver.micro_batch import Distillation, TeacherSide
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import optimiser_step
 
 CSV = Path(__file__).parent / "results" / "resume.csv"
 STEPS, SEQUENCES, MIDDLE = 8, 16, 4
@@ -85,7 +87,7 @@ class Runs:
     def step(self, runner: engine.Engine, number: int) -> list[float]:
         """Loss and gradient norm."""
         things = self.config, self.world, self.setup, runner, self.teacher
-        line, _ = loop.optimiser_step(*things, number, loop.Stop())
+        line, _ = optimiser_step(*things, number, Stop())
         return [line["loss"], line["grad_norm"]]
 
     def everyone(self, value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ class Part(NamedTuple):
     output: str | None  # its field of DistillationOutput; None: a loss over hidden states
     title: str  # in a model card and a report; {T} is the temperature
     unit: str  # of its curve
-    rows: str  # which rows it is a mean over: the field of `driver.step.Normalizers`
+    rows: str  # which rows it is a mean over: the field of `driver.micro_batch.Normalizers`
 
     @property
     def weight(self) -> str:

@@ -28,6 +28,7 @@ from distilfast import config as configs
 from distilfast import demo
 from distilfast.driver import loop, processes
 from distilfast.driver.checkpoint import CheckpointError
+from distilfast.driver.step import TrainingError
 from distilfast.errors import ConfigError
 from distilfast.progress import log_to_stderr
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             demo.distil()
         else:
             loop.run(configs.parse(arguments))
-    except (ConfigError, loop.TrainingError, CheckpointError) as error:
+    except (ConfigError, TrainingError, CheckpointError) as error:
         if first:
             print(f"distilfast: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from distilfast import config as configs
 from distilfast import data
-from distilfast.driver import checks, engine, loop, processes
-from distilfast.driver.step import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.driver import checks, engine, processes
+from distilfast.driver.micro_batch import Distillation, Normalizers, TeacherSide, vocabulary_rows
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import optimiser_step
 
 WORDS, LINES = 1000, 400
 # Every layout that is offered. One process in fp32 and without offload is at stage 0 whatever is
@@ -129,7 +131,7 @@ class Run:
 
     def step(self, number: int) -> None:
         things = self.config, self.world, self.setup, self.engine, self.teacher
-        loop.optimiser_step(*things, number, loop.Stop())
+        optimiser_step(*things, number, Stop())
 
     def micro_batches(self, count: int) -> list[data.MicroBatch]:
         """This rank's of so many steps."""

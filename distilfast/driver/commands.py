@@ -11,8 +11,9 @@ from torch import nn
 from distilfast import data, models
 from distilfast.config import RECIPES, BatchConfig, Config, parse
 from distilfast.data import Store
-from distilfast.driver import checks, loop, processes
+from distilfast.driver import checks, processes
 from distilfast.driver import replay as replaying
+from distilfast.driver.step import TrainingError
 from distilfast.errors import ConfigError
 from distilfast.report.numbers import counted
 
@@ -90,7 +91,7 @@ def replay(arguments: Sequence[str]) -> int:
     config = parse(others, prog=prog)
     try:
         return 0 if replaying.replay(config, step, ranks) else 1
-    except loop.TrainingError as error:
+    except TrainingError as error:
         print(f"distilfast: {error}", file=sys.stderr)
         return 1
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, communicate and end."""
+"""The processes of a run: how they start, communicate, are stopped and end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import datetime
 import functools
 import logging
+import math
 import os
+import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,3 +180,30 @@ def describe(world: World) -> Sequence[str]:
     if world.device.type != "cuda":
         unit, threads = "process", f" of {counted(torch.get_num_threads(), 'thread')}"
     return [f"{name}, {counted(world.ranks, unit)}{threads}", f"torch {torch.__version__}"]
+
+
+ECHO_S = 1.0  # torchrun answers a Ctrl-C, which its ranks have got too, by a SIGINT to each
+
+
+class Stop:
+    """Inside, SIGTERM and SIGINT request a stop at the next point where all ranks can stop. Another
+    SIGINT, later than ECHO_S, interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = self.interrupted = False  # by any of them; by SIGINT
+        self.since = math.inf
+
+    def __enter__(self) -> Stop:
+        self.before = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def request(self, number: int, _: object) -> None:
+        now, by_hand = time.monotonic(), number == signal.SIGINT
+        if by_hand and now - self.since > ECHO_S:
+            raise KeyboardInterrupt
+        self.since = min(self.since, now)
+        self.requested, self.interrupted = True, self.interrupted or by_hand

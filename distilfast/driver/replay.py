@@ -17,10 +17,12 @@ from torch import Tensor
 from distilfast import data
 from distilfast.config import Config, ZeroConfig
 from distilfast.data import MicroBatch
-from distilfast.driver import checkpoint, checks, engine, loop, processes
+from distilfast.driver import checkpoint, checks, engine, processes
 from distilfast.driver.checkpoint import Saved
 from distilfast.driver.engine import Engine
-from distilfast.driver.step import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.driver.micro_batch import PARTS, Distillation, Normalizers, TeacherSide
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import count, dropout_seed, optimiser_step
 from distilfast.errors import ConfigError
 from distilfast.report.numbers import counted
 from distilfast.report.training_run import read_metrics
@@ -85,17 +87,17 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     if start < step - 1 and ranks > 1 and config.student.dropout != 0:
         print(f"the steps before {step} draw their dropout as on one rank, not as on {ranks}")
     for before in range(start, step - 1):
-        line, _ = loop.optimiser_step(config, world, setup, runner, teacher, before, loop.Stop())
+        line, _ = optimiser_step(config, world, setup, runner, teacher, before, Stop())
         assert line is not None  # no signal stops it
         print(f"step {before + 1}: loss {_shown(line['loss'])}")
 
     micro = config.batch.micro_sequences
     shares = [setup.batches.step(step - 1, rank, ranks, micro) for rank in range(ranks)]
-    counts = torch.stack([loop.count(config, world, share) for share in shares]).sum(0)
+    counts = torch.stack([count(config, world, share) for share in shares]).sum(0)
     pieces = Pieces(runner.deepspeed.module, teacher, Normalizers(*counts.float()))
     for rank, share in enumerate(shares):
         for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts(), strict=True)):
-            torch.manual_seed(loop.dropout_seed(config.seed, step - 1, i, rank))
+            torch.manual_seed(dropout_seed(config.seed, step - 1, i, rank))
             found = pieces.add(batch.to(world.device))
             print(f"rank {rank}, micro-batch {i + 1}, {counted(len(examples), 'example')}: {found}")
             if found.finite:

@@ -30,7 +30,9 @@ from distilfast import cli, data, train
 from distilfast import config as configs
 from distilfast.data.masking import permutation
 from distilfast.driver import checkpoint, checks, engine, loop, optimizers, processes
-from distilfast.driver.step import Distillation, Normalizers, TeacherSide
+from distilfast.driver.micro_batch import Distillation, Normalizers, TeacherSide
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import count, optimiser_step
 from distilfast.losses import chunks, distillation_loss, hidden_cosine_loss
 from distilfast.machine import code_version
 
@@ -397,7 +399,7 @@ def test_run_stopped_in_its_first_step_begins_anew(
 
 def test_only_a_later_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun sends its ranks a second SIGINT at once, in the middle of a step."""
-    with loop.Stop() as stop:
+    with Stop() as stop:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.requested
@@ -853,7 +855,7 @@ class OnAGpu:
 
     def step(self, number: int) -> dict[str, Any]:
         things = self.config, self.world, self.setup, self.engine, self.teacher
-        line, _ = loop.optimiser_step(*things, number, loop.Stop())
+        line, _ = optimiser_step(*things, number, Stop())
         assert line is not None
         return line
 
@@ -869,7 +871,7 @@ def steps_of_a_cpu(recipe: list[str], steps: int) -> tuple[list[list[float]], di
     values = []
     for step in range(steps):
         share = setup.batches.step(step, 0, 1, config.batch.micro_sequences)
-        counts = loop.count(config, processes.World(0, 1, cpu), share)
+        counts = count(config, processes.World(0, 1, cpu), share)
         total = 0.0
         for batch in share:
             loss, _ = module(batch, teacher(batch), Normalizers(*counts.float()))
@@ -917,7 +919,7 @@ def test_micro_batch_waits_for_nothing_on_a_gpu(
     for number in range(2):
         torch.cuda.synchronize()
         with no_wait_for_the_gpu() if number else contextlib.nullcontext():
-            counts = loop.count(on.config, on.world, share)
+            counts = count(on.config, on.world, share)
             normalizers = Normalizers(*counts.float())
             for batch in data.prefetch(data.on_device(share, on.world.device)):
                 loss, _ = on.engine(batch, on.teacher(batch), normalizers)

@@ -24,7 +24,9 @@ from distilfast import config as configs
 from distilfast.driver import checks, engine, loop, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
 from distilfast.driver.heldout import Evaluator
-from distilfast.driver.step import Distillation
+from distilfast.driver.micro_batch import Distillation
+from distilfast.driver.processes import Stop
+from distilfast.driver.step import TrainingError, optimiser_step
 
 pytestmark = pytest.mark.thorough
 
@@ -65,14 +67,14 @@ class Run:
         self.evaluator = Evaluator(
             self.setup.batches, world, 5, 15
         )  # three batches: the ranks have different shares
-        self.stop = loop.Stop()
+        self.stop = Stop()
 
     def steps(self, first: int, last: int) -> list[float]:
         """Loss and gradient norm of each."""
         values = []
         for step in range(first, last):
             things = self.config, self.world, self.setup, self.engine, self.teacher
-            line, _ = loop.optimiser_step(*things, step, self.stop)
+            line, _ = optimiser_step(*things, step, self.stop)
             values += [line["loss"], line["grad_norm"]]
         return values
 
@@ -157,7 +159,7 @@ def overflow(world: processes.World, recipe: Path, *changes: str) -> bool:
     run.engine.backward = lambda loss: backward(loss * huge * huge)
     try:
         run.steps(1, 2)
-    except loop.TrainingError:
+    except TrainingError:
         after = run.weights()
         return all(torch.equal(before[name], after[name]) for name in before)
     return False

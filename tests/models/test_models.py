@@ -34,7 +34,7 @@ from distilfast.config import (
     TeacherSpec,
 )
 from distilfast.data.masking import Masker
-from distilfast.driver import checks, export, heldout, step
+from distilfast.driver import checks, export, heldout, micro_batch
 from distilfast.driver.heldout import Evaluator, Scores
 from distilfast.driver.processes import World
 from distilfast.losses import combine_teachers, distillation_loss
@@ -631,15 +631,15 @@ def test_ensemble_of_padded_vocabularies_is_refused_or_works(
             checks.check_teachers(config, teachers)
         except ConfigError:
             continue
-        side = step.TeacherSide(teachers, loss, torch.device("cpu"), torch.float32)
+        side = micro_batch.TeacherSide(teachers, loss, torch.device("cpu"), torch.float32)
         student = models.make_student(teachers[0].model, config.student, 1)
         ids, mask = inputs
         labels = torch.full((ids.numel(),), -100)
         labels[2] = 7
         rows = mask.flatten().nonzero()[:, 0]
         batch = data.MicroBatch(ids, mask, rows, torch.tensor([2]), labels)
-        counts = step.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
-        value, _ = step.Distillation(student, loss, side)(batch, side(batch), counts)
+        counts = micro_batch.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
+        value, _ = micro_batch.Distillation(student, loss, side)(batch, side(batch), counts)
         assert torch.isfinite(value)
 
 
@@ -741,9 +741,9 @@ def one_step(
     rows = mask.flatten().nonzero()[:, 0]
     batch = data.MicroBatch(ids, mask, rows, torch.tensor([2]), labels)
     loaded = [models.Teacher(str(i), i + 1.0, t.eval(), True) for i, t in enumerate(teachers)]
-    side = step.TeacherSide(loaded, loss, torch.device("cpu"), torch.float32)
-    counts = step.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
-    value, _ = step.Distillation(student.eval(), loss, side)(batch, side(batch), counts)
+    side = micro_batch.TeacherSide(loaded, loss, torch.device("cpu"), torch.float32)
+    counts = micro_batch.Normalizers(*torch.tensor([float(len(rows)), 1.0, float(len(rows))]))
+    value, _ = micro_batch.Distillation(student.eval(), loss, side)(batch, side(batch), counts)
     targets = [t(ids, attention_mask=mask).logits.detach() for t in teachers]
     target = combine_teachers(targets, side.weights, temperature=loss.temperature)
     wanted = distillation_loss(

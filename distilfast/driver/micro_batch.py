@@ -1,0 +1,235 @@
+"""The two forwards of a micro-batch: the teacher side's, and the student's with the loss.
+
+`Distillation` is the module that DeepSpeed gets. Its forward runs the student's body, reads the
+head's weight and calls the fused loss. It must read the weight there: under ZeRO-3 a weight exists
+only inside the forward of the module that DeepSpeed got.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilfast import models
+from distilfast.config import LossConfig
+from distilfast.data import MicroBatch
+from distilfast.loss_parts import AGREEMENT, LOGGED, LOSSES
+from distilfast.losses import (
+    DetailedOutput,
+    DistillationOutput,
+    hidden_cosine_loss,
+    normalize_weights,
+)
+from distilfast.losses.linear import linear_distillation_loss
+from distilfast.models import Teacher
+
+PARTS = tuple(LOGGED)  # the values that are summed over a step
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The teachers' outputs for a micro-batch, one entry a teacher."""
+
+    hidden: list[Tensor]  # (tokens, D)
+    features: list[Tensor]  # (rows of the vocabulary loss, D)
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """The counts of the whole step, over all ranks and micro-batches: 0-d tensors on the device.
+
+    They are in a plain object because DeepSpeed casts tensor arguments to bf16.
+    """
+
+    rows: Tensor  # of kd, logit_cos and mse
+    masked: Tensor  # of ce
+    tokens: Tensor  # of hidden_cos
+
+
+def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
+    """The rows that the losses over the vocabulary need. The head is applied to no others."""
+    return batch.tokens if config.all_rows else batch.masked
+
+
+class Bodies(nn.Module):
+    """The teachers without their heads.
+
+    forward(batch, tokens, rows, n) -> two lists with an entry for each of the first n teachers: the
+    hidden states at ``tokens``, and the features at ``rows``. If ``tokens`` or ``rows`` is None,
+    its list is empty.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(teachers)
+
+    def forward(
+        self, batch: MicroBatch, tokens: Tensor | None, rows: Tensor | None, n: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        hidden, features = [], []
+        for model in itertools.islice(self.models, n):
+            parts = models.family(model)
+            states = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
+            if tokens is not None:
+                hidden.append(states[tokens])
+            if rows is not None:
+                features.append(parts.features(model, states[rows]))
+        return hidden, features
+
+
+class TeacherSide:
+    """The teachers on the device, in the dtype to run in.
+
+    This is not a module, so it is never trained, saved or partitioned with the student.
+
+    Args:
+        shard: partitions the teachers over the ranks and returns their forward. Their heads are
+            copied before that, as the student's forward reads them whole. None: every rank holds
+            all of the teachers.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        config: LossConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard: Callable[[nn.Module], Callable[..., Any]] | None = None,
+    ):
+        self.config = config
+        self.models = [t.model.to(device, dtype) for t in teachers]
+        self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
+        self.heads = [models.family(m).head(m) for m in self.models]
+        self.bodies: Callable[..., Any] = Bodies(self.models)
+        if shard is not None:
+            self.heads = copy.deepcopy(self.heads)
+            self.bodies = shard(self.bodies)
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Targets:
+        config = self.config
+        tokens = batch.tokens if config.hidden_cos_weight else None
+        rows = vocabulary_rows(batch, config) if config.vocabulary else None
+        return Targets(*self.bodies(batch, tokens, rows, len(self.models)))
+
+    @torch.no_grad()
+    def predict(self, batch: MicroBatch) -> Tensor:
+        """The first teacher's logits at the masked positions, (masked, V)."""
+        _, (features,) = self.bodies(batch, None, batch.masked, 1)
+        return models.logits(self.models[0], features, self.heads[0])
+
+
+class Distillation(nn.Module):
+    """The student and its loss.
+
+    forward(batch, targets, normalizers) -> the loss, 0-d, and the (7,) detached PARTS. Their sums
+    over the micro-batches of a step on all ranks are the loss and parts of the step.
+
+    forward(batch) -> the student's logits at the masked positions, (masked, V). Evaluation calls
+    this, because it has to read the head in here, too.
+    """
+
+    def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
+        super().__init__()
+        self.student = student
+        self.config = config
+        self.teacher = teacher  # not a module, so its weights are not this module's
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        targets: Targets | None = None,
+        normalizers: Normalizers | None = None,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        inputs = batch.input_ids, batch.attention_mask
+        if normalizers is None:
+            return models.logits_at(self.student, *inputs, batch.masked)
+        config = self.config
+        parts = models.family(self.student)
+        hidden = parts.hidden(self.student, *inputs).flatten(0, 1)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        values = dict.fromkeys(PARTS, loss)
+        if config.vocabulary or config.ce_weight:
+            out = self._vocabulary_loss(batch, hidden, targets, normalizers)
+            loss = loss + out.loss
+            values |= {part.name: getattr(out, part.output) for part in LOSSES if part.output}
+            if isinstance(out, DetailedOutput):
+                values[AGREEMENT] = out.agreement.sum() / normalizers.rows.clamp(min=1)
+        if config.hidden_cos_weight:
+            cosine = self._hidden_loss(batch, hidden, targets, normalizers)
+            loss = loss + config.hidden_cos_weight * cosine
+            values["hidden_cos"] = cosine
+        values["loss"] = loss
+        return loss, torch.stack([values[name].detach() for name in PARTS])
+
+    def _vocabulary_loss(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        targets: Targets | None,
+        normalizers: Normalizers,
+    ) -> DistillationOutput | DetailedOutput:
+        config, parts = self.config, models.family(self.student)
+        rows, head = vocabulary_rows(batch, config), parts.head(self.student)
+        soft = self._soft(targets) if config.vocabulary else {}
+        scale, softcap = models.logit_scaling(self.student)
+        # All teachers have the same: see `checks.check_teachers`.
+        teacher_scale, teacher_softcap = models.logit_scaling(self.teacher.models[0])
+        widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
+        return linear_distillation_loss(
+            parts.features(self.student, hidden[rows]),
+            head.weight,
+            soft.pop("teacher_hidden", None),
+            soft.pop("teacher_weight", None),
+            batch.labels[rows] if config.ce_weight else None,
+            student_bias=head.bias,
+            logit_scale=(scale, teacher_scale),
+            logit_softcap=(softcap, teacher_softcap),
+            temperature=config.temperature,
+            kd_weight=config.kd_weight,
+            ce_weight=config.ce_weight,
+            cos_weight=config.logit_cos_weight,
+            mse_weight=config.mse_weight,
+            divergence=config.divergence,
+            jsd_beta=config.jsd_beta,
+            kd_normalizer=normalizers.rows if config.vocabulary else None,
+            ce_normalizer=normalizers.masked if config.ce_weight else None,
+            statistics=bool(config.kd_weight),
+            vocab_size=min(widths),  # columns beyond this are padding in some head
+            backend=config.backend,
+            **soft,
+        )
+
+    def _soft(self, targets: Targets | None) -> dict[str, Any]:
+        """The teachers' arguments of the vocabulary loss."""
+        assert targets is not None
+        return {
+            "teacher_hidden": targets.features,
+            "teacher_weight": [head.weight for head in self.teacher.heads],
+            "teacher_bias": [head.bias for head in self.teacher.heads],
+            "teacher_weights": self.teacher.weights,
+            "ensemble": self.config.ensemble,
+        }
+
+    def _hidden_loss(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        targets: Targets | None,
+        normalizers: Normalizers,
+    ) -> Tensor:
+        """The cosine distance of the last hidden states, as the weighted mean over teachers."""
+        assert targets is not None
+        states, backend = hidden[batch.tokens], self.config.backend
+        losses = [
+            weight
+            * hidden_cosine_loss(states, target, normalizer=normalizers.tokens, backend=backend)
+            for weight, target in zip(self.teacher.weights, targets.hidden, strict=True)
+        ]
+        return torch.stack(losses).sum()
