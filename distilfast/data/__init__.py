@@ -10,7 +10,7 @@ divided by the counts; its micro-batches are then made one at a time.
 from distilfast.data.batches import Batches, MicroBatch, Share, copy_to, on_device, prefetch
 from distilfast.data.corpus import check, locate, prepare
 from distilfast.data.masking import IGNORE_INDEX, Masker
-from distilfast.data.store import Store, describe
+from distilfast.data.store import Store, describe_texts
 from distilfast.data.texts import Source
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "Store",
     "check",
     "copy_to",
-    "describe",
+    "describe_texts",
     "locate",
     "on_device",
     "prefetch",

@@ -24,7 +24,7 @@ from distilfast import atomic
 from distilfast.config import Config, ConfigError, DataConfig
 from distilfast.data import files
 from distilfast.data.masking import permutation
-from distilfast.data.store import COUNTED, FORMAT, Store, describe
+from distilfast.data.store import COUNTED, FORMAT, Store, describe_texts
 from distilfast.data.texts import Source
 from distilfast.errors import writable
 from distilfast.models.tokenizers import fingerprint, tokenize, vocabulary_size
@@ -183,7 +183,7 @@ def _make(
 def _fill(
     config: Config, sources: Sequence[Source], tokenizer: Any, folder: Path
 ) -> dict[str, int]:
-    """Write the tokens into ``folder``, and tell what became of the texts (see `describe`).
+    """Write the tokens into ``folder``, and tell what became of the texts (see `describe_texts`).
 
     Raises:
         ConfigError: a source cannot be read, or gives too little to train on and hold out.
@@ -197,7 +197,7 @@ def _fill(
     texts = _numbered(keys)
     distinct = int(texts.max()) + 1 if len(texts) else 0
     seen["repeated"] = seen["used"] - distinct
-    told = describe(seen, asdict(config.data))
+    told = describe_texts(seen, asdict(config.data))
     if distinct < 2:
         raise ConfigError(
             f"data.source: expected two different texts of at least {config.data.min_length} "

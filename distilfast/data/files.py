@@ -73,7 +73,7 @@ def find(root: Path, without: Sequence[Path] = ()) -> Files:
             f"data.source: expected files of type {', '.join(KINDS)}, got {str(root)!r}{got}"
         )
     for path in taken:
-        if not path.exists():
+        if not os.path.exists(path):
             raise ConfigError(f"data.source: expected a file, got the broken link {str(path)!r}")
     return Files(root, taken, dict(sorted(left.items())))
 

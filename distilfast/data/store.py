@@ -91,7 +91,7 @@ class Store:
         return torch.from_numpy(np.concatenate(self.rows(split, examples)))
 
 
-def describe(texts: dict[str, int], settings: dict[str, Any]) -> str:
+def describe_texts(texts: dict[str, int], settings: dict[str, Any]) -> str:
     """What became of the texts, in words.
 
     Args:

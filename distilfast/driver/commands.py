@@ -119,7 +119,7 @@ def print_store(config: Config, store: Store) -> None:
     """Print what the store is made from, what became of the texts, and its size."""
     print_sources(data.locate(config, missing_ok=True))
     if "texts" in store.record:  # not in an old one
-        print(f"data:     {data.describe(store.record['texts'], store.record)}")
+        print(f"data:     {data.describe_texts(store.record['texts'], store.record)}")
     for name, split in (("train", "train"), ("held out", "heldout")):
         lengths = store.lengths(split)
         print(f"{name + ':':9} {counted(len(lengths), 'example')}, {int(lengths.sum()):,} tokens")

@@ -520,7 +520,7 @@ def test_texts_left_out_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     write_txt(tmp_path / "text.txt", lines)
     settings = config(tmp_path / "text.txt", min_length=12)
     store = data.prepare(settings, tokenizer, tmp_path / "tokens")
-    assert data.describe(store.record["texts"], store.record) == (
+    assert data.describe_texts(store.record["texts"], store.record) == (
         "18 texts: 12 used (1 repeat another); left out: 2 shorter than 12 tokens, 2 with 50 % or "
         "more unknown tokens, 2 empty, 1 pieces of the used"
     )
