@@ -6,7 +6,7 @@ First it times the loop alone: `training.fine_tune` and a plain PyTorch loop, in
 process, over the same batches, made beforehand. Then it times a whole `distilfast glue`, from the
 start of the process to the report, for one seed of the whole task: its wall time, and that of the
 training in it. The default model is all-MiniLM-L6-v2: 6 layers, 384 wide. FOLDER is in GLUE's
-official layout. Appends to bench/results/training.csv.
+official layout. Appends to bench/results/finetuning.csv.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from kit import measure
 from distilfast import models, tasks
 from distilfast.machine import best_precision
 from distilfast.sources import lookup
-from distilfast.tasks import Encoded, Task, training
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks import Encoded, Task, fine_tuning
+from distilfast.tasks.fine_tuning import FineTuning
 
-RESULTS = Path(__file__).parent / "results" / "training.csv"
+RESULTS = Path(__file__).parent / "results" / "finetuning.csv"
 
 
 def plain_loop(model: Any, batches: list[Any], settings: FineTuning, seed: int) -> None:
@@ -66,7 +66,7 @@ def pairs(
     times, same = ([], []), True
 
     def model() -> Any:
-        made = training.load(source, task, 0, settings.max_length)
+        made = fine_tuning.load(source, task, 0, settings.max_length)
         models.choose_attention(made, torch.device("cpu"), int(train.lengths.max()))
         return made
 
@@ -76,7 +76,7 @@ def pairs(
     for number in range(rounds + 1):
         ours, theirs = model(), model()
         sides = (
-            lambda m=ours: training.fine_tune(m, train, task, settings, 0, pad_token=pad_token),
+            lambda m=ours: fine_tuning.fine_tune(m, train, task, settings, 0, pad_token=pad_token),
             lambda m=theirs: plain_loop(m, batches, settings, 0),
         )
         for side in (0, 1) if number % 2 else (1, 0):

@@ -25,7 +25,7 @@ def small(
     words = "paris is the of france in he was born london and new york".split()
     encoder = make_teacher(tmp_path / "encoder", words=[*words, ".", "river", "city"])
     text = tmp_path / "text.jsonl"
-    lines = [json.dumps({"text": " ".join(words * 2)}) for _ in range(40)]
+    lines = [json.dumps({"text": " ".join(words[i:] + words + words[:i])}) for i in range(40)]
     text.write_text("\n".join(lines))
     assets = {"asset:all-MiniLM-L6-v2": lambda: encoder, "asset:wikipedia-sample": lambda: text}
     monkeypatch.setattr(lookup, "ASSETS", assets)

@@ -17,6 +17,7 @@ from typing import Any
 
 from distilfast.config import ConfigError, SourceSpec
 from distilfast.data.files import Files, kind
+from distilfast.errors import writable
 
 MOST_TEXTS, MOST_CHARACTERS = 1000, 2**23  # read at a time, but for a single text that is longer
 
@@ -43,8 +44,15 @@ class Source:
                 yield from read(file, self.spec.column, txt_rows)
 
     def check(self, txt_rows: str) -> bool:
-        """Read each local file up to its first text, and tell whether there is any."""
+        """Read each local file up to its first text, and tell whether there is any.
+
+        Raises:
+            ConfigError: as for `texts`, or a data set of the hub has no cache to be kept in.
+        """
         if self.files is None:
+            import datasets
+
+            writable("HF_DATASETS_CACHE", Path(datasets.config.HF_DATASETS_CACHE))
             return True
         found = False
         for file in self.files.taken:

@@ -17,13 +17,13 @@ from distilfast.config import Config
 from distilfast.driver import engine, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
 from distilfast.driver.checks import Setup, check, check_shared, claim, prepare, settled
+from distilfast.driver.dead_ranks import guard
 from distilfast.driver.engine import Engine
 from distilfast.driver.heldout import Evaluator
 from distilfast.driver.metrics import Metrics, Progress
 from distilfast.driver.micro_batch import Distillation, TeacherSide
 from distilfast.driver.processes import Stop, World
 from distilfast.driver.step import TrainingError, optimiser_step
-from distilfast.driver.watch import guard
 from distilfast.machine import code_version
 
 

@@ -43,7 +43,7 @@ from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_input
 from distilfast.studies.jobs import Job, Result, Tell, Workers
 from distilfast.studies.task_job import fine_tune
 from distilfast.tasks import Task
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 # The changes of the macro score in Sanh et al. 2019, table 4.
 PUBLISHED = {

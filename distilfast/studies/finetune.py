@@ -34,7 +34,7 @@ from distilfast.studies.flags import add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, read_tokens, slug
 from distilfast.studies.inputs import Model, identity, open_model
 from distilfast.studies.jobs import Job, Result, Workers
-from distilfast.studies.teaching import (
+from distilfast.studies.soft_targets import (
     COMBINED,
     Taught,
     Teaching,
@@ -44,7 +44,7 @@ from distilfast.studies.teaching import (
     targets_of,
 )
 from distilfast.tasks import Encoded, Examples, Task
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 LABELS, ENSEMBLE, TAUGHT = "labels alone", "ensemble", "taught by "
 

@@ -14,7 +14,7 @@ from distilfast import tasks
 from distilfast.errors import ConfigError, did_you_mean
 from distilfast.machine import best_precision
 from distilfast.studies.jobs import Workers
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 KINDS = {"int": "a whole number", "float": "a number"}
 

@@ -15,7 +15,7 @@ from distilfast.models import fingerprint
 from distilfast.progress import Bar
 from distilfast.studies import jobs
 from distilfast.tasks import Encoded, Examples, Task
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 
 def claim(

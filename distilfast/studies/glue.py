@@ -32,7 +32,7 @@ from distilfast.studies.inputs import Inputs, chosen_tasks, named_models, read_i
 from distilfast.studies.jobs import Job, Result, Workers
 from distilfast.studies.task_job import fine_tune
 from distilfast.tasks import GLUE, Task
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 GRID = (16, 32), (2e-5, 3e-5, 5e-5), (2, 3, 4)  # batch, rate, epochs: Devlin et al. 2019, A.3
 

@@ -16,8 +16,8 @@ from distilfast.errors import ConfigError
 from distilfast.models import has_words, loading, vocabulary_size
 from distilfast.sources import lookup
 from distilfast.studies import flags
-from distilfast.tasks import GLUE, Examples, Task, training
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks import GLUE, Examples, Task, fine_tuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 
 def named_models(key: str, given: Sequence[str]) -> dict[str, str]:
@@ -104,14 +104,14 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     length = max(settings.max_length or task.max_length for task in chosen)
     # One task for each shape of head.
     for task in {(task.kind, task.outputs): task for task in chosen}.values():
-        model = training.load(source, task, 0, length, key)
+        model = fine_tuning.load(source, task, 0, length, key)
         rows, needed = len(model.get_input_embeddings().weight), vocabulary_size(tokenizer)
         if needed > rows:
             raise ConfigError(f"{key}: {name!r} has {rows} embeddings, its tokenizer {needed} ids")
-        training.check_padding(f"{key}: {name!r}", model, tokenizer)
+        fine_tuning.check_padding(f"{key}: {name!r}", model, tokenizer)
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
-    fine_tuned = training.has_head(transformers.AutoConfig.from_pretrained(source))
+    fine_tuned = fine_tuning.has_head(transformers.AutoConfig.from_pretrained(source))
     return Model(source, identity(source), tokenizer, work, fine_tuned)
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from distilfast import tasks
 from distilfast.studies.folder import read_tokens
 from distilfast.studies.jobs import Result, Tell
-from distilfast.tasks import Task, training
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks import Task, fine_tuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 
 def fine_tune(
@@ -27,13 +27,15 @@ def fine_tune(
     """A job: fine-tune one model on one task from one seed; score it on the development sets."""
     splits = {split: read_tokens(file) for split, file in files.items()}
     length = settings.max_length or task.max_length
-    model = training.load(source, task, seed, length).to(device)
+    model = fine_tuning.load(source, task, seed, length).to(device)
     began = time.monotonic()
-    training.fine_tune(model, splits["train"], task, settings, seed, pad_token=pad_token, tell=tell)
+    fine_tuning.fine_tune(
+        model, splits["train"], task, settings, seed, pad_token=pad_token, tell=tell
+    )
     seconds = time.monotonic() - began
     metrics = {}
     for split in task.dev:
-        logits = training.predict(model, splits[split], settings, pad_token=pad_token)
+        logits = fine_tuning.predict(model, splits[split], settings, pad_token=pad_token)
         metrics[split] = tasks.score(task, splits[split], logits)
     return {
         "score": metrics[task.dev[0]]["score"],

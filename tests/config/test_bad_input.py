@@ -17,7 +17,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import distilfast_kernels
 import pytest
 import torch
@@ -1104,15 +1103,6 @@ def test_backend_that_fails_at_its_first_call_is_refused(
         "loss.backend: expected one that works here, got 'torch': "
         "[Errno 13] Permission denied: '/cache'"
     )
-
-
-def test_cache_that_cannot_be_written_to_is_refused(
-    base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nothing")
-    message = refuse("--config", str(base))
-    assert message.startswith("HF_DATASETS_CACHE: expected a folder that can be written to, got")
-    assert refuse("check", "--config", str(base), program=quiet_check) == message
 
 
 def test_epochs_smaller_than_a_batch_are_refused(store: Path, base: Path, refuse: Refuse) -> None:

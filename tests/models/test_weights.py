@@ -15,14 +15,14 @@ from torch import Tensor
 from distilfast import cli, models
 from distilfast.config import ConfigError, TeacherSpec
 from distilfast.studies import sizes
-from distilfast.tasks import GLUE, training
+from distilfast.tasks import GLUE, fine_tuning
 
 State = dict[str, Tensor]
 QUERY = "bert.encoder.layer.3.attention.self.query"
 # The driver, `glue` and `finetune`, and `compare`.
 LOADERS: dict[str, Callable[[str], Any]] = {
     "teacher": lambda folder: models.load_teachers([TeacherSpec(folder)])[0][0].model,
-    "task": lambda folder: training.load(folder, GLUE["SST-2"], 0, 24),
+    "task": lambda folder: fine_tuning.load(folder, GLUE["SST-2"], 0, 24),
     "body": lambda folder: sizes.load([folder], None, False, 24)[0].build(),
 }
 

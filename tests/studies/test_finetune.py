@@ -19,11 +19,11 @@ from torch import Tensor
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.losses import combine_teachers
-from distilfast.studies import finetune, jobs, teaching
+from distilfast.studies import finetune, jobs, soft_targets
 from distilfast.studies.figures import difference
-from distilfast.studies.teaching import Teaching, agreements
-from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, read, training
-from distilfast.tasks.training import FineTuning
+from distilfast.studies.soft_targets import Teaching, agreements
+from distilfast.tasks import GLUE, IGNORE_INDEX, encode, find, fine_tuning, read
+from distilfast.tasks.fine_tuning import FineTuning
 
 pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",
@@ -86,7 +86,7 @@ def says(model: Path, examples: tasks.Encoded) -> Tensor:
 
     kind = transformers.AutoModelForSequenceClassification
     loaded = kind.from_pretrained(model).eval()
-    return training.predict(loaded, examples, FineTuning(), pad_token=0)
+    return fine_tuning.predict(loaded, examples, FineTuning(), pad_token=0)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -184,10 +184,12 @@ def test_students_learn_from_the_distribution_of_the_teachers(finished: Path) ->
     task = find("words", str(finished / "data"))
     settings = FineTuning(1e-3, batch_size=8, epochs=1, max_length=24)
     for name, file in (("ensemble", targets), ("bert-from-seed-0", first)):
-        student = training.load(str(finished / "small"), task, 1, 24)
-        soft = training.SoftTargets(file["train"], 2.0, 0.5, 0.5)
-        training.fine_tune(student, splits["train"], task, settings, 1, pad_token=0, targets=soft)
-        logits = training.predict(student, splits["dev"], settings, pad_token=0)
+        student = fine_tuning.load(str(finished / "small"), task, 1, 24)
+        soft = fine_tuning.SoftTargets(file["train"], 2.0, 0.5, 0.5)
+        fine_tuning.fine_tune(
+            student, splits["train"], task, settings, 1, pad_token=0, targets=soft
+        )
+        logits = fine_tuning.predict(student, splits["dev"], settings, pad_token=0)
         found = json.loads((out / f"students/taught-by-{name}/seed-1.json").read_text())
         assert found["score"] == task.score(splits["dev"].labels, logits)["score"]
 
@@ -256,7 +258,7 @@ Calls = list[str]
 def computed(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Students that learn nothing; the models whose logits were computed."""
     seen: Calls = []
-    logits = teaching.logits
+    logits = soft_targets.logits
 
     def watched(source: str, *arguments: Any, **keywords: Any) -> Any:
         seen.append(Path(source).name)
@@ -316,7 +318,7 @@ def test_texts_without_labels_are_for_taught_students_alone(
     def fine_tune(model: Any, train: Any, *_: Any, targets: Any, **__: Any) -> None:
         seen.append((train, targets))
 
-    monkeypatch.setattr(training, "fine_tune", fine_tune)
+    monkeypatch.setattr(fine_tuning, "fine_tune", fine_tune)
     given = ("--transfer", str(place / "texts.tsv"), "--seeds", "1", "--output", str(tmp_path))
     assert cli.main(command(place, *given, teachers=("headed", "other"))) == 0
     (alone, none), *taught = seen

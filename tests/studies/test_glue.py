@@ -21,8 +21,8 @@ from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.report import markdown
 from distilfast.studies import figures, glue, inputs, jobs
-from distilfast.tasks import GLUE, TASKS, Task, training
-from distilfast.tasks.training import FineTuning
+from distilfast.tasks import GLUE, TASKS, Task, fine_tuning
+from distilfast.tasks.fine_tuning import FineTuning
 
 pytestmark = pytest.mark.usefixtures("one_core")
 TINY = ("--max_length", "24", "--learning_rate", "1e-3", "--batch_size", "8", "--epochs", "1",
@@ -114,9 +114,9 @@ def test_score_is_that_of_a_model_trained_by_hand(finished: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     train, dev = (tasks.encode(e, tokenizer, 24) for e in tasks.read(task, data).values())
     settings = FineTuning(1e-3, batch_size=8, epochs=1, max_length=24)
-    model = training.load(source, task, 1, 24)
-    training.fine_tune(model, train, task, settings, 1, pad_token=0)
-    score = task.score(dev.labels, training.predict(model, dev, settings, pad_token=0))
+    model = fine_tuning.load(source, task, 1, 24)
+    fine_tuning.fine_tune(model, train, task, settings, 1, pad_token=0)
+    score = task.score(dev.labels, fine_tuning.predict(model, dev, settings, pad_token=0))
     found = json.loads((finished / "out/scores/two/words/seed-1.json").read_text())
     assert found["metrics"] == {"dev": score}
     assert found["settings"] == asdict(settings)

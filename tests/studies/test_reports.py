@@ -367,7 +367,7 @@ def spoil(path: str, content: str) -> None:
         ("run --output data.html", "--output: expected a new file, or a page of `distilfast"),
         ("run --output own/report.html", "--output: expected a new file, or a page of `dist"),
         ("run --output mine.html/x.html", "--output: expected a folder, got the file 'mine.html'"),
-        ("run --outptu x.html", "--outptu x.html"),
+        ("run --outptu x.html", "--outptu: unknown flag; did you mean --output?"),
     ],
 )
 def test_whatever_is_wrong_is_said_in_one_line(

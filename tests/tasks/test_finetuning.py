@@ -17,8 +17,25 @@ from torch.nn import functional
 from distilfast import tasks
 from distilfast.config import ConfigError
 from distilfast.studies import inputs
-from distilfast.tasks import GLUE, IGNORE_INDEX, Encoded, Task, encode, find, order, read, training
-from distilfast.tasks.training import FineTuning, SoftTargets, fine_tune, load, predict, task_loss
+from distilfast.tasks import (
+    GLUE,
+    IGNORE_INDEX,
+    Encoded,
+    Task,
+    encode,
+    find,
+    fine_tuning,
+    order,
+    read,
+)
+from distilfast.tasks.fine_tuning import (
+    FineTuning,
+    SoftTargets,
+    fine_tune,
+    load,
+    predict,
+    task_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("one_core")
 SETTINGS = FineTuning(learning_rate=2e-3, batch_size=8, epochs=1)
@@ -299,7 +316,7 @@ def test_predictions_are_in_the_order_of_the_examples(
 ) -> None:
     model = load(model_folder, SENTENCE, 0, 16).train()
     dev = words["dev"]
-    monkeypatch.setattr(training, "EVALUATION_BATCH", batch_size)
+    monkeypatch.setattr(fine_tuning, "EVALUATION_BATCH", batch_size)
     logits = predict(model, dev, SETTINGS, pad_token=0)
     assert logits.shape == (70, 2)
     with torch.no_grad():
@@ -359,7 +376,7 @@ def test_model_that_reads_the_padding_is_refused(
         return
     inputs.open_model("--model", folder, [SENTENCE], FineTuning(max_length=16))
     model = load(folder, SENTENCE, 0, 16)
-    training.check_padding("--model: x", model, tokenizer)
+    fine_tuning.check_padding("--model: x", model, tokenizer)
     # RoBERTa's positions begin after this number, also once it is saved and loaded.
     assert model.config.pad_token_id == (1 if kind == "Roberta" else 0)
 

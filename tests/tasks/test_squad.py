@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from distilfast import cli, tasks
 from distilfast.config import ConfigError
 from distilfast.sources import lookup
-from distilfast.studies import figures, finetune, folder, inputs, teaching
-from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows, squad, training
-from distilfast.tasks.training import FineTuning, SoftTargets
+from distilfast.studies import figures, finetune, folder, inputs, soft_targets
+from distilfast.tasks import IGNORE_INDEX, SQUAD, Windows, fine_tuning, squad
+from distilfast.tasks.fine_tuning import FineTuning, SoftTargets
 
 LENGTH = 24  # tokens of a window: contexts of 40 words need several
 CPU = torch.device("cpu")
@@ -398,12 +398,12 @@ def test_windows_added_and_saved_are_the_same(train: Windows, tmp_path: Path) ->
 
 
 def load(teacher: Path, seed: int = 0) -> Any:
-    return training.load(str(teacher), SQUAD, seed, LENGTH)
+    return fine_tuning.load(str(teacher), SQUAD, seed, LENGTH)
 
 
 def forward(model: Any, windows: Windows, rows: Tensor) -> Tensor:
     inputs = windows.batch(rows, 0)
-    return training.forward(model, inputs)
+    return fine_tuning.forward(model, inputs)
 
 
 def test_loss_is_the_plain_formula_over_positions(train: Windows) -> None:
@@ -425,9 +425,9 @@ def test_loss_is_the_plain_formula_over_positions(train: Windows) -> None:
     targets = SoftTargets(flat[1], 3.0, 0.3, 0.7).of(train, rows, CPU)
     logits = train.take(flat[0], rows)
     assert logits.shape == (len(train), 2, LENGTH)
-    loss = training.task_loss(SQUAD, logits, labels[rows], targets)
+    loss = fine_tuning.task_loss(SQUAD, logits, labels[rows], targets)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    hard = training.task_loss(SQUAD, logits, labels[rows])
+    hard = fine_tuning.task_loss(SQUAD, logits, labels[rows])
     torch.testing.assert_close(hard.double(), torch.stack(ce).mean(), rtol=1e-5, atol=1e-6)
 
 
@@ -443,7 +443,7 @@ def test_padding_changes_nothing(teacher: Path, train: Windows, taught: bool) ->
     def loss(some: Tensor) -> Tensor:
         targets = soft.of(train, some, CPU) if soft else None
         logits = forward(model, train, some)
-        return training.task_loss(SQUAD, logits, train.labels[some], targets)
+        return fine_tuning.task_loss(SQUAD, logits, train.labels[some], targets)
 
     whole = loss(rows)
     gradient = torch.autograd.grad(whole, model.qa_outputs.weight)[0]
@@ -458,7 +458,7 @@ def test_padding_changes_nothing(teacher: Path, train: Windows, taught: bool) ->
 
 def test_predictions_are_in_the_order_of_the_tokens(teacher: Path, train: Windows) -> None:
     model = load(teacher).eval()
-    logits = training.predict(model, train, FineTuning(), pad_token=0)
+    logits = fine_tuning.predict(model, train, FineTuning(), pad_token=0)
     assert logits.shape == (len(train.input_ids), 2)
     for i in (0, len(train) - 1):
         ids = train.input_ids[train.offsets[i] : train.offsets[i + 1]].long()[None]
@@ -479,12 +479,12 @@ def test_a_small_model_learns_8_questions_by_heart(teacher: Path, train: Windows
     rows = torch.arange(len(train))
 
     def measured() -> tuple[float, float]:
-        logits = training.predict(model, train, settings, pad_token=0)
-        loss = training.task_loss(SQUAD, train.take(logits, rows), train.labels)
+        logits = fine_tuning.predict(model, train, settings, pad_token=0)
+        loss = fine_tuning.task_loss(SQUAD, train.take(logits, rows), train.labels)
         return float(loss), tasks.score(SQUAD, train, logits)["EM"]
 
     loss, em = measured()
-    training.fine_tune(model, train, SQUAD, settings, 0, pad_token=0)
+    fine_tuning.fine_tune(model, train, SQUAD, settings, 0, pad_token=0)
     after, em_after = measured()
     assert after < 0.2 * loss
     assert em < 25
@@ -498,7 +498,7 @@ def test_an_ensemble_is_the_mean_over_positions(
     torch.manual_seed(0)
     monkeypatch.setattr(finetune, "COMBINED", 5)  # several batches, of other widths
     one, two = torch.randn(2, len(train.input_ids), 2)
-    how = teaching.Teaching(ensemble=mode, weights=(1.0, 3.0))
+    how = soft_targets.Teaching(ensemble=mode, weights=(1.0, 3.0))
     inputs: Any = SimpleNamespace(task=SQUAD)
     workers: Any = None
     run = finetune.Run(inputs, FineTuning(), how, workers, Path(), Path())
@@ -518,7 +518,7 @@ def test_agreement_is_the_share_of_equal_answers(train: Windows) -> None:
     other = logits.clone()
     windows = torch.nonzero(train.questions == 3)[:, 0]
     other[train.offsets[windows[0]] : train.offsets[windows[-1] + 1]] = 0  # one question of 8
-    found = teaching.agreements(SQUAD, train, other, {"A": logits, "B": other})
+    found = soft_targets.agreements(SQUAD, train, other, {"A": logits, "B": other})
     assert found == {"A": 87.5, "B": 100.0}
 
 
@@ -683,11 +683,11 @@ def test_a_model_of_another_head_is_refused(teacher: Path, data: Path, tmp_path:
     model.save_pretrained(other)
     transformers.AutoTokenizer.from_pretrained(teacher).save_pretrained(other)
     with pytest.raises(ConfigError, match="which SQuAD with 2 cannot start from"):
-        training.load(str(other), SQUAD, 0, LENGTH)
+        fine_tuning.load(str(other), SQUAD, 0, LENGTH)
     own = tmp_path / "spans"
     load(teacher).save_pretrained(own)
     with pytest.raises(ConfigError, match="which SST-2 with 2 cannot start from"):
-        training.load(str(own), tasks.GLUE["SST-2"], 0, LENGTH)
+        fine_tuning.load(str(own), tasks.GLUE["SST-2"], 0, LENGTH)
 
 
 def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:

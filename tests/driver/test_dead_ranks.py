@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT
 
 from distilfast import config as configs
-from distilfast.driver import processes, watch
+from distilfast.driver import dead_ranks, processes
 from distilfast.driver.processes import free_port
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
@@ -46,7 +46,7 @@ def rank_of(rank: int, ranks: int, port: int, folder: Path, deeds: dict[int, str
     os.dup2(os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
-    watch.GRACE_S = 1.0
+    dead_ranks.GRACE_S = 1.0
     deed = deeds.get(rank, "wait")
     if deed == "stranger":
         connect = socket.create_connection
@@ -57,8 +57,8 @@ def rank_of(rank: int, ranks: int, port: int, folder: Path, deeds: dict[int, str
             assert noise.recv(1) == b""
             return connect(address, timeout)
 
-        watch.socket.create_connection = noisily
-    with watch.guard(None, TIMEOUT_S, ADVICE):
+        dead_ranks.socket.create_connection = noisily
+    with dead_ranks.guard(None, TIMEOUT_S, ADVICE):
         torch.distributed.barrier()
         (folder / f"began-{rank}").touch()
         match deed:
@@ -86,7 +86,7 @@ Ended = dict[int, tuple[int | None, str]]
 def together(ranks: int, folder: Path, **deeds: str) -> Ended:
     """Exit status (None: has not ended) and stderr of each of ``ranks`` processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distilfast.driver.watch"])
+    context.set_forkserver_preload(["distilfast.driver.dead_ranks"])
     arguments = (ranks, free_port(), folder, {int(k[1:]): v for k, v in deeds.items()})
     processes = [context.Process(target=rank_of, args=(r, *arguments)) for r in range(ranks)]
     for process in processes:
@@ -186,7 +186,7 @@ def test_ranks_that_all_fail_leave_with_their_own_errors(tmp_path: Path) -> None
 
 def test_one_process_has_no_watch() -> None:
     world = processes.start()
-    with watch.guard(world.patient, TIMEOUT_S, ADVICE):
+    with dead_ranks.guard(world.patient, TIMEOUT_S, ADVICE):
         assert not [t for t in threading.enumerate() if t.name.startswith("watch")]
 
 

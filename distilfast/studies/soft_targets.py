@@ -16,8 +16,8 @@ from distilfast.errors import expect, not_negative, positive
 from distilfast.losses import combine_teachers
 from distilfast.studies.folder import read_tokens
 from distilfast.studies.jobs import Result, Tell
-from distilfast.tasks import Encoded, Task, training
-from distilfast.tasks.training import FineTuning, SoftTargets
+from distilfast.tasks import Encoded, Task, fine_tuning
+from distilfast.tasks.fine_tuning import FineTuning, SoftTargets
 
 COMBINED = 1024  # the number of examples whose logits are combined at a time
 
@@ -94,13 +94,13 @@ def learn(
         how = taught.teaching
         soft = SoftTargets(torch.cat(rows), how.temperature, how.kd_weight, how.ce_weight)
     length = settings.max_length or task.max_length
-    model = training.load(source, task, seed, length).to(device)
+    model = fine_tuning.load(source, task, seed, length).to(device)
     pad_token = tokenizer.pad_token_id
-    training.fine_tune(
+    fine_tuning.fine_tune(
         model, train, task, settings, seed, pad_token=pad_token, targets=soft, tell=tell
     )
     dev = splits[task.dev[0]]
-    predicted = training.predict(model, dev, settings, pad_token=pad_token)
+    predicted = fine_tuning.predict(model, dev, settings, pad_token=pad_token)
     score = tasks.score(task, dev, predicted)
     if keep:
         model.to("cpu").save_pretrained(keep)
@@ -126,10 +126,10 @@ def logits(
     """A job: compute a teacher's logits of every set, and save them to ``place``."""
     from safetensors.torch import save_file
 
-    model = training.load(source, task, 0, settings.max_length or task.max_length).to(device)
+    model = fine_tuning.load(source, task, 0, settings.max_length or task.max_length).to(device)
     found = {}
     for split, file in files.items():
-        found[split] = training.predict(model, read_tokens(file), settings, pad_token=pad_token)
+        found[split] = fine_tuning.predict(model, read_tokens(file), settings, pad_token=pad_token)
         tell(len(found) / len(files))
     with atomic.file(Path(place)) as temporary:  # other runs may share the cache
         save_file(found, temporary)
