@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distilfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "; what is done is kept: the same command goes on" if command.keeps else ""
+        kept = "; what is done is kept: the same command resumes" if command.keeps else ""
         print(f"distilfast: stopped{kept}", file=sys.stderr)
         return 130
 

@@ -57,7 +57,7 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
     start = world.first(lambda: claim(config, output))
     world.together(lambda: check_shared(config, output))
     if start:
-        world.first(lambda: print(f"{output} goes on from step {start}"))
+        world.first(lambda: print(f"{output} resumes from step {start}"))
     with stop:
         done = train(config, world, setup, output, start, stop)
     if done == setup.steps:
@@ -70,7 +70,7 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
 def advice(config: Config) -> str:
     """Tell the user how to resume."""
     how = "" if config.resume == "auto" else " with resume auto"
-    return f"the same command{how} goes on from {config.output}"
+    return f"the same command{how} resumes {config.output}"
 
 
 # --- Training -------------------------------------------------------------------------------------

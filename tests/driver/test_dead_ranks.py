@@ -28,7 +28,7 @@ from distilfast.driver import dead_ranks, processes
 from distilfast.driver.processes import free_port
 
 TRAIN = str(ROOT / "distilfast" / "train.py")
-ADVICE = "the same command goes on from runs/x"
+ADVICE = "the same command resumes runs/x"
 TIMEOUT_S = 2.0
 LATE_S = 10.0  # for processes that share a core
 
@@ -266,6 +266,6 @@ def test_driver_names_the_rank_that_is_gone(
             assert process.returncode == 1, said
             last = said.splitlines()[-1]
             assert f"rank {missed} ({socket.gethostname()}, pid {processes[missed].pid})" in last
-            assert last.endswith(f"; the run stops; the same command goes on from {folder}")
+            assert last.endswith(f"; the run stops; the same command resumes {folder}")
             assert "Traceback" not in said
         assert time.monotonic() - sent < 6 + LATE_S

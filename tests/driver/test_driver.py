@@ -389,7 +389,7 @@ def test_run_stopped_in_its_first_step_begins_anew(
             patch.setattr(loop, "optimiser_step", stop_in_the_sixth)
             capsys.readouterr()
             assert train.main([*recipe, *changes]) == status
-        told = f"stopped after step 5 of 10; the same command goes on from {folder}\n"
+        told = f"stopped after step 5 of 10; the same command resumes {folder}\n"
         assert capsys.readouterr().out.endswith(told)
         found = sorted(p.name for p in (folder / "checkpoints").iterdir())
         assert found == ["step-4", "step-5"]
@@ -452,7 +452,7 @@ def test_signal_saves_and_exits(
         process.kill()
     assert process.returncode == status, err
     step = checkpoint.newest(folder / "checkpoints")
-    assert f"stopped after step {step} of 100000; the same command goes on from" in out
+    assert f"stopped after step {step} of 100000; the same command resumes" in out
     assert step > 0
     assert metrics(folder)[-1]["step"] == step
 

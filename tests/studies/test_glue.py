@@ -1,4 +1,4 @@
-"""`distilfast glue`: the files that it leaves, the table, what goes on and what is refused."""
+"""`distilfast glue`: the files that it leaves, the table, what is resumed and what is refused."""
 
 from __future__ import annotations
 
