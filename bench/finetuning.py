@@ -1,8 +1,8 @@
 """How long does a fine-tuning take, and what does the harness add to a bare loop?
 
-    python bench/training.py --data FOLDER [--task SST-2] [--steps 20] [--rounds 5]
+    python bench/finetuning.py --data FOLDER [--task SST-2] [--steps 20] [--rounds 5]
 
-First it times the loop alone: `training.fine_tune` and a plain PyTorch loop, in turn in one
+First it times the loop alone: `fine_tuning.fine_tune` and a plain PyTorch loop, in turn in one
 process, over the same batches, made beforehand. Then it times a whole `distilfast glue`, from the
 start of the process to the report, for one seed of the whole task: its wall time, and that of the
 training in it. The default model is all-MiniLM-L6-v2: 6 layers, 384 wide. FOLDER is in GLUE's
