@@ -403,7 +403,7 @@ def test_only_a_later_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.requested
-        monkeypatch.setattr(loop, "ECHO_S", 0.0)
+        monkeypatch.setattr(processes, "ECHO_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
