@@ -16,7 +16,15 @@ from distilfast import models
 from distilfast.config import Config
 from distilfast.driver import engine, processes, results
 from distilfast.driver.checkpoint import Checkpoints, Saved
-from distilfast.driver.checks import Setup, check, check_shared, claim, prepare, settled
+from distilfast.driver.checks import (
+    Setup,
+    check,
+    check_backend,
+    check_shared,
+    claim,
+    prepare,
+    settled,
+)
 from distilfast.driver.dead_ranks import guard
 from distilfast.driver.engine import Engine
 from distilfast.driver.heldout import Evaluator
@@ -49,11 +57,12 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
     """`run`, once the processes are connected. False: stopped by a signal."""
     config = settled(config, world)
     world.first(lambda: check(config, world.ranks, world.device))
-    setup = prepare(config, world)
+    world.together(lambda: check_backend(config, world.device))  # hosts may differ
     output = Path(config.output)
     if world.first(lambda: (output / "summary.json").is_file()):
         world.first(lambda: print(f"{output} is complete"))
         return True
+    setup = prepare(config, world)
     start = world.first(lambda: claim(config, output))
     world.together(lambda: check_shared(config, output))
     if start:

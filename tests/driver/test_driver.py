@@ -33,6 +33,7 @@ from distilfast.driver import checkpoint, checks, engine, loop, optimizers, proc
 from distilfast.driver.micro_batch import Distillation, Normalizers, TeacherSide
 from distilfast.driver.processes import Stop
 from distilfast.driver.step import count, optimiser_step
+from distilfast.errors import ConfigError
 from distilfast.losses import chunks, distillation_loss, hidden_cosine_loss
 from distilfast.machine import code_version
 
@@ -476,13 +477,27 @@ def test_two_ranks_resume_to_the_same_bits(whole: tuple[list[str], Path], tmp_pa
 
 
 def test_complete_run_is_left_alone(
-    whole: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+    whole: tuple[list[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Not even its models and texts are read: texts may be large, and gone."""
     recipe, folder = whole
+    monkeypatch.setattr(loop, "prepare", None)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     run(recipe)
     assert "is complete" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_rank_tries_its_backend(recipe: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host may have no compiler."""
+    monkeypatch.setattr(processes.World, "first", lambda _, work: "fp32")  # not done on this rank
+    monkeypatch.setattr(processes.World, "together", lambda _, work: work())
+    monkeypatch.setattr(checks, "distillation_loss", None)
+    second = processes.World(1, 2, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"^loss\.backend: expected one that works here"):
+        loop.distil(configs.parse(recipe), second, Stop())
 
 
 @pytest.mark.thorough
