@@ -912,6 +912,8 @@ def test_output_of_another_run_is_refused_with_the_differing_keys(
         "student.layers ('alternate', now [0, 1]), optimizer.learning_rate (0.001, now 0.5), "
         "seed (56, now 1)"
     )
+    message = refuse(*changed(base, {"data.source": None, "seed": 1}))
+    assert message.endswith("differs in seed (56, now 1)")  # tokens need no source
     message = refuse(*arguments(base, steps=20))
     assert "differs in steps (10, now 20); the learning rate follows from the number" in message
 
