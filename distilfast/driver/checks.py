@@ -199,7 +199,7 @@ def check_output(config: Config, output: Path) -> None:
     except ConfigError as error:
         raise ConfigError(f"output: {output / 'config.yaml'} is damaged: {error}") from error
     differing = _differing(asdict(before), asdict(config))
-    free = FREE_KEYS
+    free: tuple[str, ...] = FREE_KEYS
     if config.data.source is None:  # the tokens are used as they are
         free = (*free, "data.source")
     keys = [key for key in differing if not key.startswith(free)]
