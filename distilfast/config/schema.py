@@ -88,8 +88,8 @@ class DataConfig:
 
     Args:
         source: a file or folder of .txt, .jsonl, .json, .parquet or .csv, a hub name, or a list of
-            them (hub entries may be {name, config, revision, split, column}). Hidden files are not
-            read.
+            them (entries may be {name, column}; those of the hub config, revision and split, too).
+            Hidden files are not read.
         prepared: folder of the tokens; made from source if it is missing, and else compared with
             its files by their contents. null: in output.
         column: the column with the text, in .jsonl, .parquet and .csv. A cell is read as it is

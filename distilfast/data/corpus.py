@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from distilfast import atomic
-from distilfast.config import Config, ConfigError, DataConfig
+from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
 from distilfast.data import files
 from distilfast.data.masking import permutation
 from distilfast.data.store import COUNTED, FORMAT, Store, describe_texts
 from distilfast.data.texts import Source
-from distilfast.errors import writable
+from distilfast.errors import expect, writable
 from distilfast.models.tokenizers import fingerprint, tokenize, vocabulary_size
 from distilfast.sources import lookup
 
@@ -75,12 +75,18 @@ def check(config: Config, folder: Path) -> list[Source]:
         raise ConfigError(f"data.prepared: expected an empty folder, got {str(folder)!r}")
     if "::" in str(folder.absolute()):  # `datasets` would write to what stands before it
         raise ConfigError(f"data.prepared: expected a path without '::', got {str(folder)!r}")
-    if not config.sources:
-        raise ConfigError("data.source: expected a file, folder or hub name, got null")
+    got = config.data.source
+    expect(bool(config.sources), "data.source", "a file, folder or hub name", got)
     sources = locate(config)
-    found = [source.check(config.data.txt_rows) for source in sources]
-    if not any(found):
-        raise ConfigError(f"data.source: expected text, got none in {_names(config)}")
+    for source in sources:
+        if not source.check(config.data.txt_rows):
+            raise ConfigError(f"data.source: expected text, got none in {source.spec.name!r}")
+    taken = (
+        (s.spec.column, os.path.realpath(f)) for s in sources if s.files for f in s.files.taken
+    )
+    for (_, file), times in Counter(taken).items():
+        if times > 1:
+            log.warning("data.source: %r is read %d times", file, times)
     return sources
 
 
@@ -92,7 +98,8 @@ def locate(config: Config, missing_ok: bool = False) -> list[Source]:
         missing_ok: a local source may be gone, and is then taken for one of the hub.
 
     Raises:
-        ConfigError: nothing has that name, or no file has a known type.
+        ConfigError: nothing has that name, no file has a known type, or a local source has what
+            only the hub knows.
     """
     own, found = [Path(config.output), config.token_folder], []
     for spec in config.sources:
@@ -100,6 +107,11 @@ def locate(config: Config, missing_ok: bool = False) -> list[Source]:
             path = lookup.existing(spec.name)
         elif (path := lookup.local_path("data.source", spec.name)) is None:
             lookup.require_hub("data.source", spec.name, "dataset", spec.revision)
+        if path is not None and spec != SourceSpec(spec.name, column=spec.column):
+            raise ConfigError(
+                "data.source: expected config, revision and split for a data set of the hub, got "
+                f"them for {str(path)!r}"
+            )
         found.append(Source(spec, None if path is None else files.find(path, own)))
     return found
 
@@ -158,7 +170,7 @@ def _make(
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that had the same number
         scratch.mkdir(parents=True)
-        record["texts"] = _fill(config, sources, tokenizer, scratch)
+        record["texts"], record["tokens"] = _fill(config, sources, tokenizer, scratch)
         if _digests(locate(config)) != record["files"]:
             raise ConfigError(
                 "data.source: expected files that do not change while they are read, got a change "
@@ -182,8 +194,9 @@ def _make(
 
 def _fill(
     config: Config, sources: Sequence[Source], tokenizer: Any, folder: Path
-) -> dict[str, int]:
-    """Write the tokens into ``folder``, and tell what became of the texts (see `describe_texts`).
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write the tokens into ``folder``, and tell what became of the texts (see `describe_texts`),
+    and how many tokens are in train and held out.
 
     Raises:
         ConfigError: a source cannot be read, or gives too little to train on and hold out.
@@ -193,7 +206,8 @@ def _fill(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     whole = folder / "examples.arrow"
-    keys, seen = _tokenize(config.data, sources, tokenizer, whole)
+    keys, of_sources = _tokenize(config.data, sources, tokenizer, whole)
+    seen = {key: sum(counts[key] for counts in of_sources) for key in COUNTED}
     texts = _numbered(keys)
     distinct = int(texts.max()) + 1 if len(texts) else 0
     seen["repeated"] = seen["used"] - distinct
@@ -203,29 +217,44 @@ def _fill(
             f"data.source: expected two different texts of at least {config.data.min_length} "
             f"tokens, one to train on and one held out, got {told} in {_names(config)}"
         )
-    if seen["used"] < seen["read"] / 2:
-        log.warning("data.source: more than half of the texts are left out: %s", told)
+    for source, its in zip(sources, of_sources, strict=True):
+        if its["used"] < its["read"] / 2:
+            log.warning(
+                "data.source: more than half of the texts of %r are left out: %s",
+                source.spec.name,
+                describe_texts(its, asdict(config.data)),
+            )
     examples = datasets.Dataset.from_file(str(whole))
     flags = _held_out(texts, config.data.heldout)
-    for split, chosen in (("train", ~flags), ("heldout", flags)):
+    if flags.mean() > 0.5 >= config.data.heldout:
+        log.warning(
+            "data.heldout: %d of %d examples are held out, as texts are held out whole and the "
+            "longest of these was drawn",
+            flags.sum(),
+            len(flags),
+        )
+    counts, tokens = np.zeros(vocabulary_size(tokenizer), dtype=np.int64), {}
+    for split, chosen in (("heldout", flags), ("train", ~flags)):
         # An absolute path, because `datasets` takes a ~ at the start for the home folder.
-        examples.select(np.flatnonzero(chosen)).save_to_disk(str(folder.absolute() / split))
-    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
-    for piece in _token_arrays(datasets.load_from_disk(str(folder.absolute() / "train"))):
-        counts += np.bincount(piece, minlength=len(counts))
-    np.save(folder / "counts.npy", counts)
+        place = str(folder.absolute() / split)
+        examples.select(np.flatnonzero(chosen)).save_to_disk(place)
+        counts[:] = 0
+        for piece in _token_arrays(datasets.load_from_disk(place)):
+            counts += np.bincount(piece, minlength=len(counts))
+        tokens[split] = int(counts.sum())
+    np.save(folder / "counts.npy", counts)  # the training part's
     whole.unlink()
-    return dict(seen)
+    return seen, tokens
 
 
 def _tokenize(
     data: DataConfig, sources: Sequence[Source], tokenizer: Any, file: Path
-) -> tuple[np.ndarray, Counter[str]]:
+) -> tuple[np.ndarray, list[Counter[str]]]:
     """Write the examples of all texts to an Arrow file, in order.
 
     Returns:
-        For each example a number that is the same for equal texts, (n,) int64; and how many texts
-        were read, used, and left out for which reason.
+        For each example a number that is the same for equal texts, (n,) int64; and of each source
+        how many texts were read, used, and left out for which reason.
     """
     import pyarrow
     from datasets.utils import tqdm
@@ -251,14 +280,19 @@ def _tokenize(
     encode = functools.partial(tokenize, tokenizer, key="data.special_tokens")
     if data.special_tokens == "tokens":
         encode = functools.partial(tokenizer, split_special_tokens=False, verbose=False)
-    keys, seen = array("q"), Counter(dict.fromkeys(COUNTED, 0))
+    keys, of_sources = array("q"), [Counter(dict.fromkeys(COUNTED, 0)) for _ in sources]
+    batches = (
+        (seen, batch)
+        for seen, source in zip(of_sources, sources, strict=True)
+        for batch in source.texts(data.txt_rows)
+    )
     column = pyarrow.list_(pyarrow.int32())
     with (
         file.open("wb") as opened,
         pyarrow.ipc.new_stream(opened, pyarrow.schema({"input_ids": column})) as writer,
         tqdm(total=total, desc="tokenizing", unit=" texts") as bar,
     ):
-        for batch in chain.from_iterable(source.texts(data.txt_rows) for source in sources):
+        for seen, batch in batches:
             strings = [text or "" for text in batch]
             made_of = encode(strings, add_special_tokens=False)["input_ids"]
             examples: list[list[int]] = []
@@ -275,7 +309,7 @@ def _tokenize(
             made = pyarrow.array(examples, column)
             writer.write_batch(pyarrow.record_batch([made], ["input_ids"]))
             bar.update(len(batch))
-    return np.array(keys, dtype=np.int64), seen
+    return np.array(keys, dtype=np.int64), of_sources
 
 
 def _key(examples: list[list[int]]) -> int:

@@ -57,7 +57,8 @@ def find(root: Path, without: Sequence[Path] = ()) -> Files:
     below the root: what a run writes is no text of its source.
 
     Raises:
-        ConfigError: no file has a known type, a link leads nowhere, or a folder cannot be read.
+        ConfigError: no file has a known type, a link leads nowhere, a file is a pipe or a device,
+            or a folder cannot be read.
     """
     left: Counter[str] = Counter()
     own = {Path(os.path.realpath(path)) for path in without}
@@ -73,8 +74,9 @@ def find(root: Path, without: Sequence[Path] = ()) -> Files:
             f"data.source: expected files of type {', '.join(KINDS)}, got {str(root)!r}{got}"
         )
     for path in taken:
-        if not os.path.exists(path):
-            raise ConfigError(f"data.source: expected a file, got the broken link {str(path)!r}")
+        if not os.path.isfile(path):
+            got = "the pipe or device" if os.path.exists(path) else "the broken link"
+            raise ConfigError(f"data.source: expected a file, got {got} {str(path)!r}")
     return Files(root, taken, dict(sorted(left.items())))
 
 
@@ -109,7 +111,8 @@ def _type(path: Path) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+    shown = ((name if name.isprintable() else repr(name), n) for name, n in sorted(counts.items()))
+    return ", ".join(f"{n:,} {name}" for name, n in shown)
 
 
 def _digest(path: Path) -> str:

@@ -39,17 +39,36 @@ class Store:
             record = json.loads((folder / "store.json").read_text(encoding="utf-8"))
             if record["format"] not in (1, FORMAT):
                 raise ValueError(f"format {record['format']}, this version reads 1 and {FORMAT}")
-            return cls(
+            store = cls(
                 datasets.load_from_disk(str(folder.absolute() / "train")),
                 datasets.load_from_disk(str(folder.absolute() / "heldout")),
                 torch.from_numpy(np.load(folder / "counts.npy")),
                 record,
             )
+            store._check()
+            return store
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"data.prepared: expected a folder made by `distilfast prepare`, got "
                 f"{str(folder)!r}: {' '.join(str(error).split())}"
             ) from error
+
+    def _check(self) -> None:
+        """Check that all is there: a file that was cut between two batches opens like a whole one.
+
+        Raises:
+            ValueError: it is not.
+        """
+        keys = {"max_length", "min_length", "max_unknown", "tokenizer"}
+        keys |= {"source", "files", "texts"} if self.record["format"] == FORMAT else set()
+        if missing := sorted(keys - self.record.keys()):
+            raise ValueError(f"store.json without {', '.join(missing)}")
+        if self.counts.ndim != 1 or self.counts.dtype != torch.int64:
+            raise ValueError("counts.npy with no counts")
+        made = [("train", int(self.counts.sum())), *self.record.get("tokens", {}).items()]
+        for split, tokens in made:
+            if (got := int(self.lengths(split).sum())) != tokens:
+                raise ValueError(f"{got:,} tokens in {split}, of {tokens:,} that were made")
 
     def lengths(self, split: str) -> Tensor:
         """(n,), the number of tokens in each example."""

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from distilfast.config import ConfigError, SourceSpec
 from distilfast.data.files import Files, kind
-from distilfast.errors import writable
+from distilfast.errors import shortened, writable
 
 MOST_TEXTS, MOST_CHARACTERS = 1000, 2**23  # read at a time, but for a single text that is longer
 
@@ -119,8 +120,10 @@ def read(file: Path, column: str, txt_rows: str) -> Iterator[Texts]:
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
-        message = f"data.source: expected UTF-8 text in {str(file)!r}, got {error}"
-        raise ConfigError(message) from error
+        got = error if reader == "parquet" else _undecodable(file)
+        raise ConfigError(
+            f"data.source: expected UTF-8 text in {str(file)!r}, got {got}"
+        ) from error
     except (ValueError, OSError, RecursionError, csv.Error) as error:  # pyarrow's are among them
         cause = " ".join(str(error).split())
         message = f"data.source: {str(file)!r} cannot be read as {reader}: {cause}"
@@ -140,15 +143,35 @@ def _batches(texts: Iterable[str | None]) -> Iterator[Texts]:
         yield batch
 
 
+def _undecodable(file: Path) -> str:
+    """What is not UTF-8. The reader's error knows its place only within a piece of the file."""
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"byte 0x{line[error.start]:02x} in line {number}"
+    return "a file that changes"
+
+
 def _read_txt(opened: Any, txt_rows: str) -> Iterator[str]:
+    lines = _without_nul(opened)
     if txt_rows == "document":
-        yield opened.read()
+        yield "".join(lines)
     elif txt_rows == "line":
-        yield from (line.rstrip("\n") for line in opened)
+        yield from (line.rstrip("\n") for line in lines)
     else:
-        for blank, lines in itertools.groupby(opened, lambda line: line == "\n"):
+        for blank, paragraph in itertools.groupby(lines, str.isspace):
             if not blank:
-                yield "".join(lines)
+                yield "".join(paragraph)
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    """Most texts in UTF-16 or UTF-32 are UTF-8, too, of other letters: their NUL bytes tell."""
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise ValueError(f"expected UTF-8 without NUL bytes, got one in line {number}")
+        yield line
 
 
 def _read_csv(opened: Any, column: str, name: str) -> Iterator[str]:
@@ -200,10 +223,12 @@ def _records(opened: Any) -> Iterator[tuple[str, Any]]:
             continue
         whole = alone and (start.startswith("[") or start == "{")
         try:
-            value = json.loads(line + opened.read() if whole else line)
+            value = json.loads(line + opened.read() if whole else line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             place = f"line {number + error.lineno - 1}, column {error.colno}"
             raise ValueError(f"{place}: {error.msg}") from error
+        except ValueError as error:
+            raise ValueError(f"{'from ' * whole}line {number}: {error}") from error
         if whole and isinstance(value, list):
             yield from ((f"entry {i}", entry) for i, entry in enumerate(value, 1))
         else:
@@ -211,11 +236,19 @@ def _records(opened: Any) -> Iterator[tuple[str, Any]]:
         alone = False
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"expected an object with each key once, got {twice!r} twice")
+    return made
+
+
 def _read_parquet(file: Path, column: str) -> Iterator[Texts]:
     from pyarrow import parquet
 
     with file.open("rb") as opened, parquet.ParquetFile(opened) as table:
-        if column not in table.schema_arrow.names:
+        if table.schema_arrow.names.count(column) != 1:
             raise _missing(column, str(file), table.schema_arrow.names)
         for batch in table.iter_batches(MOST_TEXTS, columns=[column]):
             yield _strings(batch.column(0), column, str(file))
@@ -233,9 +266,10 @@ def _strings(values: Any, column: str, name: str) -> Texts:
 
 
 def _missing(column: str, name: str, got: list[str]) -> ConfigError:
+    columns = ", ".join(map(shortened, got[:20])) + ", ..." * (len(got) > 20)
     return ConfigError(
-        f"data.source: expected a column {column!r} in {name!r}, got {', '.join(got)}; name it "
-        "with data.column"
+        f"data.source: expected one column {column!r} in {name!r}, got {columns or 'no columns'}; "
+        "name it with data.column"
     )
 
 

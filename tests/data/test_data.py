@@ -178,7 +178,7 @@ def test_txt_is_cut_into_the_rows_asked_for(
     lines = [spell(t) for t in TEXTS]
     paragraphs = ["\n".join(lines[:2]), "\n".join(lines[2:5]), lines[5]]
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    (tmp_path / "texts" / "a.txt").write_text("\n \t\n".join(paragraphs), encoding="utf-8")
     write_txt(tmp_path / "texts" / "b.txt", lines[6:7])
     settings = config(tmp_path / "texts", txt_rows=txt_rows, max_length=512, heldout=0.3)
     store = data.prepare(settings, tokenizer, tmp_path / "tokens")
@@ -259,7 +259,7 @@ def test_data_set_of_the_hub_is_read_whole(
     store = data.prepare(config([spec]), tokenizer, tmp_path / "tokens")
     assert everything(store) == [tokens(t) for t in TEXTS]
     assert asked == [("user/texts", "en", {"split": "test", "revision": "abc"})]
-    for column, message in (("text", "expected text in"), ("title", "expected a column 'title'")):
+    for column, message in (("text", "expected text in"), ("title", "expected one column 'title'")):
         with pytest.raises(ConfigError, match=f"^data.source: {message}"):
             data.prepare(config([replace(spec, column=column)]), tokenizer, tmp_path / "none")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nothing")
@@ -305,6 +305,8 @@ def test_cells_are_read_as_they_are_written(suffix: str, tmp_path: Path) -> None
 
 def broken_source(name: str, folder: Path) -> tuple[Any, str]:
     """A source that gives no text, and what the error has to name."""
+    import pyarrow.parquet
+
     path = folder / name
     match name:
         case "column.jsonl":
@@ -316,6 +318,31 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
         case "twice.csv":
             path.write_text("text,text\nw1,w2\n", encoding="utf-8")
             return str(path), "twice.csv', got text, text"
+        case "long.csv":  # a text that is no table is not shown whole
+            path.write_text("w1 " * 10**6 + "\n", encoding="utf-8")
+            return str(path), f"got {'w1 ' * 20}...; name it"
+        case "twice.jsonl":
+            path.write_text('{"text": "w1"}\n{"text": "w1", "text": "w2"}\n', encoding="utf-8")
+            return str(path), "line 2: expected an object with each key once, got 'text' twice"
+        case "twice.parquet":
+            column = pyarrow.array(["w1", "w2"])
+            table = pyarrow.Table.from_arrays([column, column], ["text", "text"])
+            pyarrow.parquet.write_table(table, path)
+            return str(path), "twice.parquet', got text, text"
+        case "utf-16.txt":  # without a mark, this is UTF-8: letters such as 4 and 0, and NUL
+            path.write_text("\u0434\u0430 \u0434\u0430", encoding="utf-16-le")
+            return str(path), "expected UTF-8 without NUL bytes, got one in line 1"
+        case "pipe.txt":
+            os.mkfifo(path)
+        case "good, blank.txt":
+            write_txt(folder / "good.txt", [spell(t) for t in TEXTS])
+            write_txt(folder / "blank.txt", [""])
+            return [str(folder / "good.txt"), str(folder / "blank.txt")], "blank.txt"
+        case "local.txt":
+            write_txt(path, [spell(t) for t in TEXTS])
+            return [SourceSpec(str(path), split="test")], "for a data set of the hub"
+        case "empty list":
+            return [], "got []"
         case "open.csv":
             path.write_text('text\nw1\n"w2\nw3\n', encoding="utf-8")
         case "number.jsonl":
@@ -330,7 +357,8 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
         case "half.parquet":
             path.write_bytes(b"PAR1 and no more")
         case "latin.txt":
-            path.write_bytes(b"w1 caf\xe9 w2\n" * 9)
+            path.write_bytes(b"w1 w2\n" * 20_000 + b"w1 caf\xe9 w2\n")
+            return str(path), "byte 0xe9 in line 20001"
         case "empty.txt":
             path.touch()
         case "blank.txt":
@@ -359,6 +387,14 @@ def broken_source(name: str, folder: Path) -> tuple[Any, str]:
         "column.jsonl",
         "row.csv",
         "twice.csv",
+        "long.csv",
+        "twice.jsonl",
+        "twice.parquet",
+        "utf-16.txt",
+        "pipe.txt",
+        "good, blank.txt",
+        "local.txt",
+        "empty list",
         "open.csv",
         "number.jsonl",
         "numbers.parquet",
@@ -522,6 +558,23 @@ def test_texts_left_out_are_counted(tokenizer: Any, tmp_path: Path) -> None:
         "18 texts: 12 used (1 repeat another); left out: 2 shorter than 12 tokens, 2 with 50 % or "
         "more unknown tokens, 2 empty, 1 pieces of the used"
     )
+
+
+HALF, LONG = "more than half of the texts of '{}/b.txt'", "20 of 21 examples are held out"
+
+
+@pytest.mark.parametrize(
+    ("second", "said"), [("a.txt", "/a.txt' is read 2 times"), ("b.txt", HALF), ("long.txt", LONG)]
+)
+def test_what_is_odd_about_the_texts_is_said(
+    second: str, said: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_txt(tmp_path / "a.txt", [spell(t) for t in TEXTS[: 1 if second == "long.txt" else 10]])
+    write_txt(tmp_path / "b.txt", ["w1", "w2"])
+    write_txt(tmp_path / "long.txt", [spell(range(100, 540))])
+    sources = [str(tmp_path / second), str(tmp_path / "a.txt")]
+    data.prepare(config(sources, min_length=8), tokenizer, tmp_path / "tokens")
+    assert [said.format(tmp_path) in line for line in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("n_texts", [7, 8, 9, 10, 11, 12])
@@ -845,6 +898,16 @@ def damage(folder: Path, how: str) -> None:
         arrow.unlink()
     elif how == "half an arrow":
         arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
+    elif how == "first batches of an arrow":
+        border = arrow.read_bytes().rindex(b"\xff" * 4, 0, -8)
+        arrow.write_bytes(arrow.read_bytes()[:border])
+    elif how == "the other split":
+        shutil.rmtree(folder / "heldout")
+        shutil.copytree(folder / "train", folder / "heldout")
+    elif how == "no keys":
+        (folder / "store.json").write_text('{"format": 2}', encoding="utf-8")
+    elif how == "matrix of counts":
+        np.save(folder / "counts.npy", np.load(folder / "counts.npy")[None])
     elif how == "no counts":
         (folder / "counts.npy").unlink()
     elif how == "half the counts":
@@ -868,6 +931,10 @@ def damage(folder: Path, how: str) -> None:
         "no split",
         "no arrow",
         "half an arrow",
+        "first batches of an arrow",
+        "the other split",
+        "no keys",
+        "matrix of counts",
         "no counts",
         "half the counts",
         "empty counts",
