@@ -23,7 +23,7 @@ from distilfast.models.teachers import (
     load_teachers,
 )
 from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocabulary_size
-from distilfast.models.weights import load_weights, loading, loading_errors, quiet
+from distilfast.models.weights import load_weights, loading, quiet
 
 __all__ = [
     "FAMILIES",
@@ -39,7 +39,6 @@ __all__ = [
     "load_teachers",
     "load_weights",
     "loading",
-    "loading_errors",
     "logit_scaling",
     "logits",
     "logits_at",

@@ -141,7 +141,7 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
         what: the model's name in the error.
 
     Raises:
-        ConfigError: the logits differ by more than rounding.
+        ConfigError: the logits differ by more than rounding, or are not finite, or all 0.
     """
     width = min(8, model.config.max_position_embeddings)
     input_ids = torch.linspace(0, vocabulary_size(tokenizer) - 1, 2 * width).long().view(2, width)
@@ -155,6 +155,8 @@ def check_head(what: str, model: Any, tokenizer: Any) -> None:
     model.train(training)
     if not own.isfinite().all():
         raise ConfigError(f"{what}: expected finite logits, got NaN or inf")
+    if not own.any():
+        raise ConfigError(f"{what}: expected logits that say something, got zeros alone")
     difference = _difference(own, ours)
     if not difference <= HEAD_TOLERANCE:
         raise ConfigError(

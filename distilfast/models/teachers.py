@@ -70,6 +70,8 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
                 f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
                 f"{spec.name!r} of type {config.model_type!r}"
             )
+        if getattr(config, "is_decoder", False):  # a student would attend to all tokens
+            raise ConfigError(f"{what}: expected an encoder, got is_decoder true in config.json")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     model, drawn = load_weights(
         "AutoModelForMaskedLM", source, what, fresh_head=True, revision=revision
@@ -83,6 +85,8 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
         )
     if drawn:
         start_transform(model)
+    # The embedding of this id gets no gradient: with another tokenizer's, a word would get none.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), not drawn), tokenizer
 
 

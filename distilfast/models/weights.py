@@ -1,11 +1,13 @@
 """Load a model's weights from a folder or the hub, and refuse those that do not fit.
 
 transformers draws weights that it does not find at random, leaves out those that it has no place
-for, and says so in a log alone. Such a model would be scored under the other one's name.
+for, and says so in a log alone. Such a model would be scored under the other one's name. So would
+one of quantised weights, which it may read as if they were not.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +43,26 @@ def load_weights(
         The model, and the names of its weights that were drawn.
 
     Raises:
-        ConfigError: the model cannot be loaded, a weight is missing, or the files have weights for
-            the body that it does not have, such as adapters.
+        ConfigError: the model cannot be loaded, a weight is missing, of another shape, not finite
+            or quantised, or the files have weights for the body that it does not have, such as
+            adapters.
     """
     import transformers
 
     with loading(what):
+        given = {key: options[key] for key in ("revision",) if key in options}
+        config = transformers.AutoConfig.from_pretrained(source, **given)
+        if getattr(config, "quantization_config", None):
+            raise ConfigError(f"{what}: expected weights that are not quantised, got others")
         model, info = getattr(transformers, auto).from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **options
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+            **options,
         )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ConfigError(f"{what}: expected {name} of shape {tuple(wanted)}, got {tuple(found)}")
     drawn, unused = set(info["missing_keys"]), set(info["unexpected_keys"])
     missing = {name for name in drawn if not (fresh_head and _is_head(model, name))}
     kind = type(model).__name__
@@ -61,6 +74,9 @@ def load_weights(
     foreign = {name for name in unused if _is_of_body(model, name)}
     if foreign:
         raise ConfigError(f"{what}: expected the weights of a {kind} alone, got {some(foreign)}")
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ConfigError(f"{what}: expected finite weights, got NaN or inf in {some(broken)}")
     return model, drawn
 
 
@@ -101,18 +117,17 @@ def loading(what: str) -> Iterator[None]:
             yield
     except ConfigError:
         raise
-    except loading_errors() as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{what} cannot be loaded: {message}") from error
+    except Exception as error:  # what reads the files may raise anything
+        raise ConfigError(f"{what} cannot be loaded: {_reason(error)}") from error
 
 
-def loading_errors() -> tuple[type[Exception], ...]:
-    """The errors that transformers raises for files that are damaged or do not fit together."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    own = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError)
-    return (*own, StrictDataclassError, SafetensorError)
+def _reason(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # its own advice is to execute the file
+        return "a file of weights is damaged, or holds more than tensors"
+    said = " ".join(str(error).split())
+    bare = isinstance(error, LookupError | EOFError) or not said
+    return f"{type(error).__name__} {said}".strip() if bare else said
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def model_source(key: str, name: str, revision: str | None = None) -> str:
     """The folder or available hub name that transformers loads a model from.
 
     Raises:
-        ConfigError: the folder has no model, or `require_hub` fails.
+        ConfigError: the folder has no model, or an adapter beside it, or `require_hub` fails.
     """
     path = local_path(key, name)
     if path is None:
@@ -69,6 +69,11 @@ def model_source(key: str, name: str, revision: str | None = None) -> str:
         elif (path / "config.yaml").is_file():
             hint = ", a run that is not finished"
         raise ConfigError(f"{key}: expected a folder with config.json, got {str(path)!r}{hint}")
+    if (path / "adapter_config.json").is_file():  # with peft it would be applied, else left out
+        raise ConfigError(
+            f"{key}: expected a model without an adapter, got adapter_config.json in "
+            f"{str(path)!r}; merge the adapter, or move it away"
+        )
     return str(path)
 
 

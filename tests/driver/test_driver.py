@@ -534,7 +534,7 @@ def poisoned(
     config = transformers.BertConfig.from_pretrained(place, tie_word_embeddings=False)
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(config)
-    model.bert.embeddings.word_embeddings.weight.data[token] = math.nan
+    model.bert.embeddings.word_embeddings.weight.data[token] = torch.finfo().max
     model.save_pretrained(place)
     lines = corpus.read_text().splitlines()
     for i in range(60, 64):

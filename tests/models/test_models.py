@@ -588,6 +588,16 @@ def test_unfit_teacher_is_refused(how: str, bert_folder: str, tmp_path: Path) ->
     assert "\n" not in str(raised.value)
 
 
+def test_word_in_place_of_the_padding_is_trained(bert_folder: str, tmp_path: Path) -> None:
+    """Where config.json names another id than the tokenizer, as that of another model does."""
+    folder = Path(shutil.copytree(bert_folder, tmp_path / "bert"))
+    edit(folder, "config.json", pad_token_id=7)
+    student = models.make_student(load(str(folder))[0].model, StudentConfig(), 1)
+    assert student.config.pad_token_id == 0
+    student.distilbert(torch.tensor([[7, 8]])).last_hidden_state[0, 0, 0].backward()
+    assert student.distilbert.embeddings.word_embeddings.weight.grad[7].any()
+
+
 def test_teachers_of_other_words_are_refused(bert_folder: str, tmp_path: Path) -> None:
     words = [*VOCABULARY[:-2], VOCABULARY[-1], VOCABULARY[-2]]
     other = save(make_bert(), tmp_path / "other", words)
