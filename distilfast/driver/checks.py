@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +25,14 @@ from distilfast.driver.processes import World
 from distilfast.errors import ConfigError, expect, shown, writable
 from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
+from distilfast.report.numbers import counted
+from distilfast.report.training_run import read_metrics
 
 log = logging.getLogger("distilfast")
 # Keys that may change when a run is resumed. Every other key affects the result.
 FREE_KEYS = (
     "checkpoint.",
-    "evaluate.",
+    "evaluate.every",
     "output",
     "rank_timeout_s",
     "resume",
@@ -239,11 +243,59 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[s
     return found
 
 
+def is_complete(output: Path) -> bool:
+    """Return whether the folder holds the results of a run.
+
+    Raises:
+        ConfigError: the run was complete, but its model is gone.
+    """
+    summary, model = output / "summary.json", output / "model"
+    if summary.is_file() and not (model / "config.json").is_file():
+        raise ConfigError(
+            f"output: expected the model of a complete run in {str(model)!r}, got none; to make "
+            f"it again, remove {str(summary)!r}"
+        )
+    return summary.is_file()
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Let no other run use the folder, which is made if it is missing.
+
+    The system frees it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another run uses it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(
+            f"output: expected a folder of no other run, got {str(output)!r}, which one that is "
+            "running uses"
+        ) from None
+    except OSError:  # a file system without locks, as some networks' are
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def claim(config: Config, output: Path) -> int:
     """Write config.yaml, remove half-written files of a killed run, and return the step to resume
-    from."""
+    from.
+
+    Raises:
+        ConfigError: no checkpoint is sound, or metrics.jsonl does not reach up to the newest.
+    """
     checkpoints = output / "checkpoints"
     start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
+    if start:
+        _check_metrics(output / "metrics.jsonl", start)
     output.mkdir(parents=True, exist_ok=True)
     atomic.write(output / "config.yaml", configs.to_yaml(config))
     temporary = [path for path in output.iterdir() if atomic.final(path) != path]
@@ -253,6 +305,22 @@ def claim(config: Config, output: Path) -> int:
         else:
             leftover.unlink()
     return start
+
+
+def _check_metrics(path: Path, start: int) -> None:
+    """Check that a run's metrics have its first evaluation, and each step up to ``start`` once."""
+    try:
+        lines = read_metrics(path)
+        found = [line["step"] for line in lines if "loss" in line and line["step"] <= start]
+        whole = found == list(range(1, start + 1)) and lines[0]["step"] == 0
+        said = f"{counted(len(found), 'line')} of them"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        whole, said = False, f"{type(error).__name__} {error}"
+    if not whole:
+        raise ConfigError(
+            f"resume: expected {str(path)!r} with step 0 and each of the {counted(start, 'step')} "
+            f"up to the newest checkpoint, got {said}; to begin anew, remove the run's folder"
+        )
 
 
 def check_shared(config: Config, output: Path) -> None:

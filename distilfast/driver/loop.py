@@ -22,6 +22,8 @@ from distilfast.driver.checks import (
     check_backend,
     check_shared,
     claim,
+    is_complete,
+    locked,
     prepare,
     settled,
 )
@@ -59,16 +61,18 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
     world.first(lambda: check(config, world.ranks, world.device))
     world.together(lambda: check_backend(config, world.device))  # hosts may differ
     output = Path(config.output)
-    if world.first(lambda: (output / "summary.json").is_file()):
+    if world.first(lambda: is_complete(output)):
         world.first(lambda: print(f"{output} is complete"))
         return True
     setup = prepare(config, world)
-    start = world.first(lambda: claim(config, output))
-    world.together(lambda: check_shared(config, output))
-    if start:
-        world.first(lambda: print(f"{output} resumes from step {start}"))
-    with stop:
-        done = train(config, world, setup, output, start, stop)
+    with contextlib.ExitStack() as lock:
+        world.first(lambda: lock.enter_context(locked(output)))
+        start = world.first(lambda: claim(config, output))
+        world.together(lambda: check_shared(config, output))
+        if start:
+            world.first(lambda: print(f"{output} resumes from step {start}"))
+        with stop:
+            done = train(config, world, setup, output, start, stop)
     if done == setup.steps:
         return True
     stop.interrupted = world.count([stop.interrupted])[0] > 0  # all ranks end alike

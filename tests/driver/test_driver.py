@@ -500,6 +500,42 @@ def test_every_rank_tries_its_backend(recipe: list[str], monkeypatch: pytest.Mon
         loop.distil(configs.parse(recipe), second, Stop())
 
 
+def test_folder_that_is_not_whole_or_in_use_is_refused(
+    whole: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed run would have taken its next evaluation for that of the untrained student."""
+    changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
+    folder = run(whole[0], *changes)
+
+    def refused(said: str, *others: str) -> None:
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+        assert train.main([*whole[0], *changes, *others]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("distilfast: ")
+        assert said in line
+        assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+    shutil.rmtree(folder / "model")
+    refused("expected the model of a complete run")
+    (folder / "summary.json").unlink()
+    with checks.locked(folder):
+        refused("expected a folder of no other run")
+    refused("differs in evaluate.max_examples", "--evaluate.max_examples=2")
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for some, said in (
+        (lines[1:], "got 8 lines of them"),
+        (lines[:4], "got 3 lines of them"),
+        (lines + lines, "got 16 lines of them"),
+        ([], "got 0 lines of them"),
+        ([*lines[:3], "{\n", *lines[4:]], "line 4: expected a JSON object"),
+    ):
+        file.write_text("".join(some))
+        refused(said)
+    file.write_text("".join(lines[:-1]) + lines[-1][:9])
+    assert metrics(run(whole[0], *changes)) == metrics(whole[1])
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
 def test_run_of_two_ranks_goes_on_in_another_layout(
