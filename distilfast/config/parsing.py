@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
             kind = kinds().get(key, NoneType)
             expect(value is not None or _optional(kind), key, _described(kind), None)
         made = parser.instantiate(namespace)
-        config = Config(**{f.name: made[f.name] for f in fields(Config)})
+        config = _at_home(Config(**{f.name: made[f.name] for f in fields(Config)}))
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -67,6 +67,15 @@ def parse(arguments: Sequence[str], prog: str = "distilfast train") -> Config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _at_home(config: Config) -> Config:
+    """Put home folders for ~ and ~user in the paths of the folders that a run makes."""
+    paths = {"output": config.output, "data.prepared": config.data.prepared or ""}
+    output, prepared = (os.path.expanduser(path) for path in paths.values())
+    for key, path in zip(paths, (output, prepared), strict=True):
+        expect(not path.startswith("~"), key, "the home folder of a known user", path)
+    return replace(config, output=output, data=replace(config.data, prepared=prepared or None))
 
 
 @functools.cache

@@ -972,6 +972,17 @@ def test_run_is_refused_with_resume_never(base: Path, refuse: Refuse, tmp_path: 
 
 
 @pytest.mark.parametrize("key", ["output", "data.prepared"])
+def test_tilde_is_the_home_folder(
+    key: str, base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = config.parse(changed(base, {key: "~/runs/x"}))
+    assert (read.output if key == "output" else read.data.prepared) == f"{tmp_path}/runs/x"
+    message = refuse(*changed(base, {key: "~nobody-here/x"}))
+    assert message == f"{key}: expected the home folder of a known user, got '~nobody-here/x'"
+
+
+@pytest.mark.parametrize("key", ["output", "data.prepared"])
 @pytest.mark.parametrize("below", ["", "/below"])
 def test_file_in_place_of_a_folder_is_refused(
     key: str, below: str, base: Path, refuse: Refuse, tmp_path: Path
