@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distilfast import models
+from distilfast import models, tasks
 from distilfast.errors import ConfigError, expect
 from distilfast.sources import lookup
 
@@ -69,7 +68,7 @@ def load(
     """
     candidates = [_load(*_name(text)) for text in given]
     if data:
-        texts = read_texts(data)
+        texts = tasks.read_sentences("--data", data / "dev.tsv" if data.is_dir() else data)
         candidates = [replace(c, texts=tokenize(c, texts)) for c in candidates]
     if depth_width:
         candidates += depth_and_width(candidates[0])
@@ -141,41 +140,6 @@ def positions(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def read_texts(path: Path) -> list[tuple[str, ...]]:
-    """Read the texts of a file in GLUE's format.
-
-    Fields are separated by tabs, quotes are literal, and the header names `sentence`, or
-    `sentence1` and `sentence2`.
-
-    Raises:
-        ConfigError: the file or the columns are missing, or a line has another number of fields.
-    """
-    path = path / "dev.tsv" if path.is_dir() else path
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"--data: expected a .tsv of UTF-8 text, got {str(path)!r}: {error}"
-        ) from error
-    header = rows[0] if rows else []
-    columns = ["sentence"] if "sentence" in header else ["sentence1", "sentence2"]
-    if not set(columns) <= set(header):
-        raise ConfigError(
-            f"--data: expected a column sentence, or sentence1 and sentence2, in {str(path)!r}, "
-            f"got {', '.join(header)!r}"
-        )
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise ConfigError(
-                f"--data: expected {len(header)} fields in {str(path)!r}, line {number}, "
-                f"got {len(row)}"
-            )
-    if len(rows) < 2:
-        raise ConfigError(f"--data: expected texts in {str(path)!r}, got none")
-    return [tuple(row[header.index(column)] for column in columns) for row in rows[1:]]
-
-
 def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[list[int]]:
     """Return the token ids of each text, or pair of texts, uncut and without padding."""
     import transformers
@@ -189,7 +153,14 @@ def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[lis
         raise missing
     cut = {} if candidate.positions is None else {"max_length": candidate.positions}
     options = {"truncation": bool(cut), "split_special_tokens": True, **cut}
-    return [tokenizer(*text, **options)["input_ids"] for text in texts]
+    found = [tokenizer(*text, **options)["input_ids"] for text in texts]
+    rows, most = candidate.config.get_text_config().vocab_size, max(map(max, filter(None, found)))
+    if most >= rows:
+        raise ConfigError(
+            f"MODEL: {candidate.name!r} has {rows} embeddings, and its tokenizer gives the id "
+            f"{most} for a text of --data"
+        )
+    return found
 
 
 # --- Depth against width --------------------------------------------------------------------------

@@ -14,7 +14,15 @@ from distilfast.tasks.catalogue import (
     TASKS,
     Task,
 )
-from distilfast.tasks.files import HUBS, IGNORE_INDEX, Examples, find, read, read_texts
+from distilfast.tasks.files import (
+    HUBS,
+    IGNORE_INDEX,
+    Examples,
+    find,
+    read,
+    read_sentences,
+    read_texts,
+)
 from distilfast.tasks.metrics import METRICS
 from distilfast.tasks.tokens import (
     PAD_TO,
@@ -51,6 +59,7 @@ __all__ = [
     "order",
     "predictions",
     "read",
+    "read_sentences",
     "read_texts",
     "score",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distilfast.errors import ConfigError, did_you_mean
+from distilfast.errors import ConfigError, did_you_mean, shortened
 from distilfast.sources import lookup
 from distilfast.tasks import squad
 from distilfast.tasks.catalogue import IMDB, SENTENCES, TASKS, Task
@@ -17,6 +17,8 @@ from distilfast.tasks.catalogue import IMDB, SENTENCES, TASKS, Task
 log = logging.getLogger("distilfast.tasks")
 IGNORE_INDEX = -100  # the label of an example that has none
 HUBS = ("glue", "hub")  # values of --data that mean the hub
+FEW = 20  # in fewer lines of one's own task every label may be another one
+SHARED = 0.1  # the share of a development set that may be trained on without a warning
 
 
 def find(name: str, data: str, key: str = "--tasks") -> Task:
@@ -62,13 +64,46 @@ def _own_task(name: str, file: Path) -> Task:
     header = next(iter(_lines(file)), [])
     texts = SENTENCES if "sentence1" in header else ("sentence",)
     task = Task(name, texts, classes=("",))
-    found = {label for *_, label in _rows(file, task)}
+    labels = [label for *_, label in _rows(file, task)]
+    found = set(labels)
+    if len(labels) >= FEW < 2 * len(found) > len(labels):
+        raise ConfigError(
+            f"{file}: expected labels that repeat, got {len(found)} in {len(labels)} lines, such "
+            f"as {shortened(labels[0])!r}"
+        )
     classes = tuple(
         sorted(found, key=lambda label: (len(label), label) if label.isdecimal() else (0, label))
     )
     if len(classes) < 2:
         raise ConfigError(f"{file}: expected at least two labels, got {', '.join(classes)!r} alone")
+    _check_classes(file, classes)
     return Task(name, texts, classes=classes)
+
+
+def _check_classes(file: Path, classes: Sequence[str]) -> None:
+    """Raise a ConfigError if labels are not classes, or one class is written in several ways."""
+    numbers = [value for label in classes if (value := _number(label)) is not None]
+    if len(numbers) == len(classes):
+        for label, value in zip(classes, numbers, strict=True):
+            if value % 1:  # also where it is not finite
+                raise ConfigError(
+                    f"{file}: expected labels that are classes, got the number {label!r}"
+                )
+    known: dict[Any, str] = {}
+    for label in classes:
+        number = _number(label)
+        key = label.strip().casefold() if number is None or number % 1 else number
+        if (other := known.setdefault(key, label)) != label:
+            raise ConfigError(
+                f"{file}: expected one spelling of each label, got {other!r} and {label!r}"
+            )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -116,6 +151,14 @@ def read(task: Task, data: str) -> dict[str, Examples]:
     for split, examples in loaded.items():
         if not examples.texts:
             raise ConfigError(f"--data: expected examples in {task.name}'s {split}, got none")
+    seen = set(loaded["train"].texts)
+    for split in task.dev:
+        texts = loaded[split].texts
+        if (twice := sum(text in seen for text in texts)) > SHARED * len(texts):
+            log.warning(
+                "%s: %d of the %d examples of %s are trained on too, so its score flatters",
+                task.name, twice, len(texts), split,
+            )  # fmt: skip
     return loaded
 
 
@@ -124,15 +167,36 @@ def read_texts(file: Path, task: Task) -> Examples:
 
     Its columns are those of the task, or `sentence`, or `sentence1` and `sentence2`.
     """
-    if not file.is_file():
-        raise ConfigError(f"--transfer: expected a file, got {str(file)!r}")
+    header = _header("--transfer", file)
     texts = task.texts
-    if not set(texts) <= set(next(iter(_lines(file)), [])):
-        texts = SENTENCES[: len(texts)] if len(texts) == 2 else ("sentence",)
-    rows = _rows(file, Task(task.name, texts, label=texts[0]))
+    if not set(texts) <= set(header):
+        texts = SENTENCES if len(texts) == 2 else ("sentence",)
+    rows = _texts("--transfer", file, texts)
+    return Examples(rows, [[] if task.spans else IGNORE_INDEX] * len(rows))
+
+
+def read_sentences(key: str, file: Path) -> list[tuple[str, ...]]:
+    """Read `sentence`, or `sentence1` and `sentence2`, from a .tsv with a header line.
+
+    Args:
+        key: the flag that named the file, for errors about the whole file.
+    """
+    header = _header(key, file)
+    pair = "sentence" not in header and set(SENTENCES) & set(header)
+    return _texts(key, file, SENTENCES if pair else ("sentence",))
+
+
+def _header(key: str, file: Path) -> list[str]:
+    if not file.is_file():
+        raise ConfigError(f"{key}: expected a file, got {str(file)!r}")
+    return next(iter(_lines(file)), [])
+
+
+def _texts(key: str, file: Path, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    rows = _rows(file, Task("", columns, label=columns[0]))
     if not rows:
-        raise ConfigError(f"--transfer: expected texts in {str(file)!r}, got none")
-    return Examples([row[:-1] for row in rows], [[] if task.spans else IGNORE_INDEX] * len(rows))
+        raise ConfigError(f"{key}: expected texts in {str(file)!r}, got none")
+    return [row[:-1] for row in rows]
 
 
 def _read_file(file: Path, task: Task) -> Examples:
@@ -179,11 +243,12 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
     header = task.columns or next(iter(lines), [])
     first = 0 if task.columns else 1
     wanted = (*task.texts, task.label)
-    missing = [name for name in wanted if name not in header]
-    if missing:
+    if any(header.count(name) != 1 for name in wanted):
+        got = ", ".join(header).replace("\r", "\\r")
+        old = "; its lines end with \\r alone, and should end with \\n" * ("\\r" in got)
         raise ConfigError(
             f"{file}: expected the columns {', '.join(dict.fromkeys(wanted))}, got "
-            f"{', '.join(header) or 'none'}{_comma(header)}"
+            f"{shortened(got) or 'none'}{old}{_comma(header)}"
         )
     places = [header.index(name) for name in wanted]
     rows, short = [], 0
@@ -195,6 +260,10 @@ def _rows(file: Path, task: Task) -> list[tuple[Any, ...]]:
             raise ConfigError(
                 f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}"
                 f"{_comma(fields)}"
+            )
+        if fields == header:
+            raise ConfigError(
+                f"{file}, line {number}: expected an example, got the header line again"
             )
         *texts, label = (fields[place] for place in places)
         rows.append((*texts, _label(task, label, f"{file}, line {number}")))
@@ -213,7 +282,8 @@ def _label(task: Task, label: str, where: str) -> Any:
     if task.classes:
         if label not in task.classes:
             raise ConfigError(
-                f"{where}: expected a label of {', '.join(task.classes)}, got {label!r}"
+                f"{where}: expected a label of {shortened(', '.join(task.classes))}, got "
+                f"{shortened(label)!r}"
             )
         return task.classes.index(label)
     try:

@@ -155,15 +155,6 @@ def test_a_hub_name_is_found_in_the_cache(teacher: Path) -> None:
     assert found.disk_mib
 
 
-def test_texts_are_read_as_they_stand(tmp_path: Path) -> None:
-    pairs = tmp_path / "dev.tsv"
-    pairs.write_text('sentence2\tscore\tsentence1\n"b x\t1\ta\n d\t0\tc\n', encoding="utf-8")
-    assert sizes.read_texts(tmp_path) == [("a", '"b x'), ("c", " d")]
-    single = tmp_path / "x.tsv"
-    single.write_text("sentence\tlabel\nein König\t1\n", encoding="utf-8")
-    assert sizes.read_texts(single) == [("ein König",)]
-
-
 def test_texts_have_their_own_lengths_up_to_the_positions(teacher: Path) -> None:
     [tiny] = sizes.load([str(teacher)], None, False, 8)
     found = sizes.tokenize(tiny, [("king queen",), ("king", "queen war"), ("king " * 100,)])
@@ -337,11 +328,18 @@ def test_compiled_models_are_measured(tmp_path: Path) -> None:
             ["{bert}", "--sequence_length=65"],
             "--sequence_length: expected at most 64",
         ),
-        (["{bert}", "--data={tmp}/none.tsv"], "--data: expected a .tsv of UTF-8 text, got"),
-        (["{bert}", "--data={tmp}/column.tsv"], "--data: expected a column sentence, or"),
+        (["{bert}", "--data={tmp}/none.tsv"], "--data: expected a file, got"),
+        (
+            ["{bert}", "--data={tmp}/column.tsv"],
+            "{tmp}/column.tsv: expected the columns sentence, got text, label",
+        ),
         (
             ["{bert}", "--data={tmp}/fields.tsv"],
-            "--data: expected 2 fields in '{tmp}/fields.tsv'",
+            "{tmp}/fields.tsv, line 3: expected 2 fields, got 1",
+        ),
+        (
+            ["{bert}", "{tmp}/beyond", "--data={tmp}/beyond.tsv"],
+            "MODEL: 'beyond' has 75 embeddings",
         ),
         (["{bert}", "--data={tmp}/empty.tsv"], "--data: expected texts in"),
         (
@@ -370,6 +368,11 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_measured(
     (tmp_path / "fields.tsv").write_text("sentence\tlabel\na\t1\nb\n")
     (tmp_path / "empty.tsv").write_text("sentence\tlabel\n")
     (tmp_path / "one.tsv").write_text("sentence\na\n")
+    (tmp_path / "beyond.tsv").write_text("sentence\nking\n")
+    shutil.copytree(teacher, tmp_path / "beyond")
+    content = json.loads((tmp_path / "beyond" / "tokenizer.json").read_text())
+    content["model"]["vocab"]["king"] = 75
+    (tmp_path / "beyond" / "tokenizer.json").write_text(json.dumps(content))
     transformers.BertModel(bert(num_hidden_layers=1)).save_pretrained(tmp_path / "one")
     t5 = transformers.T5Config(num_layers=1, d_model=8, d_ff=8, vocab_size=9)
     t5.save_pretrained(tmp_path / "t5")

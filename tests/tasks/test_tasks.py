@@ -264,6 +264,11 @@ WRONG: dict[str, tuple[str, str | bytes, str]] = {
     "a comma for a tab": (
         "SST-2", HEADER + "a\t1\nb,0\n", "line 3: expected 2 fields, got 1; the line seems to"
     ),
+    "a lone CR": ("SST-2", "sentence\tlabel\ra\t1\r", r"label\ra, 1; its lines end with \r alone"),
+    "a column twice": (
+        "SST-2", "sentence\tlabel\tlabel\na\t1\t0\n", "expected the columns sentence, label, got"
+    ),
+    "header again": ("SST-2", 2 * f"{HEADER}a\t1\n", "line 3: expected an example, got the header"),
     "empty file": ("SST-2", "", "expected the columns sentence, label, got none"),
     "header alone": ("SST-2", HEADER, "expected examples in SST-2's dev, got none"),
     "CoLA empty": ("CoLA", "", "expected examples in CoLA's dev, got none"),
@@ -350,6 +355,14 @@ def test_texts_without_labels_have_the_tasks_columns_or_ones_own(tmp_path: Path)
         assert tasks.read_texts(file, TASKS[task]) == Examples(expected, [tasks.IGNORE_INDEX])
 
 
+def test_sentences_are_read_as_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "dev.tsv"
+    file.write_text('sentence2\tscore\tsentence1\n"b x\t1\ta\n d\t0\tc\n', encoding="utf-8")
+    assert tasks.read_sentences("--data", file) == [("a", '"b x'), ("c", " d")]
+    file.write_bytes("\ufeffsentence\tlabel\r\nein\rKönig\t1\r\n".encode())
+    assert tasks.read_sentences("--data", file) == [("ein\rKönig",)]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -408,6 +421,12 @@ def test_classes_of_an_own_task_are_in_order(
         ((), "expected at least two labels"),
         (("a\t1", "b\t0", "c\t"), "line 4: expected a label"),
         (("a\t1", "b"), "line 3: expected 2 fields, got 1"),
+        (("a\t1", "b\t0", "sentence\tlabel"), "line 4: expected an example, got the header line"),
+        (("a\t1", "b\t0.5"), "expected labels that are classes, got the number '0.5'"),
+        (("a\t1", "b\t0", "c\tnan"), "expected labels that are classes, got the number 'nan'"),
+        (("a\t1", "b\t1.0"), "expected one spelling of each label, got '1.0' and '1'"),
+        (("a\tx", "b\tX ", "c\ty"), "expected one spelling of each label, got 'X ' and 'x'"),
+        ([f"{i % 2}\ttext {i}" for i in range(20)], "expected labels that repeat, got 20 in 20"),
     ],
 )
 def test_own_task_that_cannot_be_learned_is_refused(
@@ -423,6 +442,18 @@ def test_label_that_training_has_not_is_refused_in_dev(tmp_path: Path) -> None:
     (tmp_path / "mine" / "dev.tsv").write_text("sentence\tlabel\na\tmaybe\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"dev.tsv, line 2: expected a label of no, yes"):
         read(find("mine", data), data)
+
+
+def test_examples_that_are_trained_on_and_scored_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = HEADER + "".join(f"text {i}\t{i % 2}\n" for i in range(10))
+    for shared, said in ((1, ""), (2, "2 of the 10 examples of dev are trained on too")):
+        dev = train.replace("text", "other", 10 - shared)
+        data = str(write_task(tmp_path, "SST-2", {"train": train, "dev": dev}))
+        read(GLUE["SST-2"], data)
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
 
 
 def test_tasks_are_found_in_any_case(tmp_path: Path) -> None:
