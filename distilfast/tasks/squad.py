@@ -39,10 +39,14 @@ def read(file: Path) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
             its place in the context (the error names the question's id).
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--data: expected the file {str(file)!r}, which is missing") from None
-    except ValueError as error:  # includes UnicodeDecodeError
+    except OSError as error:
+        raise ConfigError(
+            f"--data: expected the file {str(file)!r}, got {error.strerror}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
         raise ConfigError(f"{file}: expected JSON, got {error}") from None
     texts: list[tuple[str, ...]] = []
     gold = []
@@ -55,6 +59,9 @@ def read(file: Path) -> tuple[list[tuple[str, ...]], list[list[Answer]]]:
                     if "is_impossible" in asked:
                         raise ConfigError(f"{where}: expected SQuAD v1.1, got v2.0")
                     answers = [(a["text"], a["answer_start"]) for a in asked["answers"]]
+                    for name, text in (("question", asked["question"]), ("context", context)):
+                        if not isinstance(text, str):
+                            raise ConfigError(f"{where}: expected a text as {name}, got {text!r}")
                     texts.append((asked["question"], context))
                     gold.append(checked(answers, context, where))
     except (KeyError, TypeError) as error:
@@ -80,8 +87,14 @@ def checked(answers: list[Answer], context: str, where: str) -> list[Answer]:
     if not answers:
         raise ConfigError(f"{where}: expected an answer, as all have in SQuAD v1.1, got none")
     for text, start in answers:
+        if not isinstance(text, str) or type(start) is not int:
+            raise ConfigError(
+                f"{where}: expected a text and a whole number, got {text!r} and {start!r}"
+            )
+        if not text.strip():
+            raise ConfigError(f"{where}: expected the text of an answer, got {text!r}")
         found = context[start : start + len(text)]
-        if not text or start < 0 or found != text:
+        if start < 0 or found != text:
             raise ConfigError(f"{where}: expected {text!r} at character {start}, got {found!r}")
     return answers
 

@@ -635,7 +635,12 @@ def document(**changes: Any) -> dict[str, Any]:
         ([], "expected the layout of SQuAD v1.1"),
         ({"data": [{}]}, r"expected the layout of SQuAD v1.1 .* \(KeyError\('paragraphs'\)\)"),
         ({"data": None}, "expected the layout of SQuAD v1.1"),
-        (document(answers=[{"text": "king", "answer_start": "4"}]), "expected the layout of SQuAD"),
+        ("[" * 100_000, "train-v1.1.json: expected JSON, got"),
+        (document(question=None), "question q7: expected a text as question, got None"),
+        (
+            document(answers=[{"text": "king", "answer_start": "4"}]),
+            "and a whole number, got 'king'",
+        ),
         (document(answers=[]), "question q7: expected an answer, as all have in SQuAD v1.1"),
         (document(answers=[], is_impossible=True), "question q7: expected SQuAD v1.1, got v2.0"),
         (document(is_impossible=False), "question q7: expected SQuAD v1.1, got v2.0"),
@@ -647,7 +652,10 @@ def document(**changes: Any) -> dict[str, Any]:
             document(answers=[{"text": "g", "answer_start": -1}]),
             "question q7: expected 'g' at character -1",
         ),
-        (document(answers=[{"text": "", "answer_start": 0}]), "question q7: expected '' at"),
+        (
+            document(answers=[{"text": "", "answer_start": 0}]),
+            "question q7: expected the text of an ans",
+        ),
     ],
 )
 def test_files_that_are_not_squad_are_refused(tmp_path: Path, content: Any, said: str) -> None:
