@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from distilfast import data
 from distilfast.config import Config, parse
 from distilfast.driver import checks
 from distilfast.errors import ConfigError, expect
+from distilfast.models import fingerprint
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup
 from distilfast.studies import flags, jobs
@@ -61,6 +63,7 @@ TABLE_4 = {
 BASELINE = "as configured"
 TAIL = 4096  # this many bytes at the end of metrics.jsonl contain its last line
 FIXED = ("output", "seed", "data.", "steps", "epochs", "resume", "checkpoint.", "evaluate.")
+NOT_SHARED = "--grid, --row: expected KEY=VALUE of a key that rows need not share"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -104,11 +107,15 @@ def main(arguments: Sequence[str]) -> int:
     splits = read_inputs(chosen, given.data, {}, settings)
     _, tokenizer, _ = checks.load_models(first)
     length = max(settings.max_length or task.max_length for task in chosen)
-    for name in rows:  # find errors of all rows before the first is trained
+    for name, changes in rows.items():  # find errors of all rows before the first is trained
         config = runs[name, first.seed]
+        if shared(config) != shared(runs[BASELINE, first.seed]):
+            raise ConfigError(f"{NOT_SHARED}, got {' '.join(changes)!r}")
         config.batch.check(1, config.data.max_length)
         checks.check_backend(config, torch.device(workers.devices[0]))
-        _, _, student = checks.load_models(config)
+        _, own, student = checks.load_models(config)
+        same = fingerprint(own) == fingerprint(tokenizer)
+        expect(same, "--row", "the tokenizer of the configuration's teacher", name)
         most = student.config.max_position_embeddings
         expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
     what = {
@@ -126,10 +133,17 @@ def main(arguments: Sequence[str]) -> int:
         for teacher in config.teachers
     }
     claim(output, what, shown, splits.identities)
-    store = data.prepare(first, tokenizer, runs[BASELINE, seeds[0]].token_folder)
-    for name in rows:
-        config = runs[name, first.seed]
-        checks.count_steps(config, int(store.sizes(config.batch).sum()))
+    tokens = Path(runs[BASELINE, seeds[0]].token_folder)
+    ours = not tokens.exists()
+    store = data.prepare(first, tokenizer, tokens)
+    try:
+        for name in rows:
+            config = runs[name, first.seed]
+            checks.count_steps(config, int(store.sizes(config.batch).sum()))
+    except ConfigError:
+        if ours:  # a corrected command may have other data
+            shutil.rmtree(tokens)
+        raise
     trained = train(runs, workers, output)
     tuned = fine_tune_all(runs, splits, tokenizer, settings, workers, output)
     found = {
@@ -186,13 +200,20 @@ def chosen_rows(
         if name in rows or not changes:
             raise ConfigError(f"--row: expected a new name and KEY=VALUE, got {[name, *changes]}")
         rows[name] = tuple(changes)
-    for change in itertools.chain.from_iterable(rows.values()):
-        if change.startswith(FIXED) or "=" not in change:
-            raise ConfigError(
-                "--grid, --row: expected KEY=VALUE of a key that rows need not share, got "
-                f"{change!r}"
-            )
+    for row in rows.values():
+        for change in row:
+            if change.startswith(FIXED) or "=" not in change:
+                raise ConfigError(f"{NOT_SHARED}, got {change!r}")
+        keys = [change.partition("=")[0] for change in row]
+        if len(set(keys)) < len(keys):
+            raise ConfigError(f"--grid, --row: expected each key once a row, got {' '.join(row)!r}")
     return rows
+
+
+def shared(config: Config) -> list[str]:
+    """Return the values that all rows of one seed share, without `output`."""
+    found = yaml.safe_load(configs.to_yaml(config))
+    return [f"{part}: {found[part.strip('.')]}" for part in FIXED if part != "output"]
 
 
 def run_config(

@@ -17,6 +17,9 @@ from distilfast.studies import jobs
 from distilfast.tasks import Encoded, Examples, Task
 from distilfast.tasks.fine_tuning import FineTuning
 
+# Tokens and logits carry hashes of what they were made from, or are made anew.
+DERIVED = ("tokens", "text-tokens", "logits")
+
 
 def claim(
     output: Path, what: Mapping[str, Any], models: Mapping[str, str], data: Mapping[str, str]
@@ -43,9 +46,12 @@ def claim(
                     f"got {str(output)!r} of `distilfast {before['command']}`"
                 )
             kept = {key: before[key] for key in wanted}
-            for part in ("models", "data"):
-                kept[part] = {**wanted[part], **before[part]}
-                wanted[part] = {**before[part], **wanted[part]}
+            if _holds_figures(output):
+                for part in ("models", "data"):
+                    kept[part] = {**wanted[part], **before[part]}
+                    wanted[part] = {**before[part], **wanted[part]}
+            else:  # a command that ended at its input binds no other: this one may correct it
+                kept = wanted
         except ConfigError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,6 +77,12 @@ def claim(
                 f"both {slug(name)!r} there"
             )
     jobs.write_json(file, wanted)
+
+
+def _holds_figures(output: Path) -> bool:
+    """Return whether a study has left a result, or a run that has taken a step."""
+    places = (p for p in output.iterdir() if p.name not in ("settings.json", *DERIVED))
+    return any(p.suffix == ".json" or any(p.rglob("*.json*")) for p in places)
 
 
 def slug(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_task
+from conftest import WORDS, make_task, make_teacher
 
 from distilfast import cli
 from distilfast.config import ConfigError
@@ -70,6 +70,7 @@ def test_rows_are_those_of_table_4_a_grid_or_ones_own() -> None:
         (["loss.temperature=1,,2"], None, "each once"),
         (["seed=1,2"], None, "rows need not share, got 'seed=1'"),
         (["steps=1,2"], None, "got 'steps=1'"),
+        (["loss.temperature=1,2", "loss.temperature=3"], None, "expected each key once a row"),
         (None, [["name"]], "--row: expected a new name and KEY=VALUE"),
         (None, [[ablate.BASELINE, "loss.kd_weight=0"]], "--row: expected a new name"),
         (None, [["name", "loss.kd_weight"]], "expected KEY=VALUE of a key"),
@@ -131,6 +132,7 @@ def test_what_cannot_be_fine_tuned_is_found_before_anything_is_trained(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    other = make_teacher(tmp_path / "other", words=WORDS[::-1])
     for changed, said in (
         (("--max_length", "65"), "--max_length: expected at most 64 ('as configured'), got 65"),
         (("--row", "deep", "student.layers=[9]"), "student.layers"),
@@ -140,6 +142,8 @@ def test_what_cannot_be_fine_tuned_is_found_before_anything_is_trained(
         ),
         (("--set", "batch.sequences=null", "batch.tokens=9"), "batch.tokens: expected at least"),
         (("--row", "a b", "loss.kd_weight=0", "--row", "a-b", "loss.kd_weight=2"), "'a b'"),
+        (("--row", "x", "evaluate={every: 2}"), "need not share, got 'evaluate={every: 2}'"),
+        (("--row", "x", f"teacher={other}"), "--row: expected the tokenizer of the configuration"),
     ):
         assert cli.main([*arguments, *changed]) == 2
         error = capsys.readouterr().err
@@ -161,6 +165,12 @@ def test_a_folder_of_other_settings_is_refused(
     monkeypatch.setattr(ablate, "train", stopped)
     assert cli.main([*arguments, *rows]) == 130
     capsys.readouterr()
+    # Nothing is measured: another command may correct it. Then there is something to differ from.
+    assert cli.main([*arguments, *rows, "--epochs", "2"]) == 130
+    assert cli.main([*arguments, *rows]) == 130
+    (tmp_path / "ablation" / "distilled").mkdir()
+    (tmp_path / "ablation" / "distilled" / "seed-0.json").touch()
+    capsys.readouterr()
     for changed, said in (
         (("--epochs", "2"), "differs in epochs (1, now 2)"),
         (("--set", "steps=4"), "differs in config"),
@@ -169,6 +179,15 @@ def test_a_folder_of_other_settings_is_refused(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_epochs_without_a_batch_leave_no_tokens(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ["--set", "steps=null", "epochs=1", "data.prepared=null", "batch.sequences=512"]
+    assert cli.main([*arguments, *many]) == 2
+    assert "batch" in capsys.readouterr().err
+    assert not (tmp_path / "ablation" / "text-tokens").exists()
 
 
 @pytest.mark.parametrize(
