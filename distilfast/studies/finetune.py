@@ -39,6 +39,7 @@ from distilfast.studies.soft_targets import (
     Taught,
     Teaching,
     agreements,
+    cached_logits,
     learn,
     logits,
     targets_of,
@@ -219,6 +220,8 @@ class Run:
                 continue
             name = f"teachers/{slug(teacher.name)}"
             folders.append(str(self.output / name / "model"))
+            if not (self.output / name / "model" / "config.json").is_file():
+                (self.output / name / "scores.json").unlink(missing_ok=True)  # train it again
             arguments = (teacher.model.source, task, files, teacher.model.tokenizer, self.settings)
             work = tokens * (self.settings.epochs or task.epochs) * teacher.model.work
             wanted.append(
@@ -240,8 +243,6 @@ class Run:
 
         They are read from disk if they were computed with the same model, data and settings.
         """
-        from safetensors.torch import load_file
-
         task = self.inputs.task
         length = self.settings.max_length or task.max_length
         wanted, places = [], []
@@ -261,7 +262,11 @@ class Run:
                     )
                 )
         jobs.run(wanted, self.cache, self.workers, "logits")
-        return [load_file(place) for place in places]
+        wanted_shapes = {
+            split: read_tokens(file).empty_logits(task.outputs).shape
+            for split, file in files.items()
+        }
+        return [cached_logits(place, wanted_shapes) for place in places]
 
     def combined(self, logits: Sequence[Tensor], examples: Encoded, temperature: float) -> Tensor:
         """Return the ensemble's logits of all examples, in the shape of one teacher's."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distilfast import atomic, tasks
-from distilfast.errors import expect, not_negative, positive
+from distilfast.errors import ConfigError, expect, not_negative, positive, shown
 from distilfast.losses import combine_teachers
 from distilfast.studies.folder import read_tokens
 from distilfast.studies.jobs import Result, Tell
@@ -134,6 +134,34 @@ def logits(
     with atomic.file(Path(place)) as temporary:  # other runs may share the cache
         save_file(found, temporary)
     return {"splits": {split: len(x) for split, x in found.items()}}
+
+
+def cached_logits(place: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read a teacher's logits, by set of the data.
+
+    Raises:
+        ConfigError: the file is damaged, or does not hold finite logits of these shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(place)
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{place}: expected a teacher's logits, got a damaged file ({error}); remove it to "
+            "compute them again"
+        ) from error
+    got = {split: tuple(logits.shape) for split, logits in found.items()}
+    if got != {split: tuple(shape) for split, shape in shapes.items()}:
+        raise ConfigError(
+            f"{place}: expected a teacher's logits of the shapes {shown(shapes)}, got {shown(got)};"
+            " remove it to compute them again"
+        )
+    for split, logits in found.items():
+        if not logits.isfinite().all():
+            raise ConfigError(f"{place}: expected finite logits of a teacher for {split}")
+    return found
 
 
 def read_targets(file: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import statistics
@@ -308,6 +309,33 @@ def test_logits_are_computed_once_and_anew_where_something_has_changed(
     lost = sorted(cache.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)[-1]
     lost.unlink()
     assert len(run()) == 1
+
+
+def test_damaged_logits_are_refused(
+    place: Path, tmp_path: Path, computed: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    output = tmp_path / "out"
+    given = command(place, "--output", str(output))
+    given[2:4] = [str(place / "headed"), str(place / "other")]
+    assert cli.main(given) == 0
+    cached = min((output / "logits").glob("*.safetensors"))
+    whole, tensors = cached.read_bytes(), load_file(cached)
+    for damaged, said in (
+        (None, "got a damaged file"),
+        ({split: logits[:5] for split, logits in tensors.items()}, "logits of the shapes"),
+        ({"train": tensors["train"]}, "logits of the shapes"),
+        ({split: logits * math.nan for split, logits in tensors.items()}, "expected finite logits"),
+    ):
+        cached.write_bytes(whole[:-9])
+        if damaged:
+            save_file(damaged, cached)
+        capsys.readouterr()
+        assert cli.main(given) == 2
+        error = capsys.readouterr().err
+        assert f"{cached}: expected" in error
+        assert said in error
 
 
 def test_texts_without_labels_are_for_taught_students_alone(
