@@ -93,7 +93,7 @@ def read_run(folder: Path, name: str) -> Report:
             return read_training(folder, name)
         if (folder / "report.json").is_file():
             return read_report(folder / "report.json")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"RUN: {' '.join(str(error).split())}") from error
     raise ConfigError(
         f"RUN: expected a folder with metrics.jsonl or report.json, got {str(folder)!r}"
