@@ -338,7 +338,7 @@ def test_short_lines_of_qqp_are_left_out_and_counted(
     with caplog.at_level(logging.WARNING, "distilfast"):
         found = read(GLUE["QQP"], str(write_task(tmp_path, "QQP", {"train": text})))
     assert found["train"].texts == [PAIR, PAIR]
-    (record,) = caplog.records
+    record = caplog.records[0]  # the next one counts what dev shares with it
     assert "2 lines have too few fields" in record.getMessage()
 
 
