@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ class Store:
         chunks = getattr(self, split).data.column("input_ids").chunks
         parts = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+
+    @property
+    def identity(self) -> str:
+        """A hash of the record, which holds the hashes of the texts and the settings."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
     def sizes(self, batch: BatchConfig) -> Tensor:
         """(n,), each training example's size in the unit of the batch: its tokens, or 1."""

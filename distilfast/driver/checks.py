@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
 from distilfast.report.numbers import counted
 from distilfast.report.training_run import read_metrics
+from distilfast.sources.lookup import model_source
 
 log = logging.getLogger("distilfast")
 # Keys that may change when a run is resumed. Every other key affects the result.
@@ -285,19 +287,34 @@ def locked(output: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def claim(config: Config, output: Path) -> int:
-    """Write config.yaml, remove half-written files of a killed run, and return the step to resume
-    from.
+def identities(config: Config, store: data.Store) -> dict[str, str]:
+    """What a run reads, each with a hash of its contents (see `models.identity`)."""
+    teachers = {
+        f"teacher {teacher.name!r}": models.identity(model_source("teacher", teacher.name))
+        for teacher in config.teachers
+    }
+    return {**teachers, "the tokens": store.identity}
+
+
+def claim(config: Config, output: Path, inputs: dict[str, str]) -> int:
+    """Write config.yaml and inputs.json, remove half-written files of a killed run, and return the
+    step to resume from.
+
+    Args:
+        inputs: as `identities` returns them.
 
     Raises:
-        ConfigError: no checkpoint is sound, or metrics.jsonl does not reach up to the newest.
+        ConfigError: no checkpoint is sound, metrics.jsonl does not reach up to the newest, or the
+            run began with other inputs.
     """
     checkpoints = output / "checkpoints"
     start = checkpoint.newest(checkpoints) if config.resume == "auto" else 0
     if start:
         _check_metrics(output / "metrics.jsonl", start)
+        _check_inputs(output / "inputs.json", inputs)
     output.mkdir(parents=True, exist_ok=True)
     atomic.write(output / "config.yaml", configs.to_yaml(config))
+    atomic.write(output / "inputs.json", json.dumps(inputs, indent=1) + "\n")
     temporary = [path for path in output.iterdir() if atomic.final(path) != path]
     for leftover in (*temporary, *output.glob("checkpoints/tmp-*")):
         if leftover.is_dir():
@@ -320,6 +337,22 @@ def _check_metrics(path: Path, start: int) -> None:
         raise ConfigError(
             f"resume: expected {str(path)!r} with step 0 and each of the {counted(start, 'step')} "
             f"up to the newest checkpoint, got {said}; to begin anew, remove the run's folder"
+        )
+
+
+def _check_inputs(path: Path, inputs: dict[str, str]) -> None:
+    """Check that a run's inputs are those that it began with. Older runs did not record them."""
+    if not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, found in inputs.items() if before.get(name) != found]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"output: {str(path)!r} is damaged: {error}") from error
+    if other:
+        raise ConfigError(
+            f"resume: expected the contents that the run in {str(path.parent)!r} began with, got "
+            f"others for {', '.join(other)}; a run on these needs an output of its own"
         )
 
 

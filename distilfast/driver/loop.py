@@ -22,6 +22,7 @@ from distilfast.driver.checks import (
     check_backend,
     check_shared,
     claim,
+    identities,
     is_complete,
     locked,
     prepare,
@@ -67,7 +68,8 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
     setup = prepare(config, world)
     with contextlib.ExitStack() as lock:
         world.first(lambda: lock.enter_context(locked(output)))
-        start = world.first(lambda: claim(config, output))
+        inputs = world.first(lambda: identities(config, setup.batches.store))
+        start = world.first(lambda: claim(config, output, inputs))
         world.together(lambda: check_shared(config, output))
         if start:
             world.first(lambda: print(f"{output} resumes from step {start}"))

@@ -23,7 +23,7 @@ from distilfast.models.teachers import (
     load_teachers,
 )
 from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocabulary_size
-from distilfast.models.weights import load_weights, loading, quiet
+from distilfast.models.weights import identity, load_weights, loading, quiet
 
 __all__ = [
     "FAMILIES",
@@ -35,6 +35,7 @@ __all__ = [
     "family",
     "fingerprint",
     "has_words",
+    "identity",
     "layers_of",
     "load_teachers",
     "load_weights",

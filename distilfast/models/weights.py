@@ -7,6 +7,7 @@ one of quantised weights, which it may read as if they were not.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,21 @@ def load_weights(
     if broken:
         raise ConfigError(f"{what}: expected finite weights, got NaN or inf in {some(broken)}")
     return model, drawn
+
+
+def identity(source: str) -> str:
+    """Return a hash of a folder's weights, configuration and tokenizer, or hub name and commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        import transformers
+
+        return f"{source}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
+    for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def some(names: Iterable[str]) -> str:

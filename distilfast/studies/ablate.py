@@ -34,14 +34,14 @@ from distilfast import data
 from distilfast.config import Config, parse
 from distilfast.driver import checks
 from distilfast.errors import ConfigError, expect
-from distilfast.models import fingerprint
+from distilfast.models import fingerprint, identity
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.sources import lookup
 from distilfast.studies import flags, jobs
 from distilfast.studies.figures import Difference, difference, facts, mean, over_seeds
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, slug
-from distilfast.studies.inputs import Inputs, chosen_tasks, identity, read_inputs
+from distilfast.studies.inputs import Inputs, chosen_tasks, read_inputs
 from distilfast.studies.jobs import Job, Result, Tell, Workers
 from distilfast.studies.task_job import fine_tune
 from distilfast.tasks import Task

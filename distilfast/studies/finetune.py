@@ -25,14 +25,14 @@ from torch import Tensor
 
 from distilfast import tasks
 from distilfast.errors import ConfigError, writable
-from distilfast.models import fingerprint
+from distilfast.models import fingerprint, identity
 from distilfast.report import Chart, Report, Table, markdown, write_report
 from distilfast.report.numbers import counted
 from distilfast.studies import flags, jobs
 from distilfast.studies.figures import difference, facts, over_seeds, short, with_spread
 from distilfast.studies.flags import add_tuning_options, tuning
 from distilfast.studies.folder import TokenStore, claim, read_tokens, slug
-from distilfast.studies.inputs import Model, identity, open_model
+from distilfast.studies.inputs import Model, open_model
 from distilfast.studies.jobs import Job, Result, Workers
 from distilfast.studies.soft_targets import (
     COMBINED,

@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from distilfast import tasks
 from distilfast.errors import ConfigError
-from distilfast.models import has_words, loading, vocabulary_size
+from distilfast.models import has_words, identity, loading, vocabulary_size
 from distilfast.sources import lookup
 from distilfast.studies import flags
 from distilfast.tasks import GLUE, Examples, Task, fine_tuning
@@ -113,18 +112,3 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
     work = sum(p.numel() for p in model.parameters() if id(p) not in embedded)
     fine_tuned = fine_tuning.has_head(transformers.AutoConfig.from_pretrained(source))
     return Model(source, identity(source), tokenizer, work, fine_tuned)
-
-
-def identity(source: str) -> str:
-    """Return a hash of a folder's weights, configuration and tokenizer, or hub name and commit."""
-    folder = Path(source)
-    if not folder.is_dir():
-        import transformers
-
-        return f"{source}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
-    digest = hashlib.sha256()
-    patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
-    for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
-        with file.open("rb") as opened:
-            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, WORDS, make_teacher, no_wait_for_the_gpu
 
@@ -500,11 +501,13 @@ def test_every_rank_tries_its_backend(recipe: list[str], monkeypatch: pytest.Mon
         loop.distil(configs.parse(recipe), second, Stop())
 
 
+@pytest.mark.thorough
 def test_folder_that_is_not_whole_or_in_use_is_refused(
-    whole: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: tuple[list[str], Path], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A resumed run would have taken its next evaluation for that of the untrained student."""
-    changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4")
+    own = shutil.copytree(teacher, tmp_path / "teacher")
+    changes = (f"--output={tmp_path / 'run'}", "--checkpoint.every=4", f"--teacher={own}")
     folder = run(whole[0], *changes)
 
     def refused(said: str, *others: str) -> None:
@@ -521,6 +524,19 @@ def test_folder_that_is_not_whole_or_in_use_is_refused(
     with checks.locked(folder):
         refused("expected a folder of no other run")
     refused("differs in evaluate.max_examples", "--evaluate.max_examples=2")
+
+    tensors = safetensors.torch.load_file(own / "model.safetensors")
+    tensors["cls.predictions.bias"][0] += 1
+    safetensors.torch.save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    refused(f"expected the contents that the run in '{folder}' began with, got others for teacher")
+    shutil.copy(teacher / "model.safetensors", own)
+    before = Path(configs.parse(whole[0]).data.prepared or "")
+    tokens = shutil.copytree(before, tmp_path / "tokens")
+    record = json.loads((tokens / "store.json").read_text())
+    record["texts"]["read"] += 1
+    (tokens / "store.json").write_text(json.dumps(record))
+    refused("got others for the tokens", f"--data.prepared={tokens}", "--data.source=null")
+
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     for some, said in (

@@ -254,7 +254,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_run_killed_before_its_folder_was_its_own_starts_again(tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
-    (tmp_path / "config.yaml.tmp").write_text("teach")
+    (tmp_path / "config.yaml.tmp-77").write_text("teach")
     checks.check_output(Config(steps=1, output=str(tmp_path)), tmp_path)
 
 
