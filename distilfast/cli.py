@@ -126,3 +126,7 @@ def script() -> None:
     if "distilfast.driver.processes" in sys.modules:
         sys.modules["distilfast.driver.processes"].finish()
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    script()

@@ -28,7 +28,6 @@ from distilfast.losses import distillation_loss
 from distilfast.machine import best_precision, multiplies_bf16
 from distilfast.report.numbers import counted
 from distilfast.report.training_run import read_metrics
-from distilfast.sources.lookup import model_source
 
 log = logging.getLogger("distilfast")
 # Keys that may change when a run is resumed. Every other key affects the result.
@@ -288,10 +287,9 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def identities(config: Config, store: data.Store) -> dict[str, str]:
-    """What a run reads, each with a hash of its contents (see `models.identity`)."""
+    """What a run reads, each with a hash of its contents (see `models.teacher_identity`)."""
     teachers = {
-        f"teacher {teacher.name!r}": models.identity(model_source("teacher", teacher.name))
-        for teacher in config.teachers
+        f"teacher {teacher.name!r}": models.teacher_identity(teacher) for teacher in config.teachers
     }
     return {**teachers, "the tokens": store.identity}
 

@@ -21,6 +21,7 @@ from distilfast.models.teachers import (
     Teacher,
     choose_attention,
     load_teachers,
+    teacher_identity,
 )
 from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocabulary_size
 from distilfast.models.weights import identity, load_weights, loading, quiet
@@ -46,6 +47,7 @@ __all__ = [
     "make_student",
     "quiet",
     "spread",
+    "teacher_identity",
     "tokenize",
     "use_fp32_sums",
     "vocabulary_size",

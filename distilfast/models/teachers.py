@@ -13,7 +13,7 @@ from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
 from distilfast.models.families import FAMILIES, family
 from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
-from distilfast.models.weights import load_weights, loading, some
+from distilfast.models.weights import identity, load_weights, loading, some
 from distilfast.sources import lookup
 
 
@@ -52,7 +52,19 @@ def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
     ]
     if missing:
         raise ConfigError(f"teacher: the tokenizer of {specs[0].name!r} has no {missing} token")
+    for other in ("cls", "sep", "pad", "unk"):
+        if tokenizer.mask_token_id == tokenizer.__getattr__(f"{other}_token_id"):
+            raise ConfigError(
+                f"teacher: expected a mask token of its own, got {tokenizer.mask_token!r} for mask "
+                f"and {other} in the tokenizer of {specs[0].name!r}"
+            )
     return [teacher for teacher, _ in loaded], tokenizer
+
+
+def teacher_identity(spec: TeacherSpec) -> str:
+    """Return a hash of a teacher's files, or its hub name and commit."""
+    source = lookup.model_source("teacher", spec.name, spec.revision)
+    return identity(source, spec.revision)
 
 
 def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:

@@ -81,13 +81,14 @@ def load_weights(
     return model, drawn
 
 
-def identity(source: str) -> str:
+def identity(source: str, revision: str | None = None) -> str:
     """Return a hash of a folder's weights, configuration and tokenizer, or hub name and commit."""
     folder = Path(source)
     if not folder.is_dir():
         import transformers
 
-        return f"{source}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        return f"{source}@{config._commit_hash}"
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):

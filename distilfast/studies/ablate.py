@@ -34,9 +34,8 @@ from distilfast import data
 from distilfast.config import Config, parse
 from distilfast.driver import checks
 from distilfast.errors import ConfigError, expect
-from distilfast.models import fingerprint, identity
+from distilfast.models import fingerprint, teacher_identity
 from distilfast.report import Chart, Report, Table, markdown, write_report
-from distilfast.sources import lookup
 from distilfast.studies import flags, jobs
 from distilfast.studies.figures import Difference, difference, facts, mean, over_seeds
 from distilfast.studies.flags import add_task_options, add_tuning_options, tuning
@@ -128,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     shown = {name: " ".join(changes) for name, changes in rows.items()}
     shown |= {
-        f"teacher {teacher.name}": identity(lookup.model_source("teacher", teacher.name))
+        f"teacher {teacher.name}": teacher_identity(teacher)
         for config in runs.values()
         for teacher in config.teachers
     }

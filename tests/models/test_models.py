@@ -560,6 +560,8 @@ def spoil(folder: Path, how: str) -> None:
                 path.unlink()
         case "no [MASK]":
             edit(folder, "tokenizer_config.json", mask_token=None)
+        case "[MASK] is [PAD]":
+            edit(folder, "tokenizer_config.json", mask_token="[PAD]")
 
 
 @pytest.mark.parametrize(
@@ -575,6 +577,7 @@ def spoil(folder: Path, how: str) -> None:
         "another family",
         "no tokenizer",
         "no [MASK]",
+        "[MASK] is [PAD]",
     ],
 )
 def test_unfit_teacher_is_refused(how: str, bert_folder: str, tmp_path: Path) -> None:
