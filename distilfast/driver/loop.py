@@ -73,6 +73,8 @@ def distil(config: Config, world: World, stop: Stop) -> bool:
         world.together(lambda: check_shared(config, output))
         if start:
             world.first(lambda: print(f"{output} resumes from step {start}"))
+        elif world.first(lambda: (output / "metrics.jsonl").is_file()):
+            world.first(lambda: print(f"{output} has no checkpoint: it begins anew"))
         with stop:
             done = train(config, world, setup, output, start, stop)
     if done == setup.steps:

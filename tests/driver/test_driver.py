@@ -392,7 +392,9 @@ def test_run_stopped_in_its_first_step_begins_anew(
             capsys.readouterr()
             assert train.main([*recipe, *changes]) == status
         told = f"stopped after step 5 of 10; the same command resumes {folder}\n"
-        assert capsys.readouterr().out.endswith(told)
+        out = capsys.readouterr().out
+        assert out.endswith(told)
+        assert (f"{folder} has no checkpoint: it begins anew" in out) == (status == 0)
         found = sorted(p.name for p in (folder / "checkpoints").iterdir())
         assert found == ["step-4", "step-5"]
     run(recipe, *changes)
