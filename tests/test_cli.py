@@ -89,7 +89,10 @@ def test_make_refuses_another_python_and_leaves_nothing(tmp_path: Path) -> None:
     old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.10.12\n", encoding="utf-8")
     old.chmod(0o755)
     venv = tmp_path / "venv"
-    status, out, err = run(["make", f"{venv}/demo", f"PYTHON={old}", f"VENV={venv}"], ROOT)
+    not_in_make = {"MAKELEVEL": "", "MAKEFLAGS": ""}
+    status, out, err = run(
+        ["make", f"{venv}/demo", f"PYTHON={old}", f"VENV={venv}"], ROOT, **not_in_make
+    )
     assert (status, out) == (2, "")
     assert err.startswith("make: expected Python 3.11 to 3.13, got Python 3.10.12; ")
     assert not venv.exists()

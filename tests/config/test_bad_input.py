@@ -555,8 +555,8 @@ BAD_TEXT = [
     ("blank.jsonl", b"\n\n", "expected text"),
     ("empty.csv", b"", "expected text"),
     ("head.csv", b"text\n", "expected text"),
-    ("other.jsonl", b'{"body": "a"}\n{"body": "b"}\n', "a column 'text'"),
-    ("other.csv", b"body,title\na,b\n", "a column 'text'"),
+    ("other.jsonl", b'{"body": "a"}\n{"body": "b"}\n', "column 'text'"),
+    ("other.csv", b"body,title\na,b\n", "column 'text'"),
     ("broken.jsonl", b'{"text": "a b c"}\n{"text": \n', "json"),
     ("tail.jsonl", b'{"text": "%s"}\n' % LONG.encode() * 30 + b"not json\n", "json"),
     ("word.jsonl", b'"abc"\n', "json"),
@@ -565,7 +565,7 @@ BAD_TEXT = [
     ("half.jsonl", b'{"text": "a \\ud800"}\n', "json: line 1"),
     ("comma.csv", b"title,text\na,b,c\n", "csv: line 2"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n' * 20, "UTF"),
-    ("latin.txt", b"caf\xe9 au lait\n" * 20, "utf-8"),
+    ("latin.txt", b"caf\xe9 au lait\n" * 20, "byte 0xe9 in line 1"),
     ("quote.csv", b'text\n"never closed\n', "csv"),
     ("broken.parquet", b"these are no columns", "parquet"),
     ("letter.pdf", b"%PDF", ".txt, .jsonl"),
@@ -625,7 +625,7 @@ def test_second_source_is_checked_before_the_first_is_tokenised(
 ) -> None:
     missing, other = tmp_path / "nothing.txt", tmp_path / "other.jsonl"
     other.write_text('{"body": 1}\n', encoding="utf-8")
-    for second, expected in ((missing, "an existing file"), (other, "a column 'text'")):
+    for second, expected in ((missing, "an existing file"), (other, "column 'text'")):
         message = refuse(*changed(base, {"data.source": [str(corpus), str(second)]}))
         assert message.startswith("data.source: expected")
         assert expected in message

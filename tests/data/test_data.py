@@ -882,7 +882,7 @@ def test_killed_preparation_does_not_block_the_next_run(
         (output / other).mkdir()
         with pytest.raises(ConfigError, match=r"^output: expected an empty folder"):
             checks.check_output(settings, output)
-        checks.claim(settings, output)
+        checks.claim(settings, output, {})
         assert (output / other).is_dir()
         (output / other).rmdir()
         (output / "config.yaml").unlink()

@@ -52,6 +52,7 @@ from oracle import (
     assert_same,
     check,
     logits_pair,
+    read,
     value_and_grad,
 )
 from torch import Tensor
@@ -113,9 +114,8 @@ def check_rows(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any
 ) -> None:
     """distillation_loss of each row, and its gradient, against the oracle."""
-    output, gradient = value_and_grad(
-        distillation_loss, student, teacher, labels, reduction="none", backend="cpp", **keywords
-    )
+    used = read(labels=labels, reduction="none", backend="cpp", **keywords)
+    output, gradient = value_and_grad(distillation_loss, student, teacher, **used)
     check(output, gradient, expect_of_cpp(student, teacher, labels, **keywords))
 
 

@@ -36,6 +36,7 @@ from oracle import (
     NAN,
     assert_same,
     logits_pair,
+    read,
     value_and_grad,
 )
 
@@ -573,7 +574,7 @@ def test_captured_graph_replays_on_new_logits(backend, device, divergence):
     keywords = {"divergence": divergence, "backend": backend, **ALL_PARTS}
 
     def step():
-        return value_and_grad(distillation_loss, leaf, teacher, labels, **keywords)
+        return value_and_grad(distillation_loss, leaf, teacher, **read(labels=labels, **keywords))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
