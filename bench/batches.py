@@ -84,13 +84,13 @@ class Student:
         )
         self.model = transformers.BertForMaskedLM(config).to(dtype)
         self.model.set_attn_implementation("eager")
-        self.parts = models.family(self.model)
+        self.parts = models.take_apart(self.model)
 
     def ms(self, batch: Any) -> float:
         began = time.perf_counter()
-        hidden = self.parts.hidden(self.model, batch.input_ids, batch.attention_mask).flatten(0, 1)
-        head = self.parts.head(self.model)
-        features = self.parts.features(self.model, hidden[batch.masked])
+        hidden = self.parts.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)
+        head = self.parts.head
+        features = self.parts.features(hidden[batch.masked])
         labels = batch.labels[batch.masked]
         linear_distillation_loss(
             *(features, head.weight, None, None, labels),

@@ -63,6 +63,8 @@ class Step:
         torch.manual_seed(0)
         self.teacher = masked_lm(teacher, width, heads, like)
         self.student = masked_lm(student, width, heads, like)
+        self.teacher_parts = models.take_apart(self.teacher)
+        self.student_parts = models.take_apart(self.student)
         self.tokens = torch.randint(VOCABULARY, (sequences, length), device=like.device)
         rows = sequences * length
         chosen = torch.randperm(rows, device=like.device)[: int(peers.LABELLED * rows)]
@@ -72,16 +74,16 @@ class Step:
 
     def run_fused(self) -> dict[str, float]:
         """The same step through the fused head."""
-        parts, began = models.family(self.student), now(self.tokens.device)
+        began = now(self.tokens.device)
 
-        def features(model: Any) -> Tensor:
-            return parts.features(model, parts.hidden(model, self.tokens, None).flatten(0, 1))
+        def features(parts: models.Parts) -> Tensor:
+            return parts.features(parts.hidden(self.tokens, None).flatten(0, 1))
 
         with torch.no_grad():
-            target = features(self.teacher)
-        student, teacher = parts.head(self.student), parts.head(self.teacher)
+            target = features(self.teacher_parts)
+        student, teacher = self.student_parts.head, self.teacher_parts.head
         linear_distillation_loss(
-            features(self.student),
+            features(self.student_parts),
             student.weight,
             target,
             teacher.weight,

@@ -138,8 +138,8 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
     check_teachers(config, teachers)
     student = models.make_student(teachers[0].model, config.student, config.seed)
     for teacher in teachers:
-        models.check_head(f"teacher {teacher.name!r}", teacher.model, tokenizer)
-    models.check_head("student", student, tokenizer)
+        models.check_head(f"teacher {teacher.name!r}", teacher.model)
+    models.check_head("student", student)
     return teachers, tokenizer, student
 
 
@@ -177,7 +177,7 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
                 f"teacher: {teacher.name!r} has no masked-LM head, which kd, logit_cos and mse "
                 "need; train one first with those weights at 0, as configs/demo-teacher.yaml does"
             )
-    scalings = [models.logit_scaling(t.model) for t in teachers]
+    scalings = [(t.parts.scale, t.parts.softcap) for t in teachers]
     if config.loss.vocabulary and len(set(scalings)) > 1:
         raise ConfigError(
             f"teacher: expected one (logit_scale, logit_softcap) in an ensemble, got {scalings}"

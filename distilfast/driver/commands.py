@@ -38,9 +38,7 @@ def check(arguments: Sequence[str]) -> int:
     for teacher in teachers:
         print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
     kind = type(student).__name__
-    layers = models.layers_of(
-        config.student, getattr(teachers[0].model.config, models.family(teachers[0].model).n_layers)
-    )
+    layers = models.kept_layers(teachers[0].model, config.student)
     print(f"student:  {kind}, {_millions(student)}, teacher's layers {layers}")
     folder = config.token_folder
     if (folder / "store.json").is_file():

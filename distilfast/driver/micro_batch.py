@@ -27,7 +27,7 @@ from distilfast.losses import (
     normalize_weights,
 )
 from distilfast.losses.linear import linear_distillation_loss
-from distilfast.models import Teacher
+from distilfast.models import Parts, Teacher
 
 PARTS = tuple(LOGGED)  # the values that are summed over a step
 
@@ -65,21 +65,21 @@ class Bodies(nn.Module):
     its list is empty.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module]):
+    def __init__(self, teachers: Sequence[Parts]):
         super().__init__()
-        self.models = nn.ModuleList(teachers)
+        self.parts = teachers
+        self.models = nn.ModuleList(parts.model for parts in teachers)
 
     def forward(
         self, batch: MicroBatch, tokens: Tensor | None, rows: Tensor | None, n: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         hidden, features = [], []
-        for model in itertools.islice(self.models, n):
-            parts = models.family(model)
-            states = parts.hidden(model, batch.input_ids, batch.attention_mask).flatten(0, 1)
+        for parts in itertools.islice(self.parts, n):
+            states = parts.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)
             if tokens is not None:
                 hidden.append(states[tokens])
             if rows is not None:
-                features.append(parts.features(model, states[rows]))
+                features.append(parts.features(states[rows]))
         return hidden, features
 
 
@@ -103,10 +103,12 @@ class TeacherSide:
         shard: Callable[[nn.Module], Callable[..., Any]] | None = None,
     ):
         self.config = config
-        self.models = [t.model.to(device, dtype) for t in teachers]
+        self.parts = [t.parts for t in teachers]
+        for parts in self.parts:
+            parts.model.to(device, dtype)
         self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
-        self.heads = [models.family(m).head(m) for m in self.models]
-        self.bodies: Callable[..., Any] = Bodies(self.models)
+        self.heads = [parts.head for parts in self.parts]
+        self.bodies: Callable[..., Any] = Bodies(self.parts)
         if shard is not None:
             self.heads = copy.deepcopy(self.heads)
             self.bodies = shard(self.bodies)
@@ -116,13 +118,13 @@ class TeacherSide:
         config = self.config
         tokens = batch.tokens if config.hidden_cos_weight else None
         rows = vocabulary_rows(batch, config) if config.vocabulary else None
-        return Targets(*self.bodies(batch, tokens, rows, len(self.models)))
+        return Targets(*self.bodies(batch, tokens, rows, len(self.parts)))
 
     @torch.no_grad()
     def predict(self, batch: MicroBatch) -> Tensor:
         """The first teacher's logits at the masked positions, (masked, V)."""
         _, (features,) = self.bodies(batch, None, batch.masked, 1)
-        return models.logits(self.models[0], features, self.heads[0])
+        return self.parts[0].logits(features, self.heads[0])
 
 
 class Distillation(nn.Module):
@@ -138,6 +140,7 @@ class Distillation(nn.Module):
     def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
         super().__init__()
         self.student = student
+        self.parts = models.take_apart(student, "student")
         self.config = config
         self.teacher = teacher  # not a module, so its weights are not this module's
 
@@ -149,10 +152,9 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, Tensor] | Tensor:
         inputs = batch.input_ids, batch.attention_mask
         if normalizers is None:
-            return models.logits_at(self.student, *inputs, batch.masked)
+            return self.parts.logits_at(*inputs, batch.masked)
         config = self.config
-        parts = models.family(self.student)
-        hidden = parts.hidden(self.student, *inputs).flatten(0, 1)
+        hidden = self.parts.hidden(*inputs).flatten(0, 1)
         loss = hidden.new_zeros((), dtype=torch.float32)
         values = dict.fromkeys(PARTS, loss)
         if config.vocabulary or config.ce_weight:
@@ -175,22 +177,21 @@ class Distillation(nn.Module):
         targets: Targets | None,
         normalizers: Normalizers,
     ) -> DistillationOutput | DetailedOutput:
-        config, parts = self.config, models.family(self.student)
-        rows, head = vocabulary_rows(batch, config), parts.head(self.student)
+        config, parts = self.config, self.parts
+        rows, head = vocabulary_rows(batch, config), parts.head
         soft = self._soft(targets) if config.vocabulary else {}
-        scale, softcap = models.logit_scaling(self.student)
-        # All teachers have the same: see `checks.check_teachers`.
-        teacher_scale, teacher_softcap = models.logit_scaling(self.teacher.models[0])
+        # All teachers have the same scale and softcap: see `checks.check_teachers`.
+        teacher = self.teacher.parts[0]
         widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(
-            parts.features(self.student, hidden[rows]),
+            parts.features(hidden[rows]),
             head.weight,
             soft.pop("teacher_hidden", None),
             soft.pop("teacher_weight", None),
             batch.labels[rows] if config.ce_weight else None,
             student_bias=head.bias,
-            logit_scale=(scale, teacher_scale),
-            logit_softcap=(softcap, teacher_softcap),
+            logit_scale=(parts.scale, teacher.scale),
+            logit_softcap=(parts.softcap, teacher.softcap),
             temperature=config.temperature,
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,

@@ -44,7 +44,7 @@ def write(
         "teacher": [t.name for t in config.teachers],
         "teacher_parameters": _count(setup.teachers[0].model),
         "parameters": sum(w.numel() for w in _distinct(setup.student, weights)),
-        "student_layers": getattr(setup.student.config, models.family(setup.student).n_layers),
+        "student_layers": models.depth(setup.student),
         "steps": setup.steps,
         "tokens": steps[-1]["tokens"],
         "seconds": seconds,

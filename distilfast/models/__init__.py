@@ -1,22 +1,15 @@
-"""Teachers and students: the model families, loading a teacher and making a student.
+"""Teachers and students: take a model apart, load a teacher, make a student from its layers.
 
-A new family is one row in FAMILIES. It says where a masked-LM model of that family keeps its body,
-its head and its layers. Everything else about a model is left to transformers.
+Models are taken apart by following their own code (`parts.py`), and students are proven against
+their teacher (`proof.py`), so a family need not be known by name. What only one family does with
+its layers is a row in `exceptions.py`.
 """
 
-from distilfast.models.families import (
-    FAMILIES,
-    Family,
-    attend,
-    check_head,
-    family,
-    logit_scaling,
-    logits,
-    logits_at,
-    spread,
-)
 from distilfast.models.fp32_sums import use_fp32_sums
-from distilfast.models.student import layers_of, make_student
+from distilfast.models.heads import check_head
+from distilfast.models.layers import depth
+from distilfast.models.parts import Head, Parts, attend, spread, take_apart
+from distilfast.models.student import kept_layers, layers_of, make_student
 from distilfast.models.teachers import (
     Teacher,
     choose_attention,
@@ -27,26 +20,25 @@ from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocab
 from distilfast.models.weights import identity, load_weights, loading, quiet
 
 __all__ = [
-    "FAMILIES",
-    "Family",
+    "Head",
+    "Parts",
     "Teacher",
     "attend",
     "check_head",
     "choose_attention",
-    "family",
+    "depth",
     "fingerprint",
     "has_words",
     "identity",
+    "kept_layers",
     "layers_of",
     "load_teachers",
     "load_weights",
     "loading",
-    "logit_scaling",
-    "logits",
-    "logits_at",
     "make_student",
     "quiet",
     "spread",
+    "take_apart",
     "teacher_identity",
     "tokenize",
     "use_fp32_sums",

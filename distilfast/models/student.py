@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distilfast.config import StudentConfig
 from distilfast.errors import ConfigError
-from distilfast.models.families import FAMILIES, family
+from distilfast.models import layers
+from distilfast.models.distilbert import bert_to_distilbert, distilbert_config, unfold_token_type
+from distilfast.models.parts import take_apart
+from distilfast.models.proof import prove
+from distilfast.models.weights import quiet
 
 
 def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
@@ -32,131 +36,112 @@ def layers_of(config: StudentConfig, n_layers: int) -> list[int]:
     return list(config.layers)
 
 
+def kept_layers(teacher: Any, config: StudentConfig) -> list[int]:
+    """The layers that a student of this teacher keeps. `alternate` gives way to those that have to
+    stay.
+
+    Raises:
+        ConfigError: an index is outside the teacher, or a layer is missing that has to stay.
+    """
+    kept = layers_of(config, layers.depth(teacher))
+    nearest, why = layers.valid_choice(teacher, kept)
+    if why is not None and config.layers != "alternate":
+        raise ConfigError(
+            f"student.layers: expected layers that a {teacher.config.model_type} can do with, such "
+            f"as {nearest}, got {kept}: {why}"
+        )
+    return nearest
+
+
 def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     """Make an fp32 student of the teacher's family, or a DistilBERT for a BERT.
 
+    It is proven first that this student, with the teacher's weights, gives the logits of the
+    teacher without the dropped layers (`models/proof.py`).
+
     Args:
-        teacher: a masked-LM model.
+        teacher: a masked or causal language model of transformers.
         config: the student's layers, architecture and initial weights.
-        seed: seed of a random initialisation.
+        seed: seed of what is drawn.
 
     Raises:
-        ConfigError: a layer is outside the teacher, or the architecture does not fit it.
+        ConfigError: the layers or the architecture do not fit the teacher, or the student cannot
+            be proven.
     """
     kind = teacher.config.model_type
-    layers = layers_of(config, getattr(teacher.config, family(teacher).n_layers))
     to_distilbert = kind == "bert" and config.architecture in ("auto", "distilbert")
     if config.architecture == "distilbert" and kind not in ("bert", "distilbert"):
         raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
-    make_config = _distilbert_config if to_distilbert else _same_config
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed % 2**63)
-        student_config = make_config(teacher.config, len(layers), config.dropout)
-        student = (
-            type(teacher)(student_config) if not to_distilbert else _distilbert(student_config)
-        )
+    kept = kept_layers(teacher, config)
+    with quiet():
+        if to_distilbert:
+            own = distilbert_config(teacher.config, len(kept))
+            state = bert_to_distilbert(layers.keep_weights(teacher, own, kept))
+        else:
+            own = layers.keep_config(teacher, kept)
+            state = layers.keep_weights(teacher, own, kept)
+        if config.dropout is not None:
+            layers.set_dropout(own, config.dropout)
+        fresh = _build(teacher, own, seed)
+        student = _build(teacher, own, seed)
+    _load(student, state, teacher)
+    prove(teacher, student, kept)
     if config.init == "random":
-        return student.train()
-    state = _keep_layers(teacher.state_dict(), family(teacher).layers, layers)
-    if to_distilbert:
-        state = _bert_to_distilbert(state, config.fold_token_type)
+        return fresh.train()
+    if to_distilbert and not config.fold_token_type:
+        unfold_token_type(student, teacher)
     if not config.copy_mlm_transform:
-        drop = family(student).transform
-        state = {name: value for name, value in state.items() if not name.startswith(drop)}
-    missing, unexpected = student.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    allowed = () if config.copy_mlm_transform else family(student).transform
-    assert all(name.startswith(allowed) for name in missing), missing
-    student.tie_weights()
+        drawn = fresh.state_dict()
+        student.load_state_dict({n: drawn[n] for n in transform(student)}, strict=False)
     return student.train()
 
 
-def _same_config(teacher: Any, n_layers: int, dropout: float | None) -> Any:
-    parts = FAMILIES[teacher.model_type]
-    config = type(teacher).from_dict(teacher.to_dict())
-    setattr(config, parts.n_layers, n_layers)
-    if dropout is not None:
-        for name in parts.dropouts:
-            setattr(config, name, dropout)
-    return config
+def transform(model: Any) -> list[str]:
+    """The names of the weights between a model's body and its head's product."""
+    parts = take_apart(model)
+    known = {id(p) for p in model.get_submodule(parts.body).parameters()}
+    known |= {id(x) for x in parts.head}
+    return [name for name, p in model.named_parameters() if id(p) not in known]
 
 
-def _distilbert_config(teacher: Any, n_layers: int, dropout: float | None) -> Any:
+def _build(teacher: Any, config: Any, seed: int) -> Any:
+    """A model with drawn weights, in fp32."""
     import transformers
 
-    if teacher.layer_norm_eps != 1e-12:
-        raise ConfigError(
-            "student.architecture: expected same, since DistilBERT's LayerNorms have eps 1e-12 and "
-            f"the teacher's {teacher.layer_norm_eps}"
-        )
-    return transformers.DistilBertConfig(
-        vocab_size=teacher.vocab_size,
-        max_position_embeddings=teacher.max_position_embeddings,
-        n_layers=n_layers,
-        n_heads=teacher.num_attention_heads,
-        dim=teacher.hidden_size,
-        hidden_dim=teacher.intermediate_size,
-        dropout=teacher.hidden_dropout_prob if dropout is None else dropout,
-        attention_dropout=teacher.attention_probs_dropout_prob if dropout is None else dropout,
-        activation=teacher.hidden_act,
-        initializer_range=teacher.initializer_range,
-        pad_token_id=teacher.pad_token_id,
-        tie_word_embeddings=teacher.tie_word_embeddings,
-    )
+    like = config.model_type == teacher.config.model_type
+    kind = type(teacher) if like else transformers.DistilBertForMaskedLM
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed % 2**63)
+        return kind(config).float()
 
 
-def _distilbert(config: Any) -> Any:
-    import transformers
+def _load(student: Any, state: dict[str, Tensor], teacher: Any) -> None:
+    """Load the teacher's weights, all of them.
 
-    return transformers.DistilBertForMaskedLM(config)
-
-
-def _keep_layers(state: dict[str, Tensor], prefix: str, layers: list[int]) -> dict[str, Tensor]:
-    """The state dict with only the chosen layers, renumbered from 0."""
-    kept = {}
-    for name, value in state.items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if int(number) not in layers:
-                continue
-            name = f"{prefix}{layers.index(int(number))}.{rest}"
-        kept[name] = value
-    return kept
-
-
-# Pairs of BERT's and DistilBERT's names, in the order of replacement.
-_RENAMED = (
-    ("bert.encoder.layer.", "distilbert.transformer.layer."),
-    ("bert.embeddings.", "distilbert.embeddings."),
-    ("attention.self.query", "attention.q_lin"),
-    ("attention.self.key", "attention.k_lin"),
-    ("attention.self.value", "attention.v_lin"),
-    ("attention.output.dense", "attention.out_lin"),
-    ("attention.output.LayerNorm", "sa_layer_norm"),
-    ("intermediate.dense", "ffn.lin1"),
-    ("output.dense", "ffn.lin2"),
-    ("output.LayerNorm", "output_layer_norm"),
-    ("cls.predictions.transform.dense", "vocab_transform"),
-    ("cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
-    ("cls.predictions.decoder", "vocab_projector"),
-)
-
-
-def _bert_to_distilbert(state: dict[str, Tensor], fold_token_type: bool) -> dict[str, Tensor]:
-    """A BERT's weights under DistilBERT's names.
-
-    DistilBERT has no token types. BERT adds token-type embedding 0 to every token of a single text;
-    ``fold_token_type`` adds it to the position embeddings.
+    T5's configurations say that the head is tied where it is not: the head then gets a weight of
+    its own first, or it would overwrite the embeddings.
     """
-    state = dict(state)
-    token_type = state.pop("bert.embeddings.token_type_embeddings.weight")
-    state.pop("cls.predictions.bias", None)  # a second name of the decoder's bias
-    position = "bert.embeddings.position_embeddings.weight"
-    if fold_token_type:
-        state[position] = state[position] + token_type[0]
-    renamed = {}
-    for name, value in state.items():
-        for old, new in _RENAMED:
-            name = name.replace(old, new)
-        renamed[name] = value
-    return renamed
+    head, embeddings = teacher.get_output_embeddings(), teacher.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not embeddings.weight:
+        own = student.get_output_embeddings()
+        if own is not None and own.weight is student.get_input_embeddings().weight:
+            own.weight = nn.Parameter(torch.empty_like(own.weight))
+    try:
+        missing, unexpected = student.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise _unfit(teacher, " ".join(str(error).split())[:300]) from error
+    tied = {n for n, p in student.named_parameters(remove_duplicate=False)} - {
+        n for n, _ in student.named_parameters()
+    }
+    missing = set(missing) - tied
+    if missing or unexpected:
+        names = ", ".join(sorted({*missing, *unexpected})[:3])
+        raise _unfit(teacher, f"the student has other weights, such as {names}")
+    student.tie_weights()
+
+
+def _unfit(teacher: Any, why: str) -> ConfigError:
+    return ConfigError(
+        f"student.layers: expected layers that fit a student of a {teacher.config.model_type}, got "
+        f"others: {why}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
-from distilfast.models.families import FAMILIES, family
+from distilfast.models.parts import Parts, take_apart
 from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import identity, load_weights, loading, some
 from distilfast.sources import lookup
@@ -25,6 +26,11 @@ class Teacher:
     weight: float  # its share of the ensemble, not normalised
     model: Any
     has_head: bool  # whether its files hold a masked-LM head
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """Its body and head."""
+        return take_apart(self.model, f"teacher {self.name!r}")
 
 
 def load_teachers(specs: Sequence[TeacherSpec]) -> tuple[list[Teacher], Any]:
@@ -77,10 +83,10 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-        if config.model_type not in FAMILIES:
+        if type(config) not in transformers.AutoModelForMaskedLM._model_mapping:
             raise ConfigError(
-                f"teacher: expected a model of type {', '.join(FAMILIES)}, got "
-                f"{spec.name!r} of type {config.model_type!r}"
+                f"{what}: expected a model that transformers has as a masked LM, got one of type "
+                f"{config.model_type!r}"
             )
         if getattr(config, "is_decoder", False):  # a student would attend to all tokens
             raise ConfigError(f"{what}: expected an encoder, got is_decoder true in config.json")
@@ -105,8 +111,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
 def _head(model: Any) -> set[str]:
     """Return the names of the head's weights, without those that are tied to the embeddings."""
     named, body = model.named_parameters(remove_duplicate=False), set(model.base_model.parameters())
-    prefix = family(model).head_prefix
-    return {name for name, weight in named if name.startswith(prefix) and weight not in body}
+    return {name for name, weight in named if weight not in body}
 
 
 # On a CPU and up to this length, the backward of PyTorch's fused attention takes longer than plain
@@ -126,10 +131,21 @@ def start_transform(model: Any) -> None:
     If an encoder's hidden states already resemble its embeddings, it then starts far ahead of one
     with a random transform.
     """
-    dense, norm = (model.get_submodule(name) for name in family(model).transform)
+    parts = take_apart(model)
+    head = model.get_submodule(parts.product)
+    body = set(model.get_submodule(parts.body).modules())
     with torch.no_grad():
-        nn.init.eye_(dense.weight)
-        for zero in (dense.bias, norm.bias, family(model).head(model).bias):
-            if zero is not None:
-                zero.zero_()
-        norm.weight.fill_(1)
+        for module in model.modules():
+            if module in body:
+                continue
+            weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+            if bias is not None:
+                bias.zero_()
+            if module is head or weight is None:
+                continue
+            if weight.ndim == 1:
+                weight.fill_(1)
+            elif weight.shape[0] == weight.shape[1]:
+                nn.init.eye_(weight)
+        if parts.head.bias is not None:
+            parts.head.bias.zero_()

@@ -155,11 +155,11 @@ def logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def family_logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
+def own_logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """The same by way of Family, as the driver computes them."""
     ids, mask = inputs
     training = model.training
-    made = models.logits_at(model.eval(), ids, mask, mask.flatten().nonzero()[:, 0])
+    made = models.take_apart(model.eval()).logits_at(ids, mask, mask.flatten().nonzero()[:, 0])
     model.train(training)
     return made
 
@@ -175,7 +175,6 @@ def close(a: Tensor, b: Tensor) -> bool:
 def bodies(request: pytest.FixtureRequest) -> dict[str, Any]:
     """A model of each family, with both kinds of attention."""
     made = {"bert": make_bert(), "distilbert": make_distilbert()}
-    assert made.keys() == models.FAMILIES.keys()
     for model in made.values():
         model.eval().set_attn_implementation(request.param)
     return made
@@ -187,10 +186,11 @@ def test_without_padding_no_mask_is_one_of_ones(
 ) -> None:
     """To the bit, in fp32 and bf16."""
     ids, _ = inputs
-    for name, model in bodies.items():
+    for model in bodies.values():
+        parts = models.take_apart(model)
         for dtype in (torch.float32, torch.bfloat16):
-            hidden = models.FAMILIES[name].hidden
-            one, other = (hidden(model.to(dtype), ids, m) for m in (None, torch.ones_like(ids)))
+            model.to(dtype)
+            one, other = (parts.hidden(ids, m) for m in (None, torch.ones_like(ids)))
             assert torch.equal(one, other)
 
 
@@ -203,16 +203,17 @@ def test_mask_of_four_dimensions_is_the_one_that_transformers_makes(
 
     ids, mask = inputs
     four = models.spread(mask)
-    for name, model in bodies.items():
+    for model in bodies.values():
         if model.config._attn_implementation != "sdpa":
             continue
         embedded = torch.zeros(*ids.shape, 32)
         theirs = masking_utils.create_bidirectional_mask(model.config, embedded, mask)
         assert torch.equal(four, theirs)
         assert (four.dtype, four.shape) == (theirs.dtype, theirs.shape)
-        hidden = models.FAMILIES[name].hidden
-        for m in (model, model.bfloat16()):
-            assert torch.equal(hidden(m, ids, four), hidden(m, ids, mask))
+        parts = models.take_apart(model)
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            assert torch.equal(parts.hidden(ids, four), parts.hidden(ids, mask))
 
 
 def test_mask_is_spread_on_a_gpu_where_every_token_attends_to_all(
@@ -280,8 +281,8 @@ def test_student_of_all_layers_gives_the_teachers_logits(
     assert student.config.model_type == kind
     wanted = logits(bert.model, inputs)
     assert close(logits(student, inputs), wanted)
-    assert close(family_logits(student, inputs), wanted)
-    assert close(family_logits(bert.model, inputs), wanted)
+    assert close(own_logits(student, inputs), wanted)
+    assert close(own_logits(bert.model, inputs), wanted)
 
 
 def test_student_without_folding_gives_other_logits(
@@ -315,7 +316,7 @@ def test_student_of_an_unusual_teacher_gives_its_logits(
     config = StudentConfig(layers="all", architecture=architecture)
     student = models.make_student(teacher, config, seed=1)
     assert close(logits(student, inputs), logits(teacher, inputs))
-    assert close(family_logits(student, inputs), logits(teacher, inputs))
+    assert close(own_logits(student, inputs), logits(teacher, inputs))
 
 
 @pytest.mark.parametrize("layers", ["alternate", [1, 2, 4], [5]], ids=str)
@@ -360,7 +361,7 @@ def test_distilbert_makes_a_distilbert(
     student = models.make_student(distilbert.model, config, seed=1)
     assert student.config.model_type == "distilbert"
     assert close(logits(student, inputs), logits(distilbert.model, inputs))
-    assert close(family_logits(student, inputs), logits(distilbert.model, inputs))
+    assert close(own_logits(student, inputs), logits(distilbert.model, inputs))
     half = models.make_student(distilbert.model, StudentConfig(architecture=architecture), seed=1)
     assert half.config.n_layers == 2
     state, source = half.state_dict(), distilbert.model.state_dict()
@@ -423,15 +424,22 @@ def test_transform_that_is_not_copied_is_fresh(architecture: Any, bert: models.T
     config = StudentConfig(copy_mlm_transform=False, architecture=architecture)
     student = models.make_student(bert.model, config, 1)
     copied = models.make_student(bert.model, StudentConfig(architecture=architecture), 1)
-    dense, norm = (student.get_submodule(n) for n in models.family(student).transform)
-    theirs, _ = (copied.get_submodule(n) for n in models.family(copied).transform)
+    dense, norm, theirs = (
+        (student.vocab_transform, student.vocab_layer_norm, copied.vocab_transform)
+        if architecture == "auto"
+        else (
+            student.cls.predictions.transform.dense,
+            student.cls.predictions.transform.LayerNorm,
+            copied.cls.predictions.transform.dense,
+        )
+    )
     assert not torch.allclose(dense.weight, theirs.weight, atol=0.1)
     assert 0.15 < float(dense.weight.detach().std()) < 0.25  # the initializer_range
     assert (dense.bias == 0).all()
     assert (norm.weight == 1).all()
     assert (norm.bias == 0).all()
     rest, wanted = student.state_dict(), copied.state_dict()
-    transform = tuple(models.family(student).transform)
+    transform = ("vocab_transform", "vocab_layer_norm", "cls.predictions.transform")
     same = [name for name in rest if not name.startswith(transform)]
     assert len(same) == len(rest) - 4
     assert all(torch.equal(rest[name], wanted[name]) for name in same)
@@ -505,7 +513,7 @@ def test_teachers_of_different_widths_are_an_ensemble(bert_folder: str, tmp_path
     teachers, tokenizer = models.load_teachers(specs)
     assert [t.name for t in teachers] == [bert_folder, narrow, mixed]
     assert [t.weight for t in teachers] == [2.0, 0.5, 1.0]
-    assert [models.family(t.model).head(t.model).in_features for t in teachers] == [32, 16, 48]
+    assert [t.parts.head.weight.shape[1] for t in teachers] == [32, 16, 48]
     assert tokenizer.get_vocab() == {word: i for i, word in enumerate(VOCABULARY)}
 
 
@@ -524,7 +532,7 @@ def test_encoder_without_head_gets_the_identity(
     ids, mask = inputs
     with torch.no_grad():
         wanted = encoder.eval()(ids, attention_mask=mask).last_hidden_state
-        got = models.family(teacher.model).hidden(teacher.model, ids, mask)
+        got = teacher.parts.hidden(ids, mask)
     assert torch.equal(got, wanted)
     student = models.make_student(teacher.model, StudentConfig(layers="all"), 1)
     assert torch.equal(student.vocab_transform.weight, torch.eye(32))
@@ -685,10 +693,10 @@ class ExtraNorm(torch.nn.Module):
 
 
 HEADS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "scale": (lambda x: x * 0.125, "a logit_scale of 0.125;"),
-    "small scale": (lambda x: x * 1.001, "a logit_scale of 1.001;"),
-    "softcap": (lambda x: 3 * torch.tanh(x / 3), "a logit_softcap of 3;"),
-    "wide softcap": (lambda x: 100 * torch.tanh(x / 100), "a logit_softcap of 100;"),
+    "scale": (lambda x: x * 0.125, "a scale of 0.125;"),
+    "small scale": (lambda x: x * 1.001, "a scale of 1.001;"),
+    "softcap": (lambda x: 3 * torch.tanh(x / 3), "a softcap of 3;"),
+    "wide softcap": (lambda x: 100 * torch.tanh(x / 100), "a softcap of 100;"),
     "bias": (lambda x: x + torch.arange(x.shape[-1]) * 0.01, "a bias added after the product;"),
     "softmax": (lambda x: x.log_softmax(-1), "another layer before the product"),
 }
@@ -701,9 +709,9 @@ def test_head_that_does_more_is_refused_with_its_cause(
 ) -> None:
     what, cause = HEADS[head]
     model = make().train()
-    models.check_head("teacher 'x'", model, tokenizer)
+    models.check_head("teacher 'x'", model)
     with pytest.raises(ConfigError) as refused:
-        models.check_head("teacher 'x'", more(model, what), tokenizer)
+        models.check_head("teacher 'x'", more(model, what))
     message = str(refused.value)
     assert message.startswith("teacher 'x': expected the logits of a ")
     assert f"probably {cause}" in message
@@ -711,28 +719,31 @@ def test_head_that_does_more_is_refused_with_its_cause(
     assert model.training
 
 
-def test_head_with_a_norm_of_its_own_is_refused(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the model and not in its row of FAMILIES."""
+def test_norm_in_a_head_is_part_of_its_features() -> None:
+    """In the module that holds the head, and that is cut before it."""
     model = make_bert()
     transform = model.cls.predictions.transform
     model.cls.predictions.transform = ExtraNorm(transform, 32)
-    models.check_head("student", model, tokenizer)  # the row's features go through it
-    row = dataclasses.replace(
-        models.FAMILIES["bert"], features=lambda m, h: m.cls.predictions.transform.transform(h)
-    )
-    monkeypatch.setitem(models.FAMILIES, "bert", row)
-    with pytest.raises(ConfigError, match=r"^student: .* probably another layer before the prod"):
-        models.check_head("student", model, tokenizer)
+    models.check_head("student", model)
+
+
+def test_norm_after_the_body_is_refused() -> None:
+    """That no module does."""
+    model = make_bert()
+    model.bert.register_forward_hook(lambda body, args, output: setattr(body, "out", output))
+    body_forward = model.bert.forward
+    model.bert.forward = body_forward
+    model.cls.register_forward_pre_hook(lambda head, args: (args[0] / args[0].norm(),))
+    with pytest.raises(ConfigError, match=r"^student: .* probably a"):
+        models.check_head("student", model)
 
 
 def test_head_of_nan_is_refused(tokenizer: Any) -> None:
     model = make_bert()
     with torch.no_grad():
-        models.family(model).head(model).bias.fill_(math.nan)
+        model.cls.predictions.decoder.bias.fill_(math.nan)
     with pytest.raises(ConfigError, match=r"^teacher: expected finite logits"):
-        models.check_head("teacher", model, tokenizer)
+        models.check_head("teacher", model)
 
 
 def test_driver_checks_every_head(bert_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -775,39 +786,35 @@ def test_heads_without_bias_are_heads(without: Any, inputs: tuple[Tensor, Tensor
     """Of one teacher, of all, of the student too."""
     made = [make_bert(initializer_range=0.3), make_bert(), make_distilbert()]
     for i in without:
-        models.family(made[i]).head(made[i]).bias = None
+        made[i].get_output_embeddings().bias = None
     value, wanted = one_step(made[:2], made[2], LossConfig(hidden_cos_weight=0), inputs)
     assert value == pytest.approx(wanted, rel=1e-5)
 
 
-def test_family_with_scale_and_softcap_is_a_row(
-    inputs: tuple[Tensor, Tensor], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def scaled(model: Any, softcap: float = 2.0) -> Any:
+    """A model whose logits are half its head's product, capped, as its configuration says."""
+    model.config.logit_scale, model.config.final_logit_softcapping = 0.5, softcap
+    return more(model, lambda x: softcap * torch.tanh(x / 2 / softcap))
+
+
+def test_scale_and_softcap_come_from_the_configuration(inputs: tuple[Tensor, Tensor]) -> None:
     """The teachers' differs from the student's, and evaluation goes by it, too."""
-    row = dataclasses.replace(
-        models.FAMILIES["bert"],
-        logit_scale=lambda config: config.hidden_size / 64,
-        logit_softcap=lambda config: 2.0,
-    )
-    monkeypatch.setitem(models.FAMILIES, "bert", row)
-    made = [more(make_bert(), lambda x: 2 * torch.tanh(x / 4)) for _ in range(2)]
-    models.check_head("teacher", made[0], tokenizer)
-    assert close(family_logits(made[0], inputs), logits(made[0], inputs))
+    made = [scaled(make_bert()) for _ in range(2)]
+    parts = models.check_head("teacher", made[0])
+    assert (parts.scale, parts.softcap) == (0.5, 2.0)
+    assert close(own_logits(made[0], inputs), logits(made[0], inputs))
     for teachers, student in ((made, make_distilbert()), ([make_distilbert()], made[0])):
         value, wanted = one_step(teachers, student, LossConfig(hidden_cos_weight=0), inputs)
         assert value == pytest.approx(wanted, rel=1e-5)
 
 
-def test_teachers_of_different_softcaps_are_refused(
-    bert: models.Teacher, distilbert: models.Teacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = dataclasses.replace(models.FAMILIES["bert"], logit_softcap=lambda config: 30.0)
-    monkeypatch.setitem(models.FAMILIES, "bert", row)
+def test_teachers_of_different_softcaps_are_refused(distilbert: models.Teacher) -> None:
+    other = models.Teacher("other", 1.0, scaled(make_bert()), True)
     config = Config(data=DataConfig(max_length=16), steps=1)
     with pytest.raises(ConfigError, match=r"^teacher: expected one \(logit_scale, logit_softcap"):
-        checks.check_teachers(config, [bert, distilbert])
+        checks.check_teachers(config, [other, distilbert])
     apart = Config(loss=LossConfig(kd_weight=0), data=DataConfig(max_length=16), steps=1)
-    checks.check_teachers(apart, [bert, distilbert])  # nobody reads their logits
+    checks.check_teachers(apart, [other, distilbert])  # nobody reads their logits
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -872,7 +879,7 @@ def predict(model: Any) -> Any:
 
     def logits_of(batch: data.MicroBatch) -> Tensor:
         inputs = batch.input_ids, batch.attention_mask, batch.masked
-        return models.logits_at(model.eval(), *inputs)
+        return models.take_apart(model.eval()).logits_at(*inputs)
 
     return logits_of
 
@@ -1073,7 +1080,7 @@ def test_exported_head_is_tied_and_stored_once(
     architecture: str, exported: dict[str, Exported]
 ) -> None:
     made = exported[architecture]
-    assert models.family(made.student).head(made.student).weight is (
+    assert models.take_apart(made.student).head.weight is (
         made.student.get_input_embeddings().weight
     )
     assert made.loaded["tied"]

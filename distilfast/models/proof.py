@@ -1,0 +1,156 @@
+"""Prove that a student is its teacher without the dropped layers.
+
+The student's logits have to equal those of the teacher in which each dropped layer returns what it
+was given. This holds for every family, so it finds a field that was not renumbered, a weight in
+another layer's place, and a scale that depends on the number of layers. Windows are made shorter
+than the text for it, since a wrong window does not show in a text that fits into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilfast.errors import ConfigError
+from distilfast.models.layers import stacks
+from distilfast.models.parts import difference, evaluating
+
+LENGTH, WINDOW = 24, 4  # tokens of the text, and of a window
+# As a share of the largest logit. Layers that were dropped right differ by nothing, or by 1e-6
+# where a scale is folded into weights; others by 1e-2 and more.
+TOLERANCE = 1e-5
+WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "local_attention", "window_size")
+
+
+@torch.no_grad()
+def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
+    """Check a student that has all its weights from its teacher.
+
+    Args:
+        teacher, student: of one class, in fp32 on one device.
+        kept: the teacher's layers that the student has.
+
+    Raises:
+        ConfigError: their logits differ by more than rounding.
+    """
+    input_ids = text(teacher)
+    with evaluating(teacher, student), narrow(teacher), narrow(student):
+        wanted = bypassed(teacher, kept, input_ids)
+        found = logits(student, input_ids)
+    off = difference(wanted, found)
+    if not off <= TOLERANCE:
+        kind = teacher.config.model_type
+        fields = ", ".join(_suspects(teacher.config.get_text_config(), len(kept))) or "none"
+        raise ConfigError(
+            f"student.layers: expected logits of the teacher without the dropped layers, got a "
+            f"difference of {off:.1e} of the largest logit in a {kind} with layers {list(kept)}: "
+            f"something depends on a layer's number (fields that say something for each layer, and "
+            f"were renumbered: {fields}); keep all layers, or give a student with `student.model`"
+        )
+
+
+def text(model: Any) -> Tensor:
+    """(2, LENGTH) tokens from all over the vocabulary."""
+    config = model.config.get_text_config()
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, length
+    ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def logits(model: Any, input_ids: Tensor) -> Tensor:
+    """A model's logits of tokens without padding."""
+    mask = torch.ones_like(input_ids)
+    with contextlib.suppress(TypeError):
+        return model(input_ids, attention_mask=mask, use_cache=False).logits.float()
+    return model(input_ids, attention_mask=mask).logits.float()
+
+
+def bypassed(model: Any, kept: Sequence[int], input_ids: Tensor) -> Tensor:
+    """The logits of a model in which the other layers return what they are given."""
+    given: dict[nn.Module, tuple[type, tuple[Any, ...]]] = {}
+    dropped = [
+        layer
+        for layers in stacks(model).values()
+        for i, layer in enumerate(layers)
+        if i not in kept
+    ]
+    with contextlib.ExitStack() as patches:
+        for layer in dropped:
+            patches.enter_context(_forward(layer, _recorded(layer, given)))
+        logits(model, input_ids)
+    with contextlib.ExitStack() as patches:
+        for layer in dropped:
+            patches.enter_context(_forward(layer, _identity(layer, given.get(layer))))
+        return logits(model, input_ids)
+
+
+def _recorded(layer: nn.Module, given: dict[nn.Module, Any]) -> Any:
+    """A layer's forward that notes the form of what it returns."""
+    own = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        given[layer] = output
+        return output
+
+    return forward
+
+
+def _identity(layer: nn.Module, output: Any) -> Any:
+    """A forward that returns its first argument, in the form of ``output``."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(output, tuple):
+            return hidden
+        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
+        rest = [
+            next((x for x in others if isinstance(made, Tensor) and x.shape == made.shape), None)
+            for made in output[1:]
+        ]
+        return (hidden, *rest)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Give a module another forward for a while. Some models call it directly, past all hooks."""
+    was = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if was is None:
+            del module.forward
+        else:
+            module.forward = was
+
+
+@contextlib.contextmanager
+def narrow(model: Any) -> Iterator[None]:
+    """Make a model's windows shorter than the text for a while."""
+    holders = [model.config, model.config.get_text_config(), *model.modules()]
+    before = [
+        (holder, name, value)
+        for holder in holders
+        for name in WINDOWS
+        if type(value := getattr(holder, name, None)) is int and value > WINDOW
+    ]
+    for holder, name, _ in before:
+        setattr(holder, name, WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def _suspects(config: Any, n: int) -> list[str]:
+    return [k for k, v in config.to_dict().items() if isinstance(v, list | tuple) and len(v) == n]
