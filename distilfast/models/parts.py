@@ -229,7 +229,7 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
         names[body],
         tuple(chain),
         names[head],
-        _bias(model, body, names[head], width),
+        _bias(model, body, names[head], input_ids, mask, own),
         options=tuple((k, v) for k, v in options.items() if k in takes),
     )
     return _scaled(parts, own, last_hidden(called[body]), mask)
@@ -284,13 +284,24 @@ def _is_head(module: nn.Module, given: Any, width: int) -> bool:
     return fits and weight.shape == (width, given.shape[-1])
 
 
-def _bias(model: Any, body: nn.Module, head: str, width: int) -> str | None:
-    """The name of the head's bias: its own, or one of this shape that is added outside."""
+def _bias(
+    model: Any, body: nn.Module, head: str, input_ids: Tensor, mask: Tensor, own: Tensor
+) -> str | None:
+    """The name of the head's bias: its own, or a weight that moves the logits as a bias does."""
     if getattr(model.get_submodule(head), "bias", None) is not None:
         return f"{head}.bias"
     below = {id(p) for p in body.parameters()}
-    found = [n for n, p in model.named_parameters() if p.shape == (width,) and id(p) not in below]
-    return found[0] if len(found) == 1 else None
+    for name, weight in model.named_parameters():
+        if weight.shape != own.shape[-1:] or id(weight) in below:
+            continue
+        before = weight.clone()
+        weight.add_(1)
+        with evaluating(model):
+            moved = model(input_ids, attention_mask=mask).logits
+        weight.copy_(before)
+        if not torch.equal(moved, own):
+            return name
+    return None
 
 
 def _scaled(parts: Parts, own: Tensor, hidden: Tensor, mask: Tensor) -> Parts:
