@@ -693,11 +693,11 @@ class ExtraNorm(torch.nn.Module):
 
 
 HEADS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "scale": (lambda x: x * 0.125, "a scale of 0.125;"),
-    "small scale": (lambda x: x * 1.001, "a scale of 1.001;"),
-    "softcap": (lambda x: 3 * torch.tanh(x / 3), "a softcap of 3;"),
-    "wide softcap": (lambda x: 100 * torch.tanh(x / 100), "a softcap of 100;"),
-    "bias": (lambda x: x + torch.arange(x.shape[-1]) * 0.01, "a bias added after the product;"),
+    "scale": (lambda x: x * 0.125, "a scale of 0.125"),
+    "small scale": (lambda x: x * 1.001, "a scale of 1.001"),
+    "softcap": (lambda x: 3 * torch.tanh(x / 3), "a softcap of 3"),
+    "wide softcap": (lambda x: 100 * torch.tanh(x / 100), "a softcap of 100"),
+    "bias": (lambda x: x + torch.arange(x.shape[-1]) * 0.01, "a bias added after the product"),
     "softmax": (lambda x: x.log_softmax(-1), "another layer before the product"),
 }
 
