@@ -20,6 +20,7 @@ _COMMON: list[tuple[Any, str]] = [
     ),
     (
         VOCABULARY,
+<<<<<<< HEAD
         "vocab_size decoder_vocab_size vocab_size_per_layer_input entity_vocab_size "
         "encoder_hash_byte_group_vocab",
     ),
@@ -33,6 +34,20 @@ _COMMON: list[tuple[Any, str]] = [
         "hidden_size hidden_size_global d_model emb_dim embedding_size embedding_dim "
         "attention_hidden_size lru_width word_embed_proj_dim input_embedding_size output_embedding_size "
         "pooler_hidden_size backbone_hidden_size",
+=======
+        "vocab_size decoder_vocab_size vocab_size_per_layer_input entity_vocab_size",
+    ),
+    (
+        128,
+        "max_position_embeddings n_ctx max_seq_len max_target_positions max_source_positions "
+        "model_max_length context_length original_max_position_embeddings",
+    ),
+    (
+        64,
+        "hidden_size d_model emb_dim embedding_size embedding_dim attention_hidden_size "
+        "lru_width word_embed_proj_dim input_embedding_size output_embedding_size "
+        "pooler_hidden_size mamba_d_ssm backbone_hidden_size",
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     ),
     (
         96,
@@ -49,11 +64,19 @@ _COMMON: list[tuple[Any, str]] = [
     ),
     (
         24,
+<<<<<<< HEAD
         "q_lora_rank kv_lora_rank qk_nope_head_dim",
     ),
     (
         16,
         "head_dim qk_rope_head_dim kv_channels dim_head attention_head_size v_head_dim "
+=======
+        "q_lora_rank kv_lora_rank",
+    ),
+    (
+        16,
+        "head_dim kv_channels dim_head attention_head_size v_head_dim qk_nope_head_dim "
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
         "linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim "
         "mamba_headdim mamba_d_head mamba_head_dim swa_head_dim hidden_size_per_layer_input "
         "laurel_rank adapter_rank o_lora_rank d_head query_pre_attn_scalar time_step_rank "
@@ -61,7 +84,11 @@ _COMMON: list[tuple[Any, str]] = [
     ),
     (
         8,
+<<<<<<< HEAD
         "mamba_n_heads mamba_num_heads rotary_dim ssm_state_size state_size mamba_d_state "
+=======
+        "qk_rope_head_dim rotary_dim ssm_state_size state_size mamba_d_state "
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
         "lsh_attn_chunk_length local_attn_chunk_length chunk_size moe_latent_size d_rel",
     ),
     (
@@ -72,8 +99,13 @@ _COMMON: list[tuple[Any, str]] = [
         "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num "
         "sliding_window sliding_window_size attention_chunk_size index_topk local_attention "
         "window_size attention_window_size attention_window max_window_layers "
+<<<<<<< HEAD
         "keep_window_size prompt_length prompt_types "
         "segment_types index_block_size",
+=======
+        "keep_window_size mamba_n_heads mamba_num_heads prompt_length prompt_types "
+        "segment_types mamba_expand_heads",
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     ),
     (
         2,
@@ -81,7 +113,11 @@ _COMMON: list[tuple[Any, str]] = [
         "swa_num_key_value_heads num_experts_per_tok moe_k moe_topk n_groups mamba_n_groups "
         "mamba_ngroups num_landmarks num_mem_blocks n_mamba_heads num_kv_shared_layers "
         "first_k_dense_replace num_dense_layers moe_layer_start_index decoder_sparse_step "
+<<<<<<< HEAD
         "interleave_moe_layer_step n_group topk_group num_expert_group "
+=======
+        "attn_layer_period_ interleave_moe_layer_step n_group topk_group num_expert_group "
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
         "global_num_key_value_heads o_groups index_topk_blocks",
     ),
     (
@@ -94,6 +130,7 @@ FIELDS: dict[str, Any] = {name: value for value, names in _COMMON for name in na
 # Special tokens whose id is too large for this vocabulary.
 IDS = {"bos": 0, "pad": 1, "eos": 2, "unk": 3, "mask": 4, "sep": 5, "cls": 6}
 
+<<<<<<< HEAD
 # Set although the class leaves them open: it or its layers cannot do without.
 FORCED = {
     "head_dim",
@@ -185,3 +222,7 @@ REASONS: dict[str, str] = {
     "musicgen": _MUSIC,
     "musicgen_melody": _MUSIC,
 }
+=======
+OVERRIDES: dict[str, dict[str, Any]] = {}
+REASONS: dict[str, str] = {}
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)

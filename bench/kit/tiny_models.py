@@ -18,6 +18,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+<<<<<<< HEAD
+=======
+from kit.tiny_configs import FEW, FIELDS, IDS, OVERRIDES, REASONS, VOCABULARY
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -28,8 +32,11 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+<<<<<<< HEAD
 from kit.tiny_configs import FEW, FIELDS, FORCED, IDS, OVERRIDES, REASONS, VOCABULARY
 
+=======
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
 ROWS, TOKENS = 2, 24
 # Ids below this one are those of padding, of masks, of images: leave them out of the input.
 FIRST_WORD = 16
@@ -77,6 +84,7 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
     """A configuration of this class; `own`: the fields that are no matter of the common table."""
     values: dict[str, Any] = {}
     parameters = inspect.signature(kind).parameters
+<<<<<<< HEAD
     for name, value in FIELDS.items():
         own_name = name if name in parameters else kind.attribute_map.get(name)
         if own_name not in parameters:
@@ -84,6 +92,13 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
         default = parameters[own_name].default
         if name in FORCED or not (default is None or isinstance(default, (list, tuple, dict))):
             values[own_name] = layers if value == "layers" else value
+=======
+    names = {name: kind.attribute_map.get(name, name) for name in FIELDS}
+    for name, value in FIELDS.items():
+        default = parameters[names[name]].default if names[name] in parameters else None
+        if default is not None and not isinstance(default, (list, tuple, dict)):
+            values[names[name]] = layers if value == "layers" else value
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     for name, parameter in parameters.items():
         default = parameter.default
         if "dropout" in name or name.endswith(("pdrop", "layerdrop", "_drop", "jitter_noise")):
@@ -92,13 +107,20 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
             values[name] = _small_id(name, default)
     if "is_decoder" in parameters:
         values["is_decoder"] = task == "causal"
+<<<<<<< HEAD
     if "kv_lora_rank" in parameters:  # keys and values of every head
         values["num_key_value_heads"] = values["num_attention_heads"]
+=======
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     whole = kind(**{k: _cycled(v, layers) for k, v in own.items()}) if kind.sub_configs else None
     for name in kind.sub_configs:
         part = getattr(whole, name)
         if part is not None and name not in own:
+<<<<<<< HEAD
             deep = layers if name in ("text_config", "decoder", "global_config") else FEW
+=======
+            deep = layers if name in ("text_config", "decoder") else FEW
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
             small = _shrunk(type(part), task, deep, OVERRIDES.get(part.model_type, {}))
             values[name] = small
     values |= {name: _cycled(value, layers) for name, value in own.items()}
@@ -113,9 +135,13 @@ def _small_id(name: str, default: Any) -> Any:
 
 
 def _cycled(value: Any, layers: int) -> Any:
+<<<<<<< HEAD
     """A tuple of the table is a pattern over the layers, a function depends on their number."""
     if callable(value):
         return value(layers)
+=======
+    """A tuple of the table is a pattern over the layers."""
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     if isinstance(value, tuple):
         return [value[i % len(value)] for i in range(layers)]
     return value
@@ -177,7 +203,11 @@ def _try(task: str, kind: str, answer: Any) -> None:
         size = sum(p.numel() for p in model.parameters())
         problem = "" if out.shape[:2] == (ROWS, TOKENS) else f" shape {tuple(out.shape)}"
         problem += "" if out.isfinite().all() else " not finite"
+<<<<<<< HEAD
         problem += "" if 0.05 <= out.std() <= 20 else " std"
+=======
+        problem += "" if 0.1 <= out.std() <= 10 else " std"
+>>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
         answer.send(
             f"{'odd' if problem else 'runs'} {built:5.1f} s {time.perf_counter() - start:5.1f} s "
             f"{size:9,} parameters  V {out.shape[-1]}  std {out.std():.3g}{problem}"

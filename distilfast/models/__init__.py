@@ -7,7 +7,7 @@ its layers is a row in `exceptions.py`.
 
 from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.heads import check_head
-from distilfast.models.layers import depth
+from distilfast.models.layers import depth, valid_choice
 from distilfast.models.parts import Head, Parts, attend, spread, take_apart
 from distilfast.models.student import kept_layers, layers_of, make_student
 from distilfast.models.teachers import (
@@ -42,5 +42,6 @@ __all__ = [
     "teacher_identity",
     "tokenize",
     "use_fp32_sums",
+    "valid_choice",
     "vocabulary_size",
 ]

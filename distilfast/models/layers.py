@@ -13,13 +13,20 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distilfast.errors import ConfigError
-from distilfast.models.exceptions import EXCEPTIONS, Exceptional
+from distilfast.models.exceptions import EXCEPTIONS, FIELDS, Exceptional
 
 # The number of layers. Where a configuration has two, the decoder's is that of a causal model.
-COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+COUNTS = (
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_layers_per_stack",
+    "num_hidden_layers",
+    "num_layers",
+)
 # An entry for each layer.
 LISTS = (
     "activation_sparsity_pattern",
@@ -47,7 +54,6 @@ INDICES = (
 )
 FIRST = ("first_k_dense_replace", "num_dense_layers")  # the first k layers
 LAST = ("num_kv_shared_layers",)  # the last k layers
-RANGES = (("moe_layer_start_index", "moe_layer_end_index"),)  # from one to the other, both included
 OTHER_HEADS = ("classifier", "qa", "seq_classif", "summary")  # whose dropouts no LM uses
 BY_NUMBER = ("per_layer_config",)  # a dictionary with layers' numbers as keys
 
@@ -58,37 +64,50 @@ def exceptional(model: Any) -> Exceptional:
 
 
 def stacks(model: Any) -> dict[str, nn.ModuleList]:
-    """A model's lists of layers by name; most have one.
+    """A model's lists of layers by name; most have one. None where one module stands for all.
 
     Raises:
-        ConfigError: there is none, or they are of different lengths.
+        ConfigError: there is no list as long as the configuration says.
     """
-    own = exceptional(model).stacks
-    if own:
-        return {name: model.get_submodule(name) for name in own}
+    if exceptional(model).repeated:
+        return {}
+    found = _lists(model)
+    config = model.config.get_text_config()
+    n = getattr(config, _count(model))
+    layers = {name: module for name, module in found.items() if len(module) == n}
+    if not layers:
+        kind, lengths = model.config.model_type, sorted({len(x) for x in found.values()})
+        raise ConfigError(
+            f"student.layers: expected a list of {n} layers in a {kind}, got lists of {lengths}"
+        )
+    return layers
+
+
+def _lists(model: Any) -> dict[str, nn.ModuleList]:
+    """The lists of modules with weights that are inside no other such list."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = name.startswith(tuple(f"{outer}." for outer in found))
         if isinstance(module, nn.ModuleList) and not inside and [*module.parameters()]:
             found[name] = module
-    depth = getattr(model.config.get_text_config(), _count(model))
-    layers = {name: module for name, module in found.items() if len(module) == depth}
-    if not layers:
-        kind = model.config.model_type
-        raise ConfigError(f"student.layers: expected a list of layers in a {kind}, got none")
-    return layers
+    return found
 
 
 def depth(model: Any) -> int:
     """How many layers a model has."""
-    return len(next(iter(stacks(model).values())))
+    return int(getattr(model.config.get_text_config(), _count(model)))
 
 
 def _count(model: Any) -> str:
     """The name of the number of layers in a model's configuration."""
     config = model.config.get_text_config()
-    own = exceptional(model).count
-    return own or next(name for name in COUNTS if getattr(config, name, None) is not None)
+    numbers = {name: getattr(config, name, None) for name in COUNTS}
+    if not exceptional(model).repeated:
+        lengths = {len(module) for module in _lists(model).values()}
+        for name, number in numbers.items():
+            if number in lengths:
+                return name
+    return next(name for name, number in numbers.items() if number is not None)
 
 
 def keep_config(model: Any, kept: Sequence[int]) -> Any:
@@ -98,12 +117,10 @@ def keep_config(model: Any, kept: Sequence[int]) -> Any:
         ConfigError: the class does not accept it.
     """
     whole = copy.deepcopy(model.config)
-    config, exception, n = whole.get_text_config(), exceptional(model), depth(model)
+    config, n = whole.get_text_config(), depth(model)
     values = config.to_dict()
     changed: dict[str, Any] = {}
     for name, value in values.items():
-        if name in exception.fields:
-            continue
         if name in INDICES and value is not None:
             changed[name] = [kept.index(i) for i in sorted(value) if i in kept]
         elif name in BY_NUMBER and value:
@@ -115,11 +132,7 @@ def keep_config(model: Any, kept: Sequence[int]) -> Any:
             changed[name] = sum(i >= n - value for i in kept)
         elif _is_list(config, name, value, n):
             changed[name] = type(value)(value[i] for i in kept)
-    for first, last in RANGES:
-        if isinstance(values.get(last), int):
-            inside = [j for j, i in enumerate(kept) if values[first] <= i <= values[last]]
-            changed |= {first: inside[0], last: inside[-1]} if inside else {first: n, last: n}
-    for name, make in exception.fields.items():
+    for name, make in FIELDS.items():
         if values.get(name) is not None:
             changed |= make(config, list(kept), n)
     for name, value in changed.items():
@@ -173,7 +186,33 @@ def keep_weights(model: Any, config: Any, kept: Sequence[int]) -> dict[str, Tens
             name = f"{prefix}{kept.index(int(number))}{dot}{rest}"
         made[name] = value
     change = exceptional(model).weights
-    return made if change is None else change(made, model, config, list(kept))
+    if change is None:
+        return made
+    old, new = model.config.get_text_config(), config.get_text_config()
+    return change(made, old, new, list(kept), prefixes[0])
+
+
+def pick(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], n: int, kept: Sequence[int]
+) -> dict[str, Tensor]:
+    """The state dict with the parts of the layers ``kept`` of weights that serve all of them, as
+    Gemma 3n's table with a column of embeddings for each layer does.
+
+    Args:
+        wanted: the student's state dict, which shows their shapes.
+        n: the number of layers.
+    """
+    made = dict(state)
+    for name, value in state.items():
+        shape = wanted[name].shape if name in wanted else value.shape
+        if value.ndim != len(shape):
+            continue
+        for d in [d for d in range(value.ndim) if value.shape[d] != shape[d]]:
+            if value.shape[d] * len(kept) == shape[d] * n:
+                by_layer = value.unflatten(d, (n, -1))
+                chosen = torch.tensor(kept, device=value.device)
+                made[name] = by_layer.index_select(d, chosen).flatten(d, d + 1)
+    return made
 
 
 def valid_choice(model: Any, kept: Sequence[int]) -> tuple[list[int], str | None]:

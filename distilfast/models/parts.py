@@ -246,16 +246,20 @@ def probe(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode for a while."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
+def evaluating(*models: Any) -> Iterator[None]:
+    """Put models in eval mode for a while, and let them keep no keys and values.
+
+    A hybrid that is left without attention layers has no cache that it could make.
+    """
+    with contextlib.ExitStack() as restore:
+        for model in models:
+            restore.callback(model.train, model.training)
+            model.eval()
+            config = model.config.get_text_config()
+            if getattr(config, "use_cache", False):
+                restore.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
         yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
 
 
 def _follow(

@@ -9,6 +9,7 @@ than the text for it, since a wrong window does not show in a text that fits int
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distilfast.errors import ConfigError
-from distilfast.models.layers import stacks
+from distilfast.models.layers import exceptional, stacks
 from distilfast.models.parts import difference, evaluating
 
 LENGTH, WINDOW = 24, 4  # tokens of the text, and of a window
@@ -38,7 +39,7 @@ def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
         ConfigError: their logits differ by more than rounding.
     """
     input_ids = text(teacher)
-    with evaluating(teacher, student), narrow(teacher), narrow(student):
+    with narrow(teacher), narrow(student):
         wanted = bypassed(teacher, kept, input_ids)
         found = logits(student, input_ids)
     off = difference(wanted, found)
@@ -64,49 +65,61 @@ def text(model: Any) -> Tensor:
 
 
 def logits(model: Any, input_ids: Tensor) -> Tensor:
-    """A model's logits of tokens without padding."""
-    mask = torch.ones_like(input_ids)
-    with contextlib.suppress(TypeError):
-        return model(input_ids, attention_mask=mask, use_cache=False).logits.float()
-    return model(input_ids, attention_mask=mask).logits.float()
+    """A model's logits of tokens without padding, in eval mode."""
+    with evaluating(model):
+        found: Tensor = model(input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    return found.float()
 
 
 def bypassed(model: Any, kept: Sequence[int], input_ids: Tensor) -> Tensor:
     """The logits of a model in which the other layers return what they are given."""
-    given: dict[nn.Module, tuple[type, tuple[Any, ...]]] = {}
-    dropped = [
-        layer
-        for layers in stacks(model).values()
-        for i, layer in enumerate(layers)
-        if i not in kept
-    ]
+    exception = exceptional(model)
     with contextlib.ExitStack() as patches:
-        for layer in dropped:
-            patches.enter_context(_forward(layer, _recorded(layer, given)))
-        logits(model, input_ids)
-    with contextlib.ExitStack() as patches:
-        for layer in dropped:
-            patches.enter_context(_forward(layer, _identity(layer, given.get(layer))))
+        if exception.repeated:
+            layer = model.base_model.get_submodule(exception.repeated)
+            patches.enter_context(_forward(layer, _counted(layer, kept)))
+            return logits(model, input_ids)
+        dropped = [
+            (layer, name.endswith(exception.branches))
+            for name, layers in stacks(model).items()
+            for i, layer in enumerate(layers)
+            if i not in kept
+        ]
+        outputs: dict[nn.Module, Any] = {}
+        with contextlib.ExitStack() as recording:
+            for layer, _ in dropped:
+                recording.enter_context(_forward(layer, _recorded(layer, outputs)))
+            logits(model, input_ids)
+        for layer, branch in dropped:
+            patches.enter_context(_forward(layer, _identity(outputs.get(layer), branch)))
         return logits(model, input_ids)
 
 
-def _recorded(layer: nn.Module, given: dict[nn.Module, Any]) -> Any:
+def _counted(layer: nn.Module, kept: Sequence[int]) -> Any:
+    """A forward that works in the calls whose numbers are in ``kept``, and else is the identity."""
+    own, calls = layer.forward, itertools.count()
+    return lambda hidden, *args, **kw: own(hidden, *args, **kw) if next(calls) in kept else hidden
+
+
+def _recorded(layer: nn.Module, outputs: dict[nn.Module, Any]) -> Any:
     """A layer's forward that notes the form of what it returns."""
     own = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = own(*args, **kwargs)
-        given[layer] = output
+        outputs[layer] = output
         return output
 
     return forward
 
 
-def _identity(layer: nn.Module, output: Any) -> Any:
-    """A forward that returns its first argument, in the form of ``output``."""
+def _identity(output: Any, branch: bool) -> Any:
+    """A forward that returns its first argument, in the form of ``output``. Zeros instead if the
+    result is added to it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = torch.zeros_like(hidden) if branch else hidden
         if not isinstance(output, tuple):
             return hidden
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]

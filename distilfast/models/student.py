@@ -41,8 +41,16 @@ def kept_layers(teacher: Any, config: StudentConfig) -> list[int]:
     stay.
 
     Raises:
-        ConfigError: an index is outside the teacher, or a layer is missing that has to stay.
+        ConfigError: the family's layers cannot be dropped, an index is outside the teacher, or a
+            layer is missing that has to stay.
     """
+    refused = layers.exceptional(teacher).refused
+    why = None if refused is None else refused(teacher.config.get_text_config())
+    if why is not None:
+        raise ConfigError(
+            f"student.layers: expected a family whose layers can be dropped, got a "
+            f"{teacher.config.model_type}: {why}; give a smaller model with student.model"
+        )
     kept = layers_of(config, layers.depth(teacher))
     nearest, why = layers.valid_choice(teacher, kept)
     if why is not None and config.layers != "alternate":
@@ -73,6 +81,7 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     if config.architecture == "distilbert" and kind not in ("bert", "distilbert"):
         raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
     kept = kept_layers(teacher, config)
+    n = layers.depth(teacher)
     with quiet():
         if to_distilbert:
             own = distilbert_config(teacher.config, len(kept))
@@ -84,7 +93,7 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
             layers.set_dropout(own, config.dropout)
         fresh = _build(teacher, own, seed)
         student = _build(teacher, own, seed)
-    _load(student, state, teacher)
+    _load(student, layers.pick(state, student.state_dict(), n, kept), teacher)
     prove(teacher, student, kept)
     if config.init == "random":
         return fresh.train()

@@ -1,0 +1,248 @@
+"""Which families of transformers can be distilled, and is each of their students right?
+
+    python bench/families.py                       # all, in some ten minutes on two cores
+    python bench/families.py roberta qwen2 gemma2  # some
+    python bench/families.py --write               # all, and the table of docs/models.md
+
+For every type of model that transformers builds as a masked or a causal LM, a tiny one of six layers
+is made, with windows shorter than the text. Each is taken apart and distilled:
+
+    head      the logits of the parts are the model's own, and so is the gradient of the loss
+    all       a student of all layers gives the teacher's logits to the bit
+    cuts      students of three sets of layers give the logits of the teacher without the others; a
+              set that is refused by name is taken in the nearest form that is offered
+    training  two steps through the fused head change the student and lower the loss
+    files     the trained student, saved and loaded by transformers, gives the same logits
+
+"right" has passed all of it, "refused" was refused by name before training, and everything else is
+"wrong". The exit status is 1 if any is wrong. Families run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from kit import tiny_models
+from torch import Tensor
+
+from distilfast import models
+from distilfast.config import ConfigError, StudentConfig
+from distilfast.losses import distillation_loss
+from distilfast.losses.linear import linear_distillation_loss
+from distilfast.models import proof
+from distilfast.models.parts import difference
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results" / "families.json", ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- begin: bench/families.py -->", "<!-- end -->"
+CUTS = ([0, 2, 5], [0, 3, 4], [1, 3, 4])
+# As a share of the largest: other orders of summation in tiny models give 1e-6.
+ROUNDING = 2e-5
+PROCESSES, SECONDS = 2, 120
+
+
+class Wrong(Exception):  # noqa: N818  a verdict
+    """A student or its loss is not what it has to be, and nothing said so."""
+
+
+def verdict(task: str, model_type: str) -> dict[str, Any]:
+    """What a family is: its state, and why or under which conditions."""
+    found: dict[str, Any] = {"task": task, "type": model_type}
+    try:
+        teacher = tiny_models.tiny_model(task, model_type)
+    except Exception as error:  # what a class says about a tiny form of itself
+        return {**found, "state": "not built", "why": _line(error)}
+    found["class"] = type(teacher).__name__
+    try:
+        found |= distilled(teacher)
+    except ConfigError as error:
+        return {**found, "state": "refused", "why": _line(error)}
+    except Exception as error:
+        return {**found, "state": "wrong", "why": f"{type(error).__name__}: {_line(error)}"}
+    return {**found, "state": "right"}
+
+
+def distilled(teacher: Any) -> dict[str, Any]:
+    """Distil a model in every way that is offered.
+
+    Returns:
+        The head's form, and the conditions on the layers.
+
+    Raises:
+        ConfigError: the model or all its students are refused.
+        Wrong: something is not as it has to be.
+    """
+    parts = models.check_head("the model", teacher)
+    text = proof.text(teacher)
+    with torch.no_grad():
+        wanted = proof.logits(teacher, text)
+    whole = models.make_student(teacher, StudentConfig(layers="all", architecture="same"), 0).eval()
+    with torch.no_grad():
+        if not torch.equal(proof.logits(whole, text), wanted):
+            raise Wrong("a student of all layers has other logits")
+    condition = None
+    for cut in CUTS:
+        config = StudentConfig(layers=cut, architecture="same", dropout=0.0)
+        try:
+            kept, student = cut, models.make_student(teacher, config, 0)
+        except ConfigError as error:
+            condition = str(error).partition(": ")[2].rpartition(": ")[2]
+            kept, why = models.valid_choice(teacher, cut)
+            if why is None:
+                raise
+            student = models.make_student(
+                teacher, StudentConfig(layers=kept, architecture="same", dropout=0.0), 0
+            )
+        with torch.no_grad():
+            off = difference(
+                proof.bypassed(teacher, kept, text), proof.logits(student.eval(), text)
+            )
+        if not off <= ROUNDING:
+            raise Wrong(f"layers {kept}: {off:.1e} of the largest logit")
+    _train(teacher, student, text)
+    _reload(student, text)
+    return {"head": _form(parts), "condition": condition}
+
+
+def _train(teacher: Any, student: Any, text: Tensor) -> None:
+    """Two steps through the fused head; the first one's gradient next to that of whole logits."""
+    loss = _plain(teacher, student, text)
+    loss.backward()
+    plain = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    student.train()
+    ours, theirs = models.take_apart(student), models.take_apart(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    losses = []
+    for step in range(3):
+        fused = _fused(theirs, ours, text)
+        losses.append(float(fused.detach()))
+        if step == 2:
+            break
+        optimizer.zero_grad()
+        fused.backward()
+        if step == 0:
+            _compare(plain, student, float(loss.detach()), losses[0])
+            norm = torch.stack(
+                [p.grad.norm() for p in student.parameters() if p.grad is not None]
+            ).norm()
+            optimizer.param_groups[0]["lr"] = 1e-3 * losses[0] / float(norm) ** 2
+        optimizer.step()
+    if not losses[2] < losses[0]:
+        raise Wrong(f"losses of two steps: {losses}")
+    student.eval()
+
+
+def _plain(teacher: Any, student: Any, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = proof.logits(teacher, text)
+    return distillation_loss(
+        student(input_ids=text, attention_mask=torch.ones_like(text)).logits.float(),
+        target,
+        backend="torch",
+    ).loss
+
+
+def _fused(teacher: models.Parts, student: models.Parts, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = teacher.features(teacher.hidden(text, None).flatten(0, 1))
+    (weight, bias), (teacher_weight, teacher_bias) = student.head, teacher.head
+    return linear_distillation_loss(
+        student.features(student.hidden(text, None).flatten(0, 1)),
+        weight,
+        target,
+        teacher_weight,
+        student_bias=bias,
+        teacher_bias=teacher_bias,
+        logit_scale=(student.scale, teacher.scale),
+        logit_softcap=(student.softcap, teacher.softcap),
+        backend="torch",
+    ).loss
+
+
+def _compare(plain: dict[str, Tensor], student: Any, loss: float, fused: float) -> None:
+    """The gradient through the parts has to be that of the model's own logits."""
+    if not abs(loss - fused) <= 1e-4 * abs(loss):
+        raise Wrong(f"the loss is {fused}, from whole logits {loss}")
+    largest = max(float(g.abs().max()) for g in plain.values())
+    for name, p in student.named_parameters():
+        off = (0 if p.grad is None else p.grad) - plain.get(name, torch.zeros(()))
+        if not float(torch.as_tensor(off).abs().max()) <= 1e-3 * largest:
+            raise Wrong(f"the gradient of {name} is off by {float(off.abs().max()) / largest:.1e}")
+
+
+def _reload(student: Any, text: Tensor) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        student.save_pretrained(folder)
+        loaded = type(student).from_pretrained(folder).eval()
+    with torch.no_grad():
+        off = difference(proof.logits(student, text), proof.logits(loaded, text))
+    if not off <= ROUNDING:
+        raise Wrong(f"loaded again, the logits are off by {off:.1e} of the largest")
+
+
+def _form(parts: models.Parts) -> str:
+    said = [" + ".join([*parts.chain, "product"])]
+    if parts.scale != 1:
+        said.append(f"scale {parts.scale:g}")
+    if parts.softcap:
+        said.append(f"softcap {parts.softcap:g}")
+    return ", ".join([*said, *(["bias"] if parts.bias else [])])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+def run(task: str, model_type: str) -> dict[str, Any]:
+    """`verdict` in a process of its own, as a class may crash or hang."""
+    began = time.perf_counter()
+    fork = multiprocessing.get_context("fork")  # the libraries are imported once
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: sender.send(verdict(task, model_type)))
+    process.start()
+    sender.close()
+    found = {"task": task, "type": model_type, "state": "wrong"}
+    try:
+        found = receiver.recv() if receiver.poll(SECONDS) else {**found, "why": "it takes too long"}
+    except EOFError:
+        process.join()
+        found["why"] = f"it ends with exit status {process.exitcode}"
+    process.kill()
+    took = time.perf_counter() - began
+    said = found.get("why") or found.get("condition") or ""
+    print(f"{found['state']:>9} {task:6} {model_type:24} {took:5.1f} s {said}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("types", nargs="*", help="types of models; all if none is given")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [(t, m) for t, m in tiny_models.kinds() if not args.types or m in args.types]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        rows = list(pool.map(lambda kind: run(*kind), chosen))
+    count = {
+        s: sum(r["state"] == s for r in rows) for s in ("right", "refused", "wrong", "not built")
+    }
+    print(", ".join(f"{state} {n}" for state, n in count.items()))
+    return int(count["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
