@@ -18,10 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-<<<<<<< HEAD
-=======
-from kit.tiny_configs import FEW, FIELDS, IDS, OVERRIDES, REASONS, VOCABULARY
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -32,16 +28,13 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-<<<<<<< HEAD
 from kit.tiny_configs import FEW, FIELDS, FORCED, IDS, OVERRIDES, REASONS, VOCABULARY
 
-=======
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
 ROWS, TOKENS = 2, 24
 # Ids below this one are those of padding, of masks, of images: leave them out of the input.
 FIRST_WORD = 16
-# What a model computes its decay and its steps from. Their values are not those of a matrix.
-KEPT = ("A_log", "dt_bias", "time_decay", "time_first", "slope", "rg_lru.recurrent_param")
+# Matrices by their shape, but a state-space model computes its decay and its steps from them.
+KEPT = ("A_log", "dt_proj_bias")
 TASKS = {
     "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "masked": (AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -84,7 +77,6 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
     """A configuration of this class; `own`: the fields that are no matter of the common table."""
     values: dict[str, Any] = {}
     parameters = inspect.signature(kind).parameters
-<<<<<<< HEAD
     for name, value in FIELDS.items():
         own_name = name if name in parameters else kind.attribute_map.get(name)
         if own_name not in parameters:
@@ -92,13 +84,6 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
         default = parameters[own_name].default
         if name in FORCED or not (default is None or isinstance(default, (list, tuple, dict))):
             values[own_name] = layers if value == "layers" else value
-=======
-    names = {name: kind.attribute_map.get(name, name) for name in FIELDS}
-    for name, value in FIELDS.items():
-        default = parameters[names[name]].default if names[name] in parameters else None
-        if default is not None and not isinstance(default, (list, tuple, dict)):
-            values[names[name]] = layers if value == "layers" else value
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     for name, parameter in parameters.items():
         default = parameter.default
         if "dropout" in name or name.endswith(("pdrop", "layerdrop", "_drop", "jitter_noise")):
@@ -107,20 +92,13 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
             values[name] = _small_id(name, default)
     if "is_decoder" in parameters:
         values["is_decoder"] = task == "causal"
-<<<<<<< HEAD
     if "kv_lora_rank" in parameters:  # keys and values of every head
         values["num_key_value_heads"] = values["num_attention_heads"]
-=======
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     whole = kind(**{k: _cycled(v, layers) for k, v in own.items()}) if kind.sub_configs else None
     for name in kind.sub_configs:
         part = getattr(whole, name)
         if part is not None and name not in own:
-<<<<<<< HEAD
             deep = layers if name in ("text_config", "decoder", "global_config") else FEW
-=======
-            deep = layers if name in ("text_config", "decoder") else FEW
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
             small = _shrunk(type(part), task, deep, OVERRIDES.get(part.model_type, {}))
             values[name] = small
     values |= {name: _cycled(value, layers) for name, value in own.items()}
@@ -135,13 +113,9 @@ def _small_id(name: str, default: Any) -> Any:
 
 
 def _cycled(value: Any, layers: int) -> Any:
-<<<<<<< HEAD
     """A tuple of the table is a pattern over the layers, a function depends on their number."""
     if callable(value):
         return value(layers)
-=======
-    """A tuple of the table is a pattern over the layers."""
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
     if isinstance(value, tuple):
         return [value[i % len(value)] for i in range(layers)]
     return value
@@ -158,15 +132,19 @@ def redraw(model: PreTrainedModel) -> None:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if id(weight) in seen or not weight.is_floating_point() or name in KEPT:
+            if id(weight) in seen or name in KEPT or not weight.numel():
                 continue
             seen.add(id(weight))
+            values = weight.flatten()
+            constant = bool((values == values[0]).all())
+            matrix = weight.dim() > 1 and not (constant and values[0] != 0)
+            vector = weight.numel() == max(weight.shape, default=1)
             if id(weight) in embeddings:
                 zero = (weight == 0).all(-1, keepdim=True) & (weight != 0).any()
                 weight.copy_(torch.randn_like(weight).masked_fill(zero, 0))
-            elif weight.dim() > 1:
+            elif (isinstance(module, nn.Linear) and name == "weight") or (matrix and not vector):
                 weight.normal_(0, 1 / math.sqrt(_inputs(module, weight)))
-            elif weight.numel() and (weight == weight[0]).all():
+            elif constant or values.abs().max() < 0.1:
                 weight += 0.1 * torch.randn_like(weight)
 
 
@@ -203,11 +181,7 @@ def _try(task: str, kind: str, answer: Any) -> None:
         size = sum(p.numel() for p in model.parameters())
         problem = "" if out.shape[:2] == (ROWS, TOKENS) else f" shape {tuple(out.shape)}"
         problem += "" if out.isfinite().all() else " not finite"
-<<<<<<< HEAD
         problem += "" if 0.05 <= out.std() <= 20 else " std"
-=======
-        problem += "" if 0.1 <= out.std() <= 10 else " std"
->>>>>>> 5434f67 (Tiny random models of every type that transformers builds as masked or causal LM)
         answer.send(
             f"{'odd' if problem else 'runs'} {built:5.1f} s {time.perf_counter() - start:5.1f} s "
             f"{size:9,} parameters  V {out.shape[-1]}  std {out.std():.3g}{problem}"
