@@ -4,8 +4,8 @@
     python bench/families.py roberta qwen2 gemma2  # some
     python bench/families.py --write               # all, and the table of docs/models.md
 
-For every type of model that transformers builds as a masked or a causal LM, a tiny one of six layers
-is made, with windows shorter than the text. Each is taken apart and distilled:
+For every type of model that transformers builds as a masked or a causal LM, a tiny one of six
+layers is made, with windows shorter than the text. Each is taken apart and distilled:
 
     head      the logits of the parts are the model's own, and so is the gradient of the loss
     all       a student of all layers gives the teacher's logits to the bit
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from kit import tiny_models
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from distilfast.models.parts import difference
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results" / "families.json", ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- begin: bench/families.py -->", "<!-- end -->"
+STATES = ("right", "refused", "wrong", "not built")
 CUTS = ([0, 2, 5], [0, 3, 4], [1, 3, 4])
 # As a share of the largest: other orders of summation in tiny models give 1e-6.
 ROUNDING = 2e-5
@@ -144,11 +146,7 @@ def _train(teacher: Any, student: Any, text: Tensor) -> None:
 def _plain(teacher: Any, student: Any, text: Tensor) -> Tensor:
     with torch.no_grad():
         target = proof.logits(teacher, text)
-    return distillation_loss(
-        student(input_ids=text, attention_mask=torch.ones_like(text)).logits.float(),
-        target,
-        backend="torch",
-    ).loss
+    return distillation_loss(proof.logits(student, text), target, backend="torch").loss
 
 
 def _fused(teacher: models.Parts, student: models.Parts, text: Tensor) -> Tensor:
@@ -190,12 +188,11 @@ def _reload(student: Any, text: Tensor) -> None:
 
 
 def _form(parts: models.Parts) -> str:
-    said = [" + ".join([*parts.chain, "product"])]
-    if parts.scale != 1:
-        said.append(f"scale {parts.scale:g}")
-    if parts.softcap:
-        said.append(f"softcap {parts.softcap:g}")
-    return ", ".join([*said, *(["bias"] if parts.bias else [])])
+    """What the head does, in words."""
+    said = ["layers before the product"] if parts.chain else []
+    said += ["the product", *(["a bias"] if parts.bias else [])]
+    said += ["a scale"] if parts.scale != 1 else []
+    return ", ".join([*said, *(["a softcap"] if parts.softcap else [])])
 
 
 def _line(error: Exception) -> str:
@@ -226,6 +223,60 @@ def run(task: str, model_type: str) -> dict[str, Any]:
     return found
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """The part of docs/models.md that is made here."""
+    count = {s: [r for r in rows if r["state"] == s] for s in STATES}
+    one = {
+        "right": "right as they are",
+        "refused": "refused by name",
+        "wrong": "wrong",
+        "not built": "not tried, as no tiny one could be built",
+    }
+    said = ", ".join(f"{len(found)} {one[state]}" for state, found in count.items())
+    lines = [
+        BEGIN,
+        f"transformers {transformers.__version__} builds {len(rows)} kinds of masked and causal "
+        f"language models, of {len({r['type'] for r in rows})} types: {said}.",
+        "",
+        "### Refused, and why",
+        "",
+        "| type | task | why |",
+        "|---|---|---|",
+        *(f"| {r['type']} | {r['task']} | {r['why']} |" for r in count["refused"]),
+        *(f"| {r['type']} | {r['task']} | not tried: {r['why']} |" for r in count["not built"]),
+        "",
+        "### Right under a condition",
+        "",
+        "| type | task | condition |",
+        "|---|---|---|",
+        *(
+            f"| {r['type']} | {r['task']} | {r['condition']} |"
+            for r in count["right"]
+            if r["condition"]
+        ),
+        "",
+        "### Right",
+        "",
+        "| head | types of masked LMs | types of causal LMs |",
+        "|---|---|---|",
+    ]
+    for head in sorted({r["head"] for r in count["right"]}):
+        same = [r for r in count["right"] if r["head"] == head]
+        tasks = [", ".join(r["type"] for r in same if r["task"] == t) for t in ("masked", "causal")]
+        lines.append(f"| {head} | {' | '.join(tasks)} |")
+    return "\n".join([*lines, END])
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the results, and the part of the page that follows from them."""
+    versions = {m.__name__: m.__version__ for m in (transformers, torch)}
+    made = {"versions": {**versions, "distilfast": __version__}, "families": rows}
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    text = before + page(rows) + rest.split(END)[1]
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -237,10 +288,10 @@ def main() -> int:
     chosen = [(t, m) for t, m in tiny_models.kinds() if not args.types or m in args.types]
     with ThreadPoolExecutor(PROCESSES) as pool:
         rows = list(pool.map(lambda kind: run(*kind), chosen))
-    count = {
-        s: sum(r["state"] == s for r in rows) for s in ("right", "refused", "wrong", "not built")
-    }
+    count = {s: sum(r["state"] == s for r in rows) for s in STATES}
     print(", ".join(f"{state} {n}" for state, n in count.items()))
+    if args.write and not args.types:
+        write(rows)
     return int(count["wrong"] > 0)
 
 

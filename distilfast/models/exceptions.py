@@ -38,7 +38,7 @@ class Exceptional:
     repeated: str | None = None
 
 
-# --- Fields that say something for each layer in a form of their own -------------------------------
+# --- Fields that say something for each layer in a form of their own ------------------------------
 
 
 def _sparse_step(config: Any, kept: list[int], n: int) -> dict[str, Any]:

@@ -107,7 +107,11 @@ def _count(model: Any) -> str:
         for name, number in numbers.items():
             if number in lengths:
                 return name
-    return next(name for name, number in numbers.items() if number is not None)
+    found = next((name for name, number in numbers.items() if number is not None), None)
+    if found is None:
+        kind = model.config.model_type
+        raise ConfigError(f"student.layers: expected a number of layers in a {kind}, got none")
+    return found
 
 
 def keep_config(model: Any, kept: Sequence[int]) -> Any:
