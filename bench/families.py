@@ -21,6 +21,7 @@ layers is made, with windows shorter than the text. Each is taken apart and dist
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile

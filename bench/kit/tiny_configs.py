@@ -64,7 +64,7 @@ FIELDS: dict[str, Any] = {name: value for value, names in _COMMON for name in na
 # Special tokens whose id is too large for this vocabulary.
 IDS = {"bos": 0, "pad": 1, "eos": 2, "unk": 3, "mask": 4, "sep": 5, "cls": 6}
 
-# Set although the class leaves them open: it or its layers cannot do without.
+# Set even where the default is None: some of the classes cannot do without.
 FORCED = {
     "head_dim",
     "num_key_value_heads",
@@ -110,6 +110,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "norm_rel_ebd": "layer_norm",
         "conv_kernel_size": 3,
         "conv_act": "gelu",
+    },
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}
     },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {
@@ -207,6 +210,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+# Types that transformers cannot build from their own configuration, or not run on ids alone.
 _ASSISTANT = "predicts from another model's keys and values; it does not run on ids"
 _MUSIC = "transformers hands its causal LM, which predicts audio codes, the config of the composite"
 REASONS: dict[str, str] = {

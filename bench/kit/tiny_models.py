@@ -33,8 +33,11 @@ from kit.tiny_configs import FEW, FIELDS, FORCED, IDS, OVERRIDES, REASONS, VOCAB
 ROWS, TOKENS = 2, 24
 # Ids below this one are those of padding, of masks, of images: leave them out of the input.
 FIRST_WORD = 16
-# Matrices by their shape, but a state-space model computes its decay and its steps from them.
+# Parameters that are no weights of a product, whatever their shape: a state-space model computes
+# its decay and its steps from them.
 KEPT = ("A_log", "dt_proj_bias")
+# The standard deviation of logits that show what the model does.
+LEAST, MOST = 0.05, 20.0
 TASKS = {
     "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "masked": (AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -48,8 +51,7 @@ def kinds() -> list[tuple[str, str]]:
 
 def tiny_config(task: str, model_type: str, layers: int = 6) -> Any:
     """The small configuration of a type; of a composite with small parts."""
-    own = dict(OVERRIDES.get(model_type, {}))
-    own |= OVERRIDES.get(f"{task}:{model_type}", {})
+    own = OVERRIDES.get(model_type, {})
     return _shrunk(CONFIG_MAPPING[model_type], task, layers, own)
 
 
@@ -58,10 +60,11 @@ def tiny_model(task: str, model_type: str, layers: int = 6, seed: int = 0) -> An
 
     Windows, chunks and numbers of selected keys are 4, shorter than a sequence of `TOKENS`.
     `model(input_ids=ids, attention_mask=ones)` with ids (N, T) from `FIRST_WORD` on returns
-    logits (N, T, V). The weights depend on the seed alone.
+    logits (N, T, V). The weights depend on the seed alone. The patterns of layers are made for six.
 
     Raises:
         ValueError: `REASONS` says why this one cannot be built, or does not run on text alone.
+        Exception: whatever transformers raises; an ImportError if a part needs another package.
     """
     if model_type in REASONS:
         raise ValueError(f"{model_type}: {REASONS[model_type]}")
@@ -74,16 +77,16 @@ def tiny_model(task: str, model_type: str, layers: int = 6, seed: int = 0) -> An
 
 
 def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str, Any]) -> Any:
-    """A configuration of this class; `own`: the fields that are no matter of the common table."""
+    """A configuration of this class: the common fields that it has, small parts, then `own`."""
     values: dict[str, Any] = {}
     parameters = inspect.signature(kind).parameters
     for name, value in FIELDS.items():
-        own_name = name if name in parameters else kind.attribute_map.get(name)
-        if own_name not in parameters:
+        field = name if name in parameters else kind.attribute_map.get(name)
+        if field not in parameters:
             continue
-        default = parameters[own_name].default
+        default = parameters[field].default
         if name in FORCED or not (default is None or isinstance(default, (list, tuple, dict))):
-            values[own_name] = layers if value == "layers" else value
+            values[field] = layers if value == "layers" else value
     for name, parameter in parameters.items():
         default = parameter.default
         if "dropout" in name or name.endswith(("pdrop", "layerdrop", "_drop", "jitter_noise")):
@@ -92,7 +95,7 @@ def _shrunk(kind: type[PretrainedConfig], task: str, layers: int, own: dict[str,
             values[name] = _small_id(name, default)
     if "is_decoder" in parameters:
         values["is_decoder"] = task == "causal"
-    if "kv_lora_rank" in parameters:  # keys and values of every head
+    if "kv_lora_rank" in parameters:  # latent attention has keys and values for every head
         values["num_key_value_heads"] = values["num_attention_heads"]
     whole = kind(**{k: _cycled(v, layers) for k, v in own.items()}) if kind.sub_configs else None
     for name in kind.sub_configs:
@@ -132,7 +135,8 @@ def redraw(model: PreTrainedModel) -> None:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if id(weight) in seen or name in KEPT or not weight.numel():
+            fixed = name in KEPT or not weight.requires_grad  # what needs none is a table of sines
+            if id(weight) in seen or fixed or not weight.numel():
                 continue
             seen.add(id(weight))
             values = weight.flatten()
@@ -181,7 +185,7 @@ def _try(task: str, kind: str, answer: Any) -> None:
         size = sum(p.numel() for p in model.parameters())
         problem = "" if out.shape[:2] == (ROWS, TOKENS) else f" shape {tuple(out.shape)}"
         problem += "" if out.isfinite().all() else " not finite"
-        problem += "" if 0.05 <= out.std() <= 20 else " std"
+        problem += "" if LEAST <= out.std() <= MOST else " std"
         answer.send(
             f"{'odd' if problem else 'runs'} {built:5.1f} s {time.perf_counter() - start:5.1f} s "
             f"{size:9,} parameters  V {out.shape[-1]}  std {out.std():.3g}{problem}"

@@ -249,13 +249,16 @@ def probe(model: Any) -> tuple[Tensor, Tensor]:
 def evaluating(*models: Any) -> Iterator[None]:
     """Put models in eval mode for a while, and let them keep no keys and values.
 
-    A hybrid that is left without attention layers has no cache that it could make.
+    A hybrid that is left without attention layers has no cache that it could make. A short text
+    turns BigBird's sparse attention into full attention, for good; that is undone.
     """
     with contextlib.ExitStack() as restore:
         for model in models:
             restore.callback(model.train, model.training)
             model.eval()
-            config = model.config.get_text_config()
+            config, body = model.config.get_text_config(), model.base_model
+            if hasattr(body, "set_attention_type"):
+                restore.callback(body.set_attention_type, body.attention_type)
             if getattr(config, "use_cache", False):
                 restore.callback(setattr, config, "use_cache", True)
                 config.use_cache = False
