@@ -35,7 +35,7 @@ import transformers
 from kit import tiny_models
 from torch import Tensor
 
-from distilfast import models
+from distilfast import __version__, models
 from distilfast.config import ConfigError, StudentConfig
 from distilfast.losses import distillation_loss
 from distilfast.losses.linear import linear_distillation_loss
@@ -91,25 +91,24 @@ def distilled(teacher: Any) -> dict[str, Any]:
     with torch.no_grad():
         if not torch.equal(proof.logits(whole, text), wanted):
             raise Wrong("a student of all layers has other logits")
-    condition = None
+    refused, condition = [], None
     for cut in CUTS:
-        config = StudentConfig(layers=cut, architecture="same", dropout=0.0)
+        kept, why = models.valid_choice(teacher, cut)
+        condition = condition or why
+        config = StudentConfig(layers=kept, architecture="same", dropout=0.0)
         try:
-            kept, student = cut, models.make_student(teacher, config, 0)
+            student = models.make_student(teacher, config, 0).eval()
         except ConfigError as error:
-            condition = str(error).partition(": ")[2].rpartition(": ")[2]
-            kept, why = models.valid_choice(teacher, cut)
-            if why is None:
-                raise
-            student = models.make_student(
-                teacher, StudentConfig(layers=kept, architecture="same", dropout=0.0), 0
-            )
+            refused.append(error)
+            continue
         with torch.no_grad():
-            off = difference(
-                proof.bypassed(teacher, kept, text), proof.logits(student.eval(), text)
-            )
+            wanted = proof.bypassed(teacher, kept, text)
+            off = difference(wanted, proof.logits(student, text))
         if not off <= ROUNDING:
             raise Wrong(f"layers {kept}: {off:.1e} of the largest logit")
+    if len(refused) == len(CUTS):
+        raise refused[0]
+    condition = condition or (f"not with every choice: {_line(refused[0])}" if refused else None)
     _train(teacher, student, text)
     _reload(student, text)
     return {"head": _form(parts), "condition": condition}
@@ -121,7 +120,6 @@ def _train(teacher: Any, student: Any, text: Tensor) -> None:
     loss.backward()
     plain = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
-    student.train()
     ours, theirs = models.take_apart(student), models.take_apart(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     losses = []
@@ -134,6 +132,7 @@ def _train(teacher: Any, student: Any, text: Tensor) -> None:
         fused.backward()
         if step == 0:
             _compare(plain, student, float(loss.detach()), losses[0])
+            student.train()
             norm = torch.stack(
                 [p.grad.norm() for p in student.parameters() if p.grad is not None]
             ).norm()

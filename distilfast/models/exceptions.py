@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distilfast.errors import ConfigError
+
 State = dict[str, Tensor]
 Missing = tuple[list[int], str] | None
 
@@ -86,9 +88,23 @@ def _period(name: str) -> Callable[[Any, list[int], int], dict[str, Any]]:
             for o in range(p):
                 if [j % p == o for j in range(len(kept))] == wanted:
                     return {period: p, offset: o}
-        return {}  # there is none; the proof refuses the student
+        kinds = ", ".join("yes" if x else "no" for x in wanted)
+        raise ConfigError(
+            f"student.layers: expected layers whose kinds recur with a period, as a Jamba's have "
+            f"to, got {kept} ({name}: {kinds})"
+        )
 
     return search
+
+
+def _numbered_from_one(config: Any, kept: list[int], n: int) -> dict[str, Any]:
+    """Qwen 4: the layers with embeddings of their own, counted from 1."""
+    return {"ple_layer_ids": [j + 1 for j, i in enumerate(kept) if i + 1 in config.ple_layer_ids]}
+
+
+def _blocks(config: Any, kept: list[int], n: int) -> dict[str, Any]:
+    """xLSTM: a second name of the number of layers."""
+    return {"num_blocks": len(kept)}
 
 
 def _depth_scale(config: Any, kept: list[int], n: int) -> dict[str, Any]:
@@ -104,6 +120,8 @@ FIELDS: dict[str, Callable[[Any, list[int], int], dict[str, Any]]] = {
     "decoder_sparse_step": _sparse_step,
     "expert_layer_period": _period("expert"),
     "moe_layer_start_index": _experts_between,
+    "num_blocks": _blocks,
+    "ple_layer_ids": _numbered_from_one,
     "scale_depth": _depth_scale,
 }
 
@@ -134,6 +152,15 @@ def _attention(*kinds: str) -> Callable[[Any, list[int], int], Missing]:
         return of_kind, "a layer of attention has to stay"
 
     return required
+
+
+def _two_hybrids(config: Any, kept: list[int], n: int) -> Missing:
+    """Zamba's class refuses a single hybrid layer."""
+    hybrid = [i for i, kind in enumerate(config.layers_block_type) if kind == "hybrid"]
+    here = set(hybrid) & set(kept)
+    if len(here) != 1 or len(hybrid) == 1:
+        return None
+    return sorted(set(hybrid) - here), "of its hybrid layers none or two have to stay"
 
 
 def _last_full(config: Any, kept: list[int], n: int) -> Missing:
@@ -249,6 +276,12 @@ def _groups(config: Any) -> str | None:
     return "its layers share weights in groups, and another number of layers regroups them"
 
 
+def _rescaled(config: Any) -> str | None:
+    if not config.rescale_every:
+        return None
+    return "its first forward divides its weights; set rescale_every to 0 in its configuration"
+
+
 def _always(why: str) -> Callable[[Any], str]:
     return lambda config: why
 
@@ -262,6 +295,9 @@ EXCEPTIONS = {
     "diffllama": Exceptional(weights=_diffllama),
     "esmc": Exceptional(weights=_esmc),
     "flaubert": Exceptional(branches=("attentions", "ffns")),
+    "funnel": Exceptional(
+        refused=_always("its layers are in blocks, each of which shortens the text")
+    ),
     "gemma3n_text": Exceptional(required=_shared_keys),
     "gemma4_text": Exceptional(required=_gemma4),
     "gemma4_unified_text": Exceptional(required=_gemma4),
@@ -275,8 +311,12 @@ EXCEPTIONS = {
     "modernbert-decoder": Exceptional(required=_first("it alone has no norm before its attention")),
     "neomme": Exceptional(required=_attention("full_attention")),
     "olmo_hybrid": Exceptional(required=_attention("full_attention")),
-    "rwkv": Exceptional(required=_first("it alone has a norm before it")),
+    "reformer": Exceptional(
+        refused=_always("its layers are reversible, so a dropped one cannot be bypassed")
+    ),
+    "rwkv": Exceptional(refused=_rescaled, required=_first("it alone has a norm before it")),
     "xlm": Exceptional(branches=("attentions", "ffns")),
+    "zamba": Exceptional(required=_two_hybrids),
     "zamba2": Exceptional(weights=_zamba2),
     "zaya": Exceptional(required=_first("it alone has no scale of the router's states")),
 }

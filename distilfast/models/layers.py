@@ -50,7 +50,6 @@ INDICES = (
     "local_layer_ids",
     "mlp_only_layers",
     "moe_layers",
-    "ple_layer_ids",
 )
 FIRST = ("first_k_dense_replace", "num_dense_layers")  # the first k layers
 LAST = ("num_kv_shared_layers",)  # the last k layers

@@ -198,8 +198,8 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
             f"{what}: expected an encoder or a decoder, got {kind!r}, which has both: its logits "
             "follow from two texts"
         )
-    body = getattr(model, model.base_model_prefix or "", None)
-    if not isinstance(body, nn.Module) or body is model:
+    body = _body(model)
+    if body is None:
         raise ConfigError(f"{what}: expected a body below a head, got {type(model).__name__}")
     input_ids, mask = probe(model)
     # OPT's forward calls the decoder inside its body, and never the body.
@@ -232,13 +232,29 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
         _bias(model, body, names[head], input_ids, mask, own),
         options=tuple((k, v) for k, v in options.items() if k in takes),
     )
-    return _scaled(parts, own, last_hidden(called[body]), mask)
+    try:
+        return _scaled(parts, own, last_hidden(called[body]), mask)
+    except (RuntimeError, TypeError) as error:  # what a module says to what it is not made for
+        raise ConfigError(
+            f"{what}: expected a {kind} that calls {', '.join(chain)} one after the other on the "
+            f"way to its head, got {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _body(model: Any) -> nn.Module | None:
+    """The module below the head: the one that transformers names, or that holds the embeddings."""
+    named = getattr(model, model.base_model_prefix or "", None)
+    if isinstance(named, nn.Module) and named is not model:
+        return named
+    embeddings = model.get_input_embeddings()
+    return next((m for m in model.children() if embeddings in set(m.modules())), None)
 
 
 def probe(model: Any) -> tuple[Tensor, Tensor]:
     """13 tokens from all over the vocabulary, and padding: (2, 8) ids and their mask."""
     config, device = model.config.get_text_config(), next(model.parameters()).device
-    width = min(8, getattr(config, "max_position_embeddings", None) or 8)
+    positions = getattr(config, "max_position_embeddings", None) or 8
+    width = min(8, positions) if positions > 0 else 8  # XLNet has -1 for no limit
     input_ids = torch.linspace(0, config.vocab_size - 1, 2 * width, device=device).long()
     mask = torch.ones(2, width, dtype=torch.int64, device=device)
     mask[1, -3:] = 0

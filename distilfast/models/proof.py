@@ -40,7 +40,14 @@ def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
     """
     input_ids = text(teacher)
     with narrow(teacher), narrow(student):
-        wanted = bypassed(teacher, kept, input_ids)
+        try:
+            wanted = bypassed(teacher, kept, input_ids)
+        except Exception as error:  # what a class does in a form that it was not made for
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"student.layers: expected a {teacher.config.model_type} whose layers can be "
+                f"bypassed, to prove the student, got {type(error).__name__}: {said}"
+            ) from error
         found = logits(student, input_ids)
     off = difference(wanted, found)
     if not off <= TOLERANCE:
@@ -120,14 +127,14 @@ def _identity(output: Any, branch: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = torch.zeros_like(hidden) if branch else hidden
-        if not isinstance(output, tuple):
+        if not isinstance(output, tuple | list):
             return hidden
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
         rest = [
             next((x for x in others if isinstance(made, Tensor) and x.shape == made.shape), None)
             for made in output[1:]
         ]
-        return (hidden, *rest)
+        return type(output)((hidden, *rest))
 
     return forward
 
