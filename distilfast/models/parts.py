@@ -203,7 +203,13 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
         raise ConfigError(f"{what}: expected a body below a head, got {type(model).__name__}")
     input_ids, mask = probe(model)
     # OPT's forward calls the decoder inside its body, and never the body.
-    calls, own = _follow(model, {body, *body.children()}, input_ids, mask)
+    try:
+        calls, own = _follow(model, {body, *body.children()}, input_ids, mask)
+    except Exception as error:  # what a class says to a text that it is not made for
+        raise ConfigError(
+            f"{what}: expected a {kind} that takes {input_ids.shape[1]} tokens and their mask, got "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     called = dict(calls)
     body = next((m for m in (body, *body.children()) if m in called), body)
     names = {module: name for name, module in model.named_modules()}
@@ -236,8 +242,9 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
         return _scaled(parts, own, last_hidden(called[body]), mask)
     except (RuntimeError, TypeError) as error:  # what a module says to what it is not made for
         raise ConfigError(
-            f"{what}: expected a {kind} that calls {', '.join(chain)} one after the other on the "
-            f"way to its head, got {' '.join(str(error).split())[:200]}"
+            f"{what}: expected a {kind} whose head gets what its body returns, by way of modules "
+            f"called one after the other ({', '.join(chain) or 'none'}), got "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
 
 
@@ -343,8 +350,9 @@ def _scaled(parts: Parts, own: Tensor, hidden: Tensor, mask: Tensor) -> Parts:
     rows = mask.flatten().bool()
     features = parts.features(hidden.flatten(0, 1)[rows])
     wanted = own.flatten(0, 1)[rows].float()
-    if features.shape[-1] != parts.head.weight.shape[1]:
-        return found[0]  # `check_head` says so
+    reads = parts.head.weight.shape[1]
+    if features.shape[-1] != reads:
+        raise RuntimeError(f"{features.shape[-1]} numbers for each token where it reads {reads}")
     return min(found, key=lambda p: difference(wanted, p.logits(features).float()))
 
 

@@ -64,7 +64,8 @@ def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
 def text(model: Any) -> Tensor:
     """(2, LENGTH) tokens from all over the vocabulary."""
     config = model.config.get_text_config()
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, positions) if positions > 0 else LENGTH  # XLNet has -1 for no limit
     generator = torch.Generator().manual_seed(0)
     shape = 2, length
     ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator)
@@ -127,6 +128,8 @@ def _identity(output: Any, branch: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = torch.zeros_like(hidden) if branch else hidden
+        if isinstance(output, dict):  # SqueezeBERT
+            return {**output, next(iter(output)): hidden}
         if not isinstance(output, tuple | list):
             return hidden
         others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
