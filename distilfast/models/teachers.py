@@ -80,22 +80,61 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     revision = spec.revision if source == spec.name else None
     what = f"teacher: {spec.name!r}"
     with loading(what):
+        read_config(source, what, revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    model, has_head = load_masked_lm(source, what, revision=revision)
+    if not (getattr(tokenizer, "is_fast", False) and has_words(tokenizer)):
+        raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
+    # The embedding of this id gets no gradient: with another tokenizer's, a word would get none.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
+
+
+def read_config(source: str, what: str, revision: str | None) -> Any:
+    """Read the configuration of a masked LM. Runs no code of the model's own.
+
+    Args:
+        what: the model's key and name, which begin an error.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    import transformers
+
+    with loading(what):
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-        if type(config) not in transformers.AutoModelForMaskedLM._model_mapping:
-            raise ConfigError(
-                f"{what}: expected a model that transformers has as a masked LM, got one of type "
-                f"{config.model_type!r}"
-            )
-        if getattr(config, "is_decoder", False):  # a student would attend to all tokens
-            raise ConfigError(f"{what}: expected an encoder, got is_decoder true in config.json")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    model, drawn = load_weights(
-        "AutoModelForMaskedLM", source, what, fresh_head=True, revision=revision
-    )
-    if not (getattr(tokenizer, "is_fast", False) and has_words(tokenizer)):
-        raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
+    if type(config) not in transformers.AutoModelForMaskedLM._model_mapping:
+        raise ConfigError(
+            f"{what}: expected a model that transformers has as a masked LM, got one of type "
+            f"{config.model_type!r}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{what}: expected an encoder, got {config.model_type!r}, which has a decoder too"
+        )
+    if getattr(config, "is_decoder", False):  # a student would attend to all tokens
+        raise ConfigError(f"{what}: expected an encoder, got is_decoder true in config.json")
+    return config
+
+
+def load_masked_lm(source: str, what: str, **options: Any) -> tuple[Any, bool]:
+    """Load a masked LM in fp32. A head that its files do not have starts as the identity.
+
+    Args:
+        what: the model's key and name, which begin an error.
+        options: those of ``from_pretrained``.
+
+    Returns:
+        The model, and whether its files hold a head.
+
+    Raises:
+        ConfigError: the weights do not fit (see `load_weights`), or a part of the head is missing.
+    """
+    model, drawn = load_weights("AutoModelForMaskedLM", source, what, fresh_head=True, **options)
     if drawn and (found := _head(model) - drawn):
         raise ConfigError(
             f"{what}: expected a whole masked-LM head or none, got none for {some(drawn)} and "
@@ -103,9 +142,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
         )
     if drawn:
         start_transform(model)
-    # The embedding of this id gets no gradient: with another tokenizer's, a word would get none.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), not drawn), tokenizer
+    return model, not drawn
 
 
 def _head(model: Any) -> set[str]:

@@ -78,6 +78,8 @@ def load_weights(
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise ConfigError(f"{what}: expected finite weights, got NaN or inf in {some(broken)}")
+    if _untied(model):
+        model.config.tie_word_embeddings = False
     return model, drawn
 
 
@@ -103,6 +105,16 @@ def some(names: Iterable[str]) -> str:
     shown = ", ".join([first, *others[: SHOWN - 1]])
     more = len(others) - SHOWN + 1
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _untied(model: Any) -> bool:
+    """Return whether the head has weights of its own although the configuration ties it to the
+    embeddings. A model made from that configuration would lose them."""
+    head = model.get_output_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or not hasattr(head, "weight"):
+        return False
+    embeddings = model.get_input_embeddings()
+    return head.weight is not embeddings.weight and head.weight.shape == embeddings.weight.shape
 
 
 def _is_head(model: Any, name: str) -> bool:

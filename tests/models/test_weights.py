@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WORDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -111,6 +112,22 @@ def test_head_of_a_fine_tuned_model_has_to_be_there(classifier: Path) -> None:
         folder = change(classifier, without(lost))
         with pytest.raises(ConfigError, match=f"got none for .*{lost}"):
             LOADERS["task"](folder)
+
+
+def test_head_of_its_own_is_kept_where_the_configuration_ties_it(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """A model made from that configuration, as the export makes one, would have the embeddings
+    twice or the head twice."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "untied"))
+    decoder = {"cls.predictions.decoder.weight": torch.randn(len(WORDS) + 5, 32)}
+    model = LOADERS["teacher"](change(folder, lambda state: state | decoder))
+    assert torch.equal(model.get_output_embeddings().weight, *decoder.values())
+    again = type(model)(model.config)
+    again.load_state_dict(model.state_dict())
+    ids = torch.arange(5, 17)[None]
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    assert LOADERS["teacher"](str(teacher)).config.tie_word_embeddings
 
 
 def test_half_a_masked_lm_head_is_refused(teacher: Path, tmp_path: Path) -> None:
