@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from distilfast.config.learning import BatchConfig, LossConfig, OptimizerConfig
-from distilfast.errors import expect, fraction, not_negative, positive
+from distilfast.errors import expect, fraction, not_negative, positive, shown
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,30 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student's shape and where its weights come from.
+    """The student's shape and where its weights come from: some layers of the teacher, or a model
+    that exists already.
 
     Args:
+        model: hub name or folder of a masked LM with the teacher's tokenizer, such as the model/ of
+            a finished run. The student begins as this model, of any family, width and depth; of
+            another width than the teacher's with loss.hidden_cos_weight 0. The keys layers,
+            architecture, fold_token_type and copy_mlm_transform then keep their defaults. null: the
+            student is made of the teacher's layers.
+        revision: commit of the hub's repository, which pins the model.
         layers: the teacher's layers that the student keeps: alternate, which is
             round(linspace(0, L-1, ceil(L/2))); all; or a list such as [0, 2, 4, 7, 9, 11].
-        init: copy the weights from the (first) teacher, or draw them at random.
+        init: teacher copies the weights from the (first) teacher, or from model if it is given;
+            random draws them.
         architecture: same is the teacher's own; auto is distilbert for a BERT teacher, else same.
-        dropout: null keeps the dropout of the teacher's configuration. With 0, a step computes the
-            same on any split of its batch.
+        dropout: null keeps the dropout of the teacher's configuration, or of model's. With 0, a
+            step computes the same on any split of its batch.
         fold_token_type: add BERT's token-type embedding 0 to the position embeddings, as DistilBERT
             has no token types. The original code drops this embedding.
         copy_mlm_transform: copy the masked-LM transform's weights from the teacher.
     """
 
+    model: str | None = None
+    revision: str | None = None
     layers: Literal["alternate", "all"] | list[int] = "alternate"
     init: Literal["teacher", "random"] = "teacher"
     architecture: Literal["auto", "distilbert", "same"] = "auto"
@@ -80,6 +90,23 @@ class StudentConfig:
             expect(rising and self.layers[0] >= 0, "student.layers", "rising indices", self.layers)
         if self.dropout is not None:
             fraction("student.dropout", self.dropout)
+        expect(self.model != "", "student.model", "a name", self.model)
+        if self.model is None:
+            why = "null without student.model"
+            expect(self.revision is None, "student.revision", why, self.revision)
+            return
+        for key in ("layers", "architecture", "fold_token_type", "copy_mlm_transform"):
+            value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
+            why = f"{shown(default)} with student.model, which is not made of the teacher's layers"
+            expect(value == default, f"student.{key}", why, value)
+
+    @property
+    def origin(self) -> str | None:
+        """What a student with a ``model`` comes from, in words; None without one."""
+        if self.model is None:
+            return None
+        name = self.model + (f" ({self.revision})" if self.revision else "")
+        return f"drawn, in the shape of {name}" if self.init == "random" else f"from {name}"
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,7 @@ class Config:
     Args:
         teacher: hub name or folder; or, for an ensemble, a list of names or of
             {name, weight, revision}.
-        student: the student's shape and initial weights.
+        student: the student's shape and initial weights, or a model that it begins as.
         data: the text and its tokens.
         masking: the tokens that the model has to guess.
         loss: the loss that the student is trained with.

@@ -107,6 +107,7 @@ def check(config: Config, ranks: int, device: torch.device) -> None:
     output = Path(config.output)
     for folder in (output, *(output / name for name in ("checkpoints", "model", "tensorboard"))):
         writable("output", folder)
+    check_apart(config.student.model, output)
     check_output(replace(config, precision=chosen_precision(config, device)), output)
 
 
@@ -136,10 +137,18 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
     """Load the teachers, their tokenizer and the student, and check them."""
     teachers, tokenizer = models.load_teachers(config.teachers)
     check_teachers(config, teachers)
-    student = models.make_student(teachers[0].model, config.student, config.seed)
+    what = "student"
+    if config.student.model is None:
+        student = models.make_student(teachers[0].model, config.student, config.seed)
+    else:
+        what = f"student.model: {config.student.model!r}"
+        student, has_head = models.load_student(config.student, tokenizer, config.seed)
+        check_student(config, teachers, student)
+        if not has_head and os.environ.get("RANK", "0") == "0":
+            log.warning(f"{what} has no masked-LM head: it begins with a new one")
     for teacher in teachers:
         models.check_head(f"teacher {teacher.name!r}", teacher.model)
-    models.check_head("student", student)
+    models.check_head(what, student)
     return teachers, tokenizer, student
 
 
@@ -186,6 +195,38 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
     if config.loss.hidden_cos_weight and len(widths) > 1:
         raise ConfigError(
             f"loss.hidden_cos_weight: expected 0 with teachers of different widths, got {widths}"
+        )
+
+
+def check_student(config: Config, teachers: Sequence[models.Teacher], student: Any) -> None:
+    """Check that a student that exists already fits the losses and the data."""
+    name, positions = config.student.model, models.positions(student)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length: expected at most {positions}, the positions of {name!r}, got "
+            f"{config.data.max_length}"
+        )
+    width = student.config.hidden_size
+    if config.loss.hidden_cos_weight:
+        for teacher in teachers:
+            other = teacher.model.config.hidden_size
+            expect(
+                width == other,
+                "loss.hidden_cos_weight",
+                f"0 with a student of width {width} ({name!r}) and a teacher of width {other} "
+                f"({teacher.name!r})",
+                config.loss.hidden_cos_weight,
+            )
+
+
+def check_apart(model: str | None, output: Path) -> None:
+    """Check that a run does not write into the folder of the model that its student begins as."""
+    folder = Path(model or "").expanduser().resolve()
+    inside = output.resolve() in (folder, *folder.parents)
+    if model is not None and folder.is_dir() and inside:
+        raise ConfigError(
+            f"output: expected a folder apart from the student's, got {str(output)!r} with "
+            f"student.model {model!r}"
         )
 
 
@@ -287,11 +328,14 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def identities(config: Config, store: data.Store) -> dict[str, str]:
-    """What a run reads, each with a hash of its contents (see `models.teacher_identity`)."""
+    """What a run reads, each with a hash of its contents (see `models.identity`)."""
     teachers = {
         f"teacher {teacher.name!r}": models.teacher_identity(teacher) for teacher in config.teachers
     }
-    return {**teachers, "the tokens": store.identity}
+    student = {}
+    if (name := config.student.model) is not None:
+        student[f"student {name!r}"] = models.student_identity(config.student)
+    return {**teachers, **student, "the tokens": store.identity}
 
 
 def claim(config: Config, output: Path, inputs: dict[str, str]) -> int:

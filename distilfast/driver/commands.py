@@ -38,8 +38,10 @@ def check(arguments: Sequence[str]) -> int:
     for teacher in teachers:
         print(f"teacher:  {teacher.name}, {_millions(teacher.model)}")
     kind = type(student).__name__
-    layers = models.kept_layers(teachers[0].model, config.student)
-    print(f"student:  {kind}, {_millions(student)}, teacher's layers {layers}")
+    origin = config.student.origin
+    if origin is None:
+        origin = f"teacher's layers {models.kept_layers(teachers[0].model, config.student)}"
+    print(f"student:  {kind}, {_millions(student)}, {origin}")
     folder = config.token_folder
     if (folder / "store.json").is_file():
         store = data.prepare(config, tokenizer, folder)

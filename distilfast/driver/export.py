@@ -34,7 +34,7 @@ pipeline("fill-mask", model="path/to/this/folder")("Paris is the [MASK] of Franc
 ## How it was made
 
 - Teacher: {teacher}
-- Data: {data}
+{student}- Data: {data}
 - {recipe}
 - {tokens} in {steps} of {batch}, {minutes:.1f} minutes on {device}
 
@@ -50,7 +50,7 @@ agreement is the share of first guesses that are the teacher's:
 ```yaml
 {config}```
 
-The licences of the teacher and of the data apply to this model.
+The licences of {origins} apply to this model.
 """
 
 
@@ -81,6 +81,7 @@ def export(
 def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
     """Format the model card."""
     name = Path(config.output).name
+    given = config.student.model is not None
     undefined = summary["scores"]["student"]["eval_loss"] is None
     return CARD.format(
         name=name,
@@ -89,6 +90,9 @@ def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
         parameters=summary["parameters"] / 1e6,
         teacher=", ".join(t.name for t in config.teachers),
         version=__version__,
+        student=f"- Student: {config.student.origin}\n" if given else "",
+        origins=f"the teacher{', of the model that the student comes from' if given else ''} and of "
+        "the data",
         data=", ".join(s.name for s in config.sources) or config.data.prepared,
         recipe=f"Loss: {weighted_sum(vars(config.loss))}",
         tokens=counted(summary["tokens"], "token"),

@@ -35,11 +35,24 @@ class Scores:
 
 class Evaluator:
     """Scores models on this rank's held-out batches, which are made once. Keeps the teacher's
-    guesses, and the student's last losses on each example."""
+    guesses, and the student's last losses on each example.
 
-    def __init__(self, batches: Batches, world: World, micro_sequences: int, limit: int | None):
+    Args:
+        limit: most examples; None: all.
+        columns: how many columns of the logits all models have. The others are padding: no model
+            is asked for them. None: all columns.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        world: World,
+        micro_sequences: int,
+        limit: int | None,
+        columns: int | None = None,
+    ):
         share = (world.rank, world.ranks, micro_sequences, limit)
-        self.world = world
+        self.world, self.columns = world, columns
         self.parts = batches.heldout_parts(*share)
         self.batches: list[MicroBatch] = list(batches.heldout(*share))
         self.examples = len(batches.lengths["heldout"][:limit])
@@ -79,7 +92,7 @@ class Evaluator:
         found = [torch.zeros(4, 0, dtype=torch.float64, device=device)]
         for i, (batch, examples) in enumerate(zip(self.batches, self.parts, strict=True)):
             batch = batch.to(device)
-            logits = predict(batch).float()
+            logits = predict(batch)[:, : self.columns].float()
             labels, guess = batch.labels[batch.masked], logits.argmax(-1)
             if keep is not None:
                 keep.append(guess)

@@ -98,7 +98,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     are done: fewer than all if a signal stopped training. Then a checkpoint was written."""
     code = code_version() if world.rank == 0 else ""  # now, as a checkout may change meanwhile
     teacher = teacher_side(config, world, setup.teachers)
-    runner = Engine(Distillation(setup.student, config.loss, teacher), config, world)
+    module = Distillation(setup.student, config.loss, teacher)
+    runner = Engine(module, config, world)
     folder, keep = output / "checkpoints", config.checkpoint.keep
     if start:
         runner.restore(Saved(folder, start))
@@ -107,9 +108,8 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     if config.checkpoint.every:
         checkpoints.reserve(runner.piece_bytes(), world.device.type == "cuda")
 
-    evaluator = Evaluator(
-        setup.batches, world, config.batch.micro_sequences, config.evaluate.max_examples
-    )
+    share = config.batch.micro_sequences, config.evaluate.max_examples
+    evaluator = Evaluator(setup.batches, world, *share, module.columns)
     scores = {}
     if setup.teachers[0].has_head:
         # For an ensemble, agreement and scores are those of its first teacher, shown by name.

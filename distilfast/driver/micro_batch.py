@@ -135,6 +135,8 @@ class Distillation(nn.Module):
 
     forward(batch) -> the student's logits at the masked positions, (masked, V). Evaluation calls
     this, because it has to read the head in here, too.
+
+    columns: how many columns of the logits all models have.
     """
 
     def __init__(self, student: Any, config: LossConfig, teacher: TeacherSide):
@@ -143,6 +145,8 @@ class Distillation(nn.Module):
         self.parts = models.take_apart(student, "student")
         self.config = config
         self.teacher = teacher  # not a module, so its weights are not this module's
+        # Heads are padded to different numbers of rows, as Qwen's: columns beyond this are padding.
+        self.columns = min(len(head.weight) for head in (self.parts.head, *teacher.heads))
 
     def forward(
         self,
@@ -182,7 +186,6 @@ class Distillation(nn.Module):
         soft = self._soft(targets) if config.vocabulary else {}
         # All teachers have the same scale and softcap: see `checks.check_teachers`.
         teacher = self.teacher.parts[0]
-        widths = [h.weight.shape[0] for h in (head, *(self.teacher.heads if soft else ()))]
         return linear_distillation_loss(
             parts.features(hidden[rows]),
             head.weight,
@@ -202,7 +205,7 @@ class Distillation(nn.Module):
             kd_normalizer=normalizers.rows if config.vocabulary else None,
             ce_normalizer=normalizers.masked if config.ce_weight else None,
             statistics=bool(config.kd_weight),
-            vocab_size=min(widths),  # columns beyond this are padding in some head
+            vocab_size=self.columns,
             backend=config.backend,
             **soft,
         )

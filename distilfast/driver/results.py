@@ -43,6 +43,7 @@ def write(
     summary = {
         "teacher": [t.name for t in config.teachers],
         "teacher_parameters": _count(setup.teachers[0].model),
+        **({"student": config.student.origin} if config.student.model else {}),
         "parameters": sum(w.numel() for w in _distinct(setup.student, weights)),
         "student_layers": models.depth(setup.student),
         "steps": setup.steps,

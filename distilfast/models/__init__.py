@@ -1,4 +1,5 @@
-"""Teachers and students: take a model apart, load a teacher, make a student from its layers.
+"""Teachers and students: take a model apart, load a teacher, make a student from its layers or load
+one.
 
 Models are taken apart by following their own code (`parts.py`), and students are proven against
 their teacher (`proof.py`), so a family need not be known by name. What only one family does with
@@ -9,6 +10,8 @@ from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.heads import check_head
 from distilfast.models.layers import depth, valid_choice
 from distilfast.models.parts import Head, Parts, attend, spread, take_apart
+from distilfast.models.positions import positions
+from distilfast.models.pretrained import load_student, student_identity
 from distilfast.models.student import kept_layers, layers_of, make_student
 from distilfast.models.teachers import (
     Teacher,
@@ -32,12 +35,15 @@ __all__ = [
     "identity",
     "kept_layers",
     "layers_of",
+    "load_student",
     "load_teachers",
     "load_weights",
     "loading",
     "make_student",
+    "positions",
     "quiet",
     "spread",
+    "student_identity",
     "take_apart",
     "teacher_identity",
     "tokenize",

@@ -26,10 +26,21 @@ def has_words(tokenizer: Any) -> bool:
 
 def fingerprint(tokenizer: Any) -> str:
     """A hash of everything that decides a text's tokens. Equal hashes mean equal ids."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hashlib.sha256(json.dumps(_rules(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def differing(one: Any, other: Any) -> list[str]:
+    """What two tokenizers differ in: vocabulary, normalizer and so on."""
+    a, b = _rules(one), _rules(other)
+    names = {"model": "vocabulary"}
+    return [names.get(key, key) for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding", "post_processor"):  # ours, not the tokenizer's
         parts.pop(setting, None)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts
 
 
 def tokenize(tokenizer: Any, *columns: Sequence[str], key: str, **options: Any) -> Any:

@@ -52,9 +52,7 @@ def load_weights(
 
     with loading(what):
         given = {key: options[key] for key in ("revision",) if key in options}
-        config = transformers.AutoConfig.from_pretrained(source, **given)
-        if getattr(config, "quantization_config", None):
-            raise ConfigError(f"{what}: expected weights that are not quantised, got others")
+        refuse_quantised(transformers.AutoConfig.from_pretrained(source, **given), what)
         model, info = getattr(transformers, auto).from_pretrained(
             source,
             dtype=torch.float32,
@@ -81,6 +79,11 @@ def load_weights(
     if _untied(model):
         model.config.tie_word_embeddings = False
     return model, drawn
+
+
+def refuse_quantised(config: Any, what: str) -> None:
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{what}: expected weights that are not quantised, got others")
 
 
 def identity(source: str, revision: str | None = None) -> str:

@@ -132,6 +132,7 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
     tokens = f"{counted(summary['tokens'], 'token')} in {counted(summary['steps'], 'step')}"
     facts = {
         "teacher": ", ".join(summary["teacher"]),
+        "student": summary.get("student", ""),
         "loss": weighted_sum(loss),
         "trained on": tokens,
         "evaluated on": held_out(blocks) if blocks else "",
