@@ -50,7 +50,7 @@ agreement is the share of first guesses that are the teacher's:
 ```yaml
 {config}```
 
-The licences of {origins} apply to this model.
+The licences of the teacher{given} and of the data apply to this model.
 """
 
 
@@ -91,8 +91,7 @@ def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
         teacher=", ".join(t.name for t in config.teachers),
         version=__version__,
         student=f"- Student: {config.student.origin}\n" if given else "",
-        origins=f"the teacher{', of the model that the student comes from' if given else ''} and of "
-        "the data",
+        given=", of the model that the student comes from" if given else "",
         data=", ".join(s.name for s in config.sources) or config.data.prepared,
         recipe=f"Loss: {weighted_sum(vars(config.loss))}",
         tokens=counted(summary["tokens"], "token"),
