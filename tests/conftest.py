@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -231,6 +232,36 @@ def make_teacher(folder: Path, n_layers: int = 4, seed: int = 0, words: list[str
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("teacher") / "bert")
+
+
+def make_masked_lm(
+    folder: Path, kind: str, tokenizer: Path | None, seed: int = 1, **settings: Any
+) -> Path:
+    """A masked LM of any family, saved with the tokenizer in another folder, or with none.
+
+    Args:
+        kind: as in the name of transformers' configuration: DistilBert.
+        settings: the configuration's; the vocabulary is `make_teacher`'s if they do not say.
+    """
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        **{"vocab_size": len(WORDS) + 5, "initializer_range": 0.2} | settings
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForMaskedLM.from_config(config)
+    with torch.no_grad():  # a fresh model has all its biases at 0, where a mistake hides
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.2 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*.json") if tokenizer else ():
+        shutil.copy(file, folder)
+    return folder
+
+
+# A DistilBERT of half the width of `make_teacher`'s BERT, and of half its layers.
+NARROW = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 64}
 
 
 def make_task(folder: Path, n_train: int = 48, n_dev: int = 24) -> Path:

@@ -21,7 +21,7 @@ import distilfast_kernels
 import pytest
 import torch
 import yaml
-from conftest import ROOT, WORDS, make_teacher
+from conftest import NARROW, ROOT, WORDS, make_masked_lm, make_teacher
 from safetensors.torch import load_file, save_file
 
 from distilfast import cli, config, data, train
@@ -227,7 +227,7 @@ def test_null_is_refused_where_a_value_is_needed(key: str, base: Path, refuse: R
     assert refuse(*changed(base, {key: None})).startswith(f"{key}: expected")
 
 
-@pytest.mark.parametrize("key", ["teacher", "data.source", "output"])
+@pytest.mark.parametrize("key", ["teacher", "student.model", "data.source", "output"])
 def test_empty_name_is_refused(
     key: str, base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -660,7 +660,7 @@ def was_asked(hub: socket.socket) -> bool:
     return True
 
 
-@pytest.mark.parametrize("key", ["teacher", "data.source"])
+@pytest.mark.parametrize("key", ["teacher", "student.model", "data.source"])
 @pytest.mark.parametrize(
     "name",
     ["runs/nothing", "./x", "../x", "/abs/x", "~/no-such-folder", "x.txt", "a/b/c", "data/x.jsonl"],
@@ -713,7 +713,7 @@ def test_hub_name_without_network_is_refused(
         assert repr(name) in message
 
 
-@pytest.mark.parametrize("key", ["teacher", "data.source"])
+@pytest.mark.parametrize("key", ["teacher", "student.model", "data.source"])
 def test_unknown_asset_is_refused(key: str, base: Path, refuse: Refuse) -> None:
     message = refuse(*changed(base, {key: "asset:nothing"}))
     assert message.startswith(f"{key}: expected one of asset:")
@@ -923,6 +923,163 @@ def test_logits_of_a_probability_ensemble_are_refused(
         assert "expected 0 with ensemble probability" in message
 
 
+# --- Students that exist already ------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 24, "max_position_embeddings": 64}
+
+
+@pytest.fixture
+def student(teacher: Path, tmp_path: Path) -> Path:
+    return make_masked_lm(tmp_path / "student", "Bert", teacher, **SMALL)
+
+
+def other_kind(folder: Path, kind: str, **settings: Any) -> None:
+    """Put a model of another family in its place, with the same tokenizer."""
+    (folder / "model.safetensors").unlink()
+    make_masked_lm(folder, kind, None, **SMALL | settings)
+
+
+def encoder_decoder(folder: Path) -> None:
+    import transformers
+
+    transformers.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1).save_pretrained(folder)
+
+
+def half_a_head(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = {k: x for k, x in load_file(file).items() if "transform.dense" not in k}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def other_words(folder: Path) -> None:
+    swapped = make_teacher(folder.with_name("swapped"), words=WORDS[::-1])
+    shutil.copy(swapped / "tokenizer.json", folder)
+
+
+def no_tokenizer(folder: Path, rows: int) -> None:
+    (folder / "tokenizer.json").unlink()
+    other_kind(folder, "Bert", vocab_size=rows)
+
+
+# name, damage, what the line says
+UNFIT: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("no config.json", lambda f: (f / "config.json").unlink(), "config.json"),
+    ("own code", lambda f: with_config(f, model_type="x", auto_map={"AutoConfig": "x.X"}), "code"),
+    ("gpt2", lambda f: with_config(f, model_type="gpt2"), "as a masked LM, got one of type 'gpt2'"),
+    ("two stacks", encoder_decoder, "expected an encoder, got 'bart', which has a decoder too"),
+    ("decoder", lambda f: with_config(f, is_decoder=True), "expected an encoder"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    ("missing layers", lambda f: with_config(f, num_hidden_layers=2), "got none for bert.encoder"),
+    ("half a head", half_a_head, "expected a whole masked-LM head or none"),
+    ("NaN", lambda f: with_weights(f, "LayerNorm.weight", math.nan), "expected finite weights"),
+    ("zeros", lambda f: with_weights(f, "", 0), "got zeros alone"),
+    ("quantised", lambda f: with_config(f, quantization_config={"quant_method": "gptq"}), "quant"),
+    (
+        "head that is no product",
+        lambda f: other_kind(f, "MobileBert", embedding_size=24, intra_bottleneck_size=16),
+        "expected a head that is one product with the vocabulary",
+    ),
+    ("other words", other_words, "they differ in vocabulary"),
+    ("broken tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded"),
+    ("few rows", lambda f: no_tokenizer(f, len(WORDS)), f"embeddings of at least {len(WORDS) + 5}"),
+    ("padding", lambda f: other_kind(f, "Roberta"), "expected pad_token_id 0"),
+    ("adapter", lambda f: (f / "adapter_config.json").touch(), "adapter_config.json"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), [row[1:] for row in UNFIT], ids=[row[0] for row in UNFIT]
+)
+def test_unfit_student_is_refused(
+    damage: Callable[[Path], Any], expected: str, student: Path, base: Path, refuse: Refuse
+) -> None:
+    damage(student)
+    message = refuse(*changed(base, {"student.model": str(student)}))
+    assert message.startswith("student.model: ")
+    assert str(student) in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+def test_quantised_student_is_refused(init: str, student: Path, base: Path, refuse: Refuse) -> None:
+    """Also where its files give the shape alone: what is trained would be saved as quantised."""
+    with_config(student, quantization_config={"quant_method": "gptq"})
+    message = refuse(*changed(base, {"student.model": str(student), "student.init": init}))
+    assert message.endswith("expected weights that are not quantised, got others")
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "most"), [("Bert", 20, 20), ("Roberta", 24, 23)], ids=["bert", "roberta"]
+)
+def test_student_with_too_few_positions_is_refused(
+    kind: str, positions: int, most: int, student: Path, base: Path, refuse: Refuse
+) -> None:
+    other_kind(student, kind, max_position_embeddings=positions, pad_token_id=0)
+    message = refuse(*changed(base, {"student.model": str(student)}))
+    wanted = f"data.max_length: expected at most {most}, the positions of {str(student)!r}, got 24"
+    assert message == wanted
+
+
+def test_student_of_another_width_is_refused_for_the_hidden_loss(
+    teacher: Path, base: Path, refuse: Refuse, tmp_path: Path
+) -> None:
+    narrow = make_masked_lm(tmp_path / "narrow", "DistilBert", teacher, **NARROW)
+    message = refuse(*changed(base, {"student.model": str(narrow)}))
+    assert message == (
+        f"loss.hidden_cos_weight: expected 0 with a student of width 16 ({str(narrow)!r}) and a "
+        f"teacher of width 32 ({str(teacher)!r}), got 1.0"
+    )
+
+
+CUTS = {
+    "layers": [0, 1],
+    "architecture": "same",
+    "fold_token_type": False,
+    "copy_mlm_transform": False,
+}
+
+
+@pytest.mark.parametrize("key", CUTS)
+def test_cut_of_a_student_that_exists_is_refused(
+    key: str, student: Path, base: Path, refuse: Refuse
+) -> None:
+    changes = {"student.model": str(student), f"student.{key}": CUTS[key]}
+    message = refuse(*changed(base, changes))
+    assert message.startswith(f"student.{key}: expected ")
+    assert "with student.model, which is not made of the teacher's layers, got" in message
+
+
+def test_revision_without_a_model_is_refused(base: Path, refuse: Refuse) -> None:
+    message = refuse(*changed(base, {"student.revision": "main"}))
+    assert message == "student.revision: expected null without student.model, got 'main'"
+
+
+def test_run_in_place_of_its_model_is_refused_for_a_student(
+    base: Path, refuse: Refuse, tmp_path: Path, teacher: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "old" / "model")
+    message = refuse(*changed(base, {"student.model": str(tmp_path / "old")}))
+    assert message.startswith("student.model: expected a folder with config.json")
+    assert message.endswith(f"did you mean '{tmp_path}/old/model'?")
+
+
+def test_output_is_apart_from_the_student(
+    student: Path, base: Path, refuse: Refuse, tmp_path: Path
+) -> None:
+    """A run's model/ would replace it."""
+    (tmp_path / "run" / "model").parent.mkdir()
+    model = student.rename(tmp_path / "run" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for output in (model, model.parent, tmp_path / "link"):
+        changes = {"student.model": str(model), "output": str(output)}
+        message = refuse(*changed(base, changes))
+        assert message == (
+            f"output: expected a folder apart from the student's, got {str(output)!r} with "
+            f"student.model {str(model)!r}"
+        )
+
+
 # --- Folders that a run writes to -----------------------------------------------------------------
 
 
@@ -1091,6 +1248,8 @@ FOUND_BY_CHECK = [
     {"data.max_length": 65},
     {"teacher": "runs/nothing.d"},
     {"teacher": "no-such-user/no-such-model"},
+    {"student.model": "runs/nothing.d"},
+    {"student.model": "no-such-user/no-such-model"},
     {"data.source": None},
     {"data.source": "nothing.txt"},
     {"data.source": "~nobody/nothing"},

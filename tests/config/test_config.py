@@ -116,6 +116,9 @@ def test_config_checks_itself_without_a_parser() -> None:
         lambda: Config(steps=1, epochs=1),
         lambda: Config(steps=1, seed=-1),
         lambda: Config(steps=1, precision="bf16", zero=ZeroConfig(stage=0)),
+        lambda: StudentConfig(model=""),
+        lambda: StudentConfig(revision="main"),
+        lambda: StudentConfig(model="a", layers="all"),
         lambda: BatchConfig(sequences=17, tokens=4096),
         lambda: BatchConfig(warmup_from=4097, warmup_steps=1),
         lambda: BatchConfig(sequences=17).check(18, 512),
@@ -187,6 +190,15 @@ def test_teachers_and_sources_become_lists(tmp_path: Path) -> None:
     assert read(tmp_path, "steps: 1").sources == []
 
 
+def test_student_that_exists_needs_its_name_alone(tmp_path: Path) -> None:
+    made = read(tmp_path, "steps: 1\nstudent: {model: a}\n").student
+    assert made == StudentConfig(model="a")
+    assert made.origin == "from a"
+    assert StudentConfig(model="a", revision="b").origin == "from a (b)"
+    assert StudentConfig(model="a", init="random").origin == "drawn, in the shape of a"
+    assert StudentConfig().origin is None
+
+
 # --- Through YAML and back ------------------------------------------------------------------------
 
 # Names of files and of repositories, commits among them: 1e3 is a number to some readers of YAML.
@@ -206,6 +218,9 @@ CONFIGS = st.builds(
         | st.sets(st.integers(0, 99), min_size=1).map(sorted),
         dropout=st.none() | st.floats(0, 1, exclude_max=True),
         fold_token_type=st.booleans(),
+    )
+    | st.builds(
+        StudentConfig, NAMES, st.none() | NAMES, init=st.sampled_from(["teacher", "random"])
     ),
     data=st.builds(
         DataConfig,
