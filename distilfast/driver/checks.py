@@ -175,8 +175,8 @@ def count_steps(config: Config, epoch_size: int) -> int:
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
     """Check that the teachers fit the losses and the data."""
     for teacher in teachers:
-        positions = teacher.model.config.max_position_embeddings
-        if config.data.max_length > positions:
+        positions = models.most_positions(teacher.model)
+        if positions is not None and config.data.max_length > positions:
             raise ConfigError(
                 f"data.max_length: expected at most {positions}, the positions of "
                 f"{teacher.name!r}, got {config.data.max_length}"
@@ -200,7 +200,7 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 def check_student(config: Config, teachers: Sequence[models.Teacher], student: Any) -> None:
     """Check that a student that exists already fits the losses and the data."""
-    name, positions = config.student.model, models.positions(student)
+    name, positions = config.student.model, models.most_positions(student)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
             f"data.max_length: expected at most {positions}, the positions of {name!r}, got "

@@ -28,7 +28,7 @@ A {architecture} of {layers} layers and {parameters:.1f} M parameters, distilled
 
 ```python
 from transformers import pipeline
-pipeline("fill-mask", model="path/to/this/folder")("Paris is the [MASK] of France.")
+pipeline("fill-mask", model="path/to/this/folder")("Paris is the {mask} of France.")
 ```
 
 ## How it was made
@@ -75,16 +75,19 @@ def export(
     with atomic.folder(folder) as scratch:
         exported.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(card(model, config, summary), encoding="utf-8")
+        (scratch / "README.md").write_text(
+            card(model, tokenizer.mask_token, config, summary), encoding="utf-8"
+        )
 
 
-def card(model: Any, config: Config, summary: dict[str, Any]) -> str:
-    """Format the model card."""
+def card(model: Any, mask: str, config: Config, summary: dict[str, Any]) -> str:
+    """Format the model card. ``mask`` is the tokenizer's mask token."""
     name = Path(config.output).name
     given = config.student.model is not None
     undefined = summary["scores"]["student"]["eval_loss"] is None
     return CARD.format(
         name=name,
+        mask=mask,
         architecture=type(model).__name__,
         layers=summary["student_layers"],
         parameters=summary["parameters"] / 1e6,

@@ -16,6 +16,7 @@ from distilfast.report import Guess, Sample
 
 BLOCKS = 100  # so many give a standard error to 7 %
 LOSS, TOKENS = 0, 3  # the rows of an example's sums
+MASK = "[MASK]"  # in the texts of `fill`, for the mask token of any tokenizer
 Predict = Callable[[MicroBatch], Tensor]  # the logits at the masked positions, (masked, V)
 
 
@@ -118,21 +119,26 @@ class Evaluator:
 def fill(
     model: Any, tokenizer: Any, texts: Sequence[str], k: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """The k likeliest tokens, with probabilities, at the first [MASK] of each text."""
+    """The k likeliest tokens, with probabilities, at the first MASK of each text.
+
+    A token stands as transformers' fill-mask pipeline prints it. A byte-level one that begins a
+    word has its space.
+    """
     guesses = []
     for text in texts:
+        text = text.replace(MASK, tokenizer.mask_token)
         batch = tokenizer(text, return_tensors="pt", split_special_tokens=False)
         with torch.no_grad():
             logits = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}).logits[0]
         position = int((batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0])
         top = logits[position].float().softmax(-1).topk(k)
-        words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
+        words = [tokenizer.decode([token]) for token in top.indices.tolist()]
         guesses.append(list(zip(words, top.values.tolist(), strict=True)))
     return guesses
 
 
 def samples(models: dict[str, Any], tokenizer: Any, texts: Sequence[str]) -> list[Sample]:
-    """What each of the models, in eval mode from here on, puts at the [MASK] of each text."""
+    """What each of the models, in eval mode from here on, puts at the MASK of each text."""
     found = {name: fill(model.eval(), tokenizer, texts) for name, model in models.items()}
     return [
         Sample(text, {name: [Guess(*guess) for guess in g[i]] for name, g in found.items()})

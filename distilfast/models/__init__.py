@@ -10,7 +10,7 @@ from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.heads import check_head
 from distilfast.models.layers import depth, valid_choice
 from distilfast.models.parts import Head, Parts, attend, spread, take_apart
-from distilfast.models.positions import positions
+from distilfast.models.positions import most_positions, set_padding
 from distilfast.models.pretrained import load_student, student_identity
 from distilfast.models.student import kept_layers, layers_of, make_student
 from distilfast.models.teachers import (
@@ -40,8 +40,9 @@ __all__ = [
     "load_weights",
     "loading",
     "make_student",
-    "positions",
+    "most_positions",
     "quiet",
+    "set_padding",
     "spread",
     "student_identity",
     "take_apart",

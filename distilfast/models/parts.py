@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from distilfast.errors import ConfigError
+from distilfast.models.positions import most_positions
 
 # Names in a model's configuration. Some classes multiply by such a scale, others divide: the one
 # that gives the model's logits is taken.
@@ -260,8 +261,7 @@ def _body(model: Any) -> nn.Module | None:
 def probe(model: Any) -> tuple[Tensor, Tensor]:
     """13 tokens from all over the vocabulary, and padding: (2, 8) ids and their mask."""
     config, device = model.config.get_text_config(), next(model.parameters()).device
-    positions = getattr(config, "max_position_embeddings", None) or 8
-    width = min(8, positions) if positions > 0 else 8  # XLNet has -1 for no limit
+    width = min(8, most_positions(model) or 8)
     input_ids = torch.linspace(0, config.vocab_size - 1, 2 * width, device=device).long()
     mask = torch.ones(2, width, dtype=torch.int64, device=device)
     mask[1, -3:] = 0

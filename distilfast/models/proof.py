@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distilfast.errors import ConfigError
 from distilfast.models.layers import exceptional, stacks
 from distilfast.models.parts import difference, evaluating
+from distilfast.models.positions import most_positions
 
 LENGTH, WINDOW = 24, 4  # tokens of the text, and of a window
 # As a share of the largest logit. Layers that were dropped right differ by nothing, or by 1e-6
@@ -64,8 +65,7 @@ def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
 def text(model: Any) -> Tensor:
     """(2, LENGTH) tokens from all over the vocabulary."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, positions) if positions > 0 else LENGTH  # XLNet has -1 for no limit
+    length = min(LENGTH, most_positions(model) or LENGTH)
     generator = torch.Generator().manual_seed(0)
     shape = 2, length
     ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator)

@@ -13,6 +13,7 @@ from torch import nn
 from distilfast.config import TeacherSpec
 from distilfast.errors import ConfigError
 from distilfast.models.parts import Parts, take_apart
+from distilfast.models.positions import set_padding
 from distilfast.models.tokenizers import fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import identity, load_weights, loading, some
 from distilfast.sources import lookup
@@ -88,7 +89,7 @@ def _load(spec: TeacherSpec) -> tuple[Teacher, Any]:
     if not (getattr(tokenizer, "is_fast", False) and has_words(tokenizer)):
         raise ConfigError(f"teacher: {spec.name!r} has no (fast) tokenizer")
     # The embedding of this id gets no gradient: with another tokenizer's, a word would get none.
-    model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer.pad_token_id)
     return Teacher(spec.name, spec.weight, model.eval().requires_grad_(False), has_head), tokenizer
 
 

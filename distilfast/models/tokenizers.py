@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from distilfast.errors import ConfigError
+
+NO_WORD = "\ufdd0"  # a code point that Unicode keeps free of characters
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -54,22 +58,57 @@ def tokenize(tokenizer: Any, *columns: Sequence[str], key: str, **options: Any) 
         options: the tokenizer's own.
 
     Raises:
-        ConfigError: the vocabulary has a special token among its words, and a text has this word.
+        ConfigError: the merges of the vocabulary make a special token of a word in a text.
     """
-    made = tokenizer(*columns, split_special_tokens=True, verbose=False, **options)
+    options = {"split_special_tokens": True, "verbose": False, **options}
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     added = 0
     if options.get("add_special_tokens", True):
         added = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
-    for row, ids in enumerate(made["input_ids"]):
-        if sum(map(special.__contains__, ids)) > added:
-            own = zip(ids, made[row].special_tokens_mask, strict=True)
-            word = tokenizer.convert_ids_to_tokens(
-                next(i for i, s in own if i in special and not s)
-            )
-            text = made.get("overflow_to_sample_mapping", range(row + 1))[row]
-            raise ConfigError(
-                f"{key}: expected texts without {word!r}, as this tokenizer cannot but take it for "
-                f"its special token, got {' | '.join(column[text] for column in columns)[:80]!r}"
-            )
+
+    def first_special(made: Any) -> int | None:
+        """The first row that has more special tokens than were added."""
+        rows = enumerate(made["input_ids"])
+        return next((row for row, ids in rows if sum(map(special.__contains__, ids)) > added), None)
+
+    made = tokenizer(*columns, **options)
+    if first_special(made) is not None:
+        made = _without_special_words(tokenizer)(*columns, **options)
+    if (row := first_special(made)) is None:
+        return made
+    own = zip(made["input_ids"][row], made[row].special_tokens_mask, strict=True)
+    word = tokenizer.convert_ids_to_tokens(next(i for i, s in own if i in special and not s))
+    text = made.get("overflow_to_sample_mapping", range(row + 1))[row]
+    raise ConfigError(
+        f"{key}: expected texts without {word!r}, as this tokenizer cannot but take it for its "
+        f"special token, got {' | '.join(column[text] for column in columns)[:80]!r}"
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _without_special_words(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that makes no special token of a text's words.
+
+    The vocabularies of XLM-R, ALBERT and DeBERTa-v2 have <s> and [MASK] among their pieces, with
+    the highest score. `split_special_tokens` does not keep them out of a text; SentencePiece, with
+    which these models were trained, does. Here these pieces get names that no text has. Merges
+    (BPE) name their tokens, so such a vocabulary is left as it is.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {
+        token["content"]: NO_WORD + token["content"]
+        for token in parts["added_tokens"]
+        if token["special"] and token["content"] != tokenizer.unk_token
+    }
+    model = parts["model"]
+    if model["type"] == "BPE":
+        return tokenizer
+    for token in parts["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(word, word): i for word, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [(names.get(word, word), score) for word, score in model["vocab"]]
+    made = copy.copy(tokenizer)
+    made._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(parts))
     return made

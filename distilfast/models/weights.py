@@ -51,7 +51,9 @@ def load_weights(
     import transformers
 
     with loading(what):
-        given = {key: options[key] for key in ("revision",) if key in options}
+        # Otherwise transformers would ask at the terminal whether to run code of the repository.
+        options = {"trust_remote_code": False, **options}
+        given = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
         refuse_quantised(transformers.AutoConfig.from_pretrained(source, **given), what)
         model, info = getattr(transformers, auto).from_pretrained(
             source,
@@ -96,6 +98,7 @@ def identity(source: str, revision: str | None = None) -> str:
         return f"{source}@{config._commit_hash}"
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
+    patterns += ("merges.txt", "*.model")  # byte-level and SentencePiece tokenizers
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
@@ -158,6 +161,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):  # its own advice is to execute the file
         return "a file of weights is damaged, or holds more than tensors"
     said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it needs remote code, which distilfast does not run"
     bare = isinstance(error, LookupError | EOFError) or not said
     return f"{type(error).__name__} {said}".strip() if bare else said
 

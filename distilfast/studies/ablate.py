@@ -44,7 +44,7 @@ from distilfast.studies.inputs import Inputs, chosen_tasks, read_inputs
 from distilfast.studies.jobs import Job, Result, Tell, Workers
 from distilfast.studies.task_job import fine_tune
 from distilfast.tasks import Task
-from distilfast.tasks.fine_tuning import FineTuning
+from distilfast.tasks.fine_tuning import FineTuning, longest
 
 # The changes of the macro score in Sanh et al. 2019, table 4.
 PUBLISHED = {
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         _, own, student = checks.load_models(config)
         same = fingerprint(own) == fingerprint(tokenizer)
         expect(same, "--row", "the tokenizer of the configuration's teacher", name)
-        most = student.config.max_position_embeddings
+        most = longest(student)
         expect(length <= most, "--max_length", f"at most {most} ({name!r})", length)
     what = {
         "command": "ablate",

@@ -96,7 +96,7 @@ def open_model(key: str, name: str, chosen: Sequence[Task], settings: FineTuning
 
     source = lookup.model_source(key, name)
     with loading(f"{key}: the tokenizer of {name!r}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     fast = getattr(tokenizer, "is_fast", False) and has_words(tokenizer)
     if not fast or tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: expected a fast tokenizer with a padding token in {name!r}")

@@ -116,7 +116,9 @@ def _load(name: str, given: str) -> Candidate:
     files = list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
     disk_mib = sum(file.stat().st_size for file in files) / MIB
     parameters, embeddings = count(model)
-    return Candidate(name, str(path), config, parameters, embeddings, disk_mib, positions(model))
+    return Candidate(
+        name, str(path), config, parameters, embeddings, disk_mib, models.most_positions(model)
+    )
 
 
 def _body(source: str, what: str) -> Any:
@@ -131,22 +133,15 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(embeddings.values())
 
 
-def positions(model: Any) -> int | None:
-    """Return the most tokens in a sequence. RoBERTa's positions begin after the padding's."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped
-    return getattr(model.config, "max_position_embeddings", None)
-
-
 def tokenize(candidate: Candidate, texts: Sequence[tuple[str, ...]]) -> list[list[int]]:
     """Return the token ids of each text, or pair of texts, uncut and without padding."""
     import transformers
 
     missing = ConfigError(f"MODEL: {candidate.name!r} has no tokenizer, which --data needs")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(candidate.source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            candidate.source, trust_remote_code=False
+        )
     except Exception as error:  # what reads the files may raise anything
         raise missing from error
     if not models.has_words(tokenizer):

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from distilfast.errors import ConfigError, expect, not_negative, positive
 from distilfast.losses import distillation_loss
-from distilfast.models import choose_attention, load_weights, loading, use_fp32_sums
+from distilfast.models import (
+    choose_attention,
+    load_weights,
+    loading,
+    most_positions,
+    set_padding,
+    use_fp32_sums,
+)
 from distilfast.sources.lookup import model_source
 from distilfast.tasks.catalogue import Task
 from distilfast.tasks.files import IGNORE_INDEX
@@ -95,7 +102,7 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
     source, what = model_source(key, name), f"{key}: {name!r}"
     with loading(what), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if has_head(config) and not fits(config, task):
             raise ConfigError(
                 f"{key}: {name!r} is a {config.architectures[0]} of {config.num_labels} "
@@ -110,22 +117,15 @@ def load(name: str, task: Task, seed: int, max_length: int, key: str = "--model"
         model, _ = load_weights(
             auto, source, what, fresh_head=not has_head(config), num_labels=task.outputs
         )
-    most = _positions(model) // PAD_TO * PAD_TO  # a batch is padded to a multiple of PAD_TO
+    most = longest(model)
     expect(max_length <= most, "--max_length", f"at most {most} ({name!r})", max_length)
     return model
 
 
-def _positions(model: Any) -> int:
-    """Return how many tokens have positions."""
-    most = int(getattr(model.config, "max_position_embeddings", -1))
-    return (most if most > 0 else sys.maxsize) - _positions_taken(model)  # XLNet has -1
-
-
-def _positions_taken(model: Any) -> int:
-    """Return the first token's position. RoBERTa's begin after the padding token's number."""
-    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
-    taken = (getattr(table, "padding_idx", None) for table in tables)
-    return next((index + 1 for index in taken if index is not None), 0)
+def longest(model: Any) -> int:
+    """Return how long a text may be. A batch is padded to a multiple of PAD_TO."""
+    most = most_positions(model)
+    return sys.maxsize if most is None else most // PAD_TO * PAD_TO
 
 
 # As a share of the largest logit. Sums over another number of tokens differ by 4e-7 (measured in
@@ -149,7 +149,7 @@ def check_padding(what: str, model: Any, tokenizer: Any) -> None:
     """
     pad_token, logits = tokenizer.pad_token_id, []
     with loading(what):
-        _set_padding(model, pad_token)
+        set_padding(model, pad_token)
         ids = torch.tensor(tokenizer("a text", truncation=True, max_length=PAD_TO - 2)["input_ids"])
         n, takes = len(ids), _takes(model)
         for width in (n, PAD_TO):
@@ -165,17 +165,6 @@ def check_padding(what: str, model: Any, tokenizer: Any) -> None:
             f"{what}: expected logits that do not depend on padding, got a difference of "
             f"{difference:.1e} of the largest logit in a {type(model).__name__}"
         )
-
-
-def _set_padding(model: Any, pad_token: int) -> None:
-    """Tell a model which token is padding. A decoder reads a text's class before it.
-
-    Where positions begin after the padding token's number it is left as it is: the model would have
-    other positions once it is saved and loaded.
-    """
-    if not _positions_taken(model):
-        for config in (model.config, model.config.get_text_config()):
-            config.pad_token_id = pad_token
 
 
 def same_order(config: Any, task: Task) -> bool:
@@ -232,7 +221,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
     choose_attention(model, device, int(train.lengths.max()))
-    _set_padding(model, pad_token)
+    set_padding(model, pad_token)
     takes = _takes(model)
     if device.type == "cpu" and settings.precision == "bf16":
         use_fp32_sums(model)
@@ -266,7 +255,7 @@ def fine_tune(
 def predict(model: Any, examples: Encoded, settings: FineTuning, *, pad_token: int) -> Tensor:
     """Return fp32 logits on the CPU, in the examples' order: (n, outputs), or (tokens, 2)."""
     device = next(model.parameters()).device
-    _set_padding(model, pad_token)
+    set_padding(model, pad_token)
     takes = _takes(model)
     model.eval()
     logits = examples.empty_logits(model.config.num_labels)

@@ -149,7 +149,9 @@ def test_folder_without_a_tokenizer_gets_the_teachers(
     load(make_masked_lm(tmp_path / "enough", "DistilBert", None, **NARROW), tokenizer)
     few = NARROW | {"vocab_size": len(WORDS) + 4}
     folder = make_masked_lm(tmp_path / "few", "DistilBert", None, **few)
-    with pytest.raises(ConfigError, match=rf"embeddings of at least {len(WORDS) + 5} rows, .*got 74"):
+    with pytest.raises(
+        ConfigError, match=rf"embeddings of at least {len(WORDS) + 5} rows, .*got 74"
+    ):
         load(folder, tokenizer)
 
 

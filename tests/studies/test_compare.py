@@ -17,6 +17,7 @@ from conftest import make_teacher
 
 from distilfast import cli
 from distilfast.config import ConfigError
+from distilfast.models import most_positions
 from distilfast.studies import compare, sizes, speed
 from distilfast.studies.sizes import Candidate, count, skeleton
 from distilfast.studies.speed import Mode, Plan
@@ -68,8 +69,8 @@ SMALL = dict(vocab_size=90, hidden_size=8, num_hidden_layers=1, num_attention_he
 
 def test_positions_are_those_that_tokens_can_take() -> None:
     roberta = transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1, **SMALL)
-    assert sizes.positions(skeleton(roberta)) == 32
-    assert sizes.positions(skeleton(bert())) == 32
+    assert most_positions(skeleton(roberta)) == 32
+    assert most_positions(skeleton(bert())) == 32
 
 
 def by_formula(config: Any, layers: int, width: int) -> tuple[int, int]:

@@ -602,19 +602,32 @@ def test_tokens_are_the_same_in_one_piece_or_several(
 
 
 def test_words_of_special_tokens_are_text(tokenizer: Any) -> None:
-    """Where a vocabulary has them among its words, the text is refused."""
+    """Also where a vocabulary has them among its pieces, with the highest score."""
     pairs = [("the [MASK]", "a [SEP] [PAD]"), ("[CLS]", "[UNK]")]
     made = encode(Examples(pairs, [0.0, 0.0]), tokenizer, 64)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     assert sum(token in special for token in made.input_ids.tolist()) == 3 * len(pairs)
-    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"the"]
-    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([(w, -1.0) for w in words], 0))
-    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-    other = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, **names)
-    assert len(encode(Examples([("the", "he")], [0.0]), other, 64).input_ids) == 5
-    said = r"^--data: expected texts without '\[MASK\]', .*, got 'he \| the\[MASK\]'$"
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"the[MASK]"]
+    unigram = tokenizers.models.Unigram([(w, -1.0) for w in words], 0)
+    made = encode(Examples([("the", "he[MASK]")], [0.0]), made_from(unigram), 64)
+    assert made.input_ids.tolist() == [*(5, 6, 7), *(6, 7, 8, 9, 10, 11, 12, 13)]
+
+
+def test_word_that_merges_to_a_special_token_is_refused() -> None:
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"the", "he"]
+    merging = tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [("h", "e")])
+    other = made_from(merging, mask_token="he")
+    assert len(encode(Examples([("th", "eh")], [0.0]), other, 64).input_ids) == 4
+    said = r"^--data: expected texts without 'he', .*, got 't \| the'$"
     with pytest.raises(ConfigError, match=said):
-        encode(Examples([("the", "he"), ("he", "the[MASK]")], [0.0, 0.0]), other, 64)
+        encode(Examples([("th", "eh"), ("t", "the")], [0.0, 0.0]), other, 64)
+
+
+def made_from(model: Any, **names: str) -> Any:
+    """A tokenizer of a model, whose special tokens are BERT's unless given."""
+    own = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
+    made = tokenizers.Tokenizer(model)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **(own | names))
 
 
 def test_longer_text_of_a_pair_is_cut(tokenizer: Any) -> None:
