@@ -64,7 +64,7 @@ def test_student_is_the_model_of_its_files(
     assert has_head
     assert student.training
     assert {(p.dtype, p.requires_grad) for p in student.parameters()} == {(torch.float32, True)}
-    assert models.layer_count(student) == LAYERS.get(kind, 3)
+    assert models.depth(student) == LAYERS.get(kind, 3)
     plain = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     rows = MASK.flatten().nonzero()[:, 0]
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_positions_are_those_of_tokens(teacher: Path, tokenizer: Any, tmp_path: 
     for kind, most in wanted.items():
         folder = make_masked_lm(tmp_path / kind, kind, teacher, **FAMILIES[kind])
         model = load(folder, tokenizer)[0].eval()
-        assert models.positions(model) == most
+        assert models.most_positions(model) == most
         model(torch.full((1, most), 7))
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, most + 1), 7))
