@@ -11,12 +11,14 @@ import math
 import sys
 import warnings
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_teacher
+from families import make_family
 from launches import torchrun
 from torch import Tensor
 
@@ -36,6 +38,8 @@ LAYOUTS = [
     (3, "parameters"),
 ]
 MODELS = ("tied", "untied")  # one teacher and all tokens; an ensemble and the masked tokens alone
+FAMILIES = ("roberta", "modernbert")  # positions from the padding on, windows; no token types
+FAMILY_LAYOUTS = [*((stage, "none") for stage in range(4)), (3, "parameters")]
 SHARDED = (  # teachers
     ("tied", "none", "fp32"),
     ("tied", "none", "bf16"),
@@ -195,7 +199,7 @@ def everything(world: processes.World, folder: Path) -> dict[Any, Any]:
     found: dict[Any, Any] = {"ranks": world.ranks}
     for layout in LAYOUTS:
         changes = layout_changes(layout)
-        for name in MODELS:
+        for name in (*MODELS, *(FAMILIES if layout in FAMILY_LAYOUTS else ())):
             run = Run(world, folder / f"{name}.yaml", *changes)
             found[name, *layout] = train_and_score(run)
         if layout[0] > 0:
@@ -255,13 +259,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path
         "tied": str(teacher),
         "untied": f"[{folder / 'untied-0'}, {{name: {folder / 'untied-1'}, weight: 3.0}}]",
     }
-    for name in MODELS:
+    teachers |= {kind: str(make_family(kind, folder / kind)) for kind in FAMILIES}
+    for name in teachers:
+        tokens = folder / (f"tokens-{name}" if name in FAMILIES else "tokens")
         text = f"""\
 teacher: {teachers[name]}
 student: {{dropout: 0}}
-data: {{source: {corpus}, prepared: {folder / "tokens"}, max_length: 24, heldout: 0.1}}
+data: {{source: {corpus}, prepared: {tokens}, max_length: 24, heldout: 0.1}}
 masking: {{probability: 0.3}}
-loss: {{kd_rows: {"all" if name == "tied" else "masked"}}}
+loss: {{kd_rows: {"masked" if name == "untied" else "all"}}}
 optimizer: {{learning_rate: 1.0e-3, max_grad_norm: 1.0, weight_decay: 0.01}}
 batch: {{sequences: 16, micro_sequences: 4}}
 steps: 10
@@ -299,8 +305,11 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return math.sqrt(difference / sum(float(x.double().square().sum()) for x in b.values()))
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [*product(MODELS, LAYOUTS), *product(FAMILIES, FAMILY_LAYOUTS)],
+    ids=str,
+)
 def test_layout_does_not_change_the_weights(
     found: dict[Any, Any], one: dict[Any, Any], model: str, layout: tuple[int, str]
 ) -> None:
