@@ -16,13 +16,14 @@ comma := ,
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench families clean
 
 help:
 	@echo "make demo          distil a real encoder on real text, and compare (FULL=1: at length)"
 	@echo "make test          linters, types, and some cases of every test: minutes"
 	@echo "make test-all      the same with all cases, mutations and killed processes"
 	@echo "make bench         the losses and the fused head next to PyTorch, a step; the driver next to a plain loop; exactness"
+	@echo "make families      every family of transformers, tiny: are its students right?"
 	@echo "make clean         remove .venv and build leftovers (runs/ stays)"
 
 # Installs with the extras $(1). A Python that is too old or too new would leave a broken $(VENV).
@@ -66,6 +67,10 @@ test: lint
 # Every case of every test, mutations and killed processes among them.
 test-all: lint
 	$(PYTEST) --all
+
+# The table of docs/models.md.
+families: $(VENV)/dev
+	$(BIN)/python bench/families.py --write
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/losses.py

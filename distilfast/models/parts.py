@@ -208,7 +208,7 @@ def take_apart(model: Any, what: str = "the model") -> Parts:
         calls, own = _follow(model, {body, *body.children()}, input_ids, mask)
     except Exception as error:  # what a class says to a text that it is not made for
         raise ConfigError(
-            f"{what}: expected a {kind} that takes {input_ids.shape[1]} tokens and their mask, got "
+            f"{what}: expected logits of a {kind} for {input_ids.shape[1]} tokens, got "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
     called = dict(calls)
@@ -301,10 +301,13 @@ def _follow(
     hooks = [m.register_forward_hook(called) for m in model.modules() if m is not model]
     try:
         with evaluating(model):
-            return calls, model(input_ids, attention_mask=mask).logits
+            output = model(input_ids, attention_mask=mask)
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(getattr(output, "logits", None), Tensor):
+        raise TypeError(f"a {type(output).__name__} without logits of its tokens")
+    return calls, output.logits
 
 
 def _is_head(module: nn.Module, given: Any, width: int) -> bool:
