@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distilfast import models
 from distilfast.config import ConfigError, StudentConfig
-from distilfast.models import layers, proof
+from distilfast.models import layers, proof, student, twin
 
 SIZES = {
     "vocab_size": 96,
@@ -311,3 +311,51 @@ def test_random_student_has_the_layers_kinds_and_drawn_weights() -> None:
     for (name, a), b in zip(made[0].named_parameters(), made[1].parameters(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(made[0].lm_head.weight, teacher.lm_head.weight)
+
+
+# --- Large teachers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_teacher_is_proven_on_its_twin(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student still has the teacher's own weights."""
+    ran: list[Any] = []
+    prove = proof.prove
+    monkeypatch.setattr(student, "LARGEST", 0)
+    monkeypatch.setattr(student, "prove", lambda t, *rest: (ran.append(t), prove(t, *rest)))
+    teacher = make(kind)
+    text = proof.text(teacher)
+    made = own_logits(student_of(teacher, [0, 3, 4]), text)
+    torch.testing.assert_close(made, proof.bypassed(teacher, [0, 3, 4], text), rtol=1e-4, atol=1e-4)
+    (model,) = ran
+    assert model is not teacher
+    assert type(model) is type(teacher)
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+
+
+def test_twin_of_a_large_model_is_narrow() -> None:
+    """Of an 8B Llama on the meta device: nothing of its size is made."""
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            intermediate_size=14_336,
+        )
+        large = transformers.LlamaForCausalLM(config)
+    made = twin.narrow_twin(large)
+    assert sum(p.numel() for p in large.parameters()) > 8e9
+    assert sum(p.numel() for p in made.parameters()) < 1e7
+    assert (made.config.num_hidden_layers, made.config.hidden_size) == (32, 256)
+    kept = list(range(0, 32, 2))
+    proof.prove(made, student_of(made, kept), kept)
+
+
+def test_mistake_is_noticed_on_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(student, "LARGEST", 0)
+    monkeypatch.setattr(layers, "LISTS", ())
+    monkeypatch.setattr(layers, "_follows", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"^student\.layers: expected "):
+        student_of(make("Qwen2"), [0, 2, 5])
