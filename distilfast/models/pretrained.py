@@ -12,7 +12,7 @@ from distilfast.config import StudentConfig
 from distilfast.errors import ConfigError
 from distilfast.models import layers
 from distilfast.models.parts import take_apart
-from distilfast.models.positions import first_position
+from distilfast.models.positions import set_padding
 from distilfast.models.teachers import load_masked_lm, read_config
 from distilfast.models.tokenizers import differing, fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import identity, loading, refuse_quantised
@@ -109,15 +109,12 @@ def _set_padding(model: Any, what: str, pad_token: int) -> None:
     The embedding of the model's padding token gets no gradient. If that is another token of the
     tokenizer, a word would get none.
     """
-    before = model.config.pad_token_id
-    if before in (None, pad_token):
-        return
-    if first_position(model):
+    set_padding(model, pad_token)
+    if model.config.pad_token_id not in (None, pad_token):
         raise ConfigError(
             f"{what}: expected pad_token_id {pad_token}, as in the teacher's tokenizer, got "
-            f"{before}, from which this model counts its positions"
+            f"{model.config.pad_token_id}, from which this model counts its positions"
         )
-    model.config.pad_token_id = pad_token
     embeddings = model.get_input_embeddings()
     if isinstance(embeddings, nn.Embedding) and embeddings.padding_idx is not None:
         embeddings.padding_idx = pad_token
