@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distilfast import models
 from distilfast.config import ConfigError, StudentConfig
-from distilfast.models import layers, proof, student, twin
+from distilfast.models import layers, parts, proof, student, twin
 
 SIZES = {
     "vocab_size": 96,
@@ -148,9 +148,9 @@ def own_logits(model: Any, text: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_found(kind: str) -> None:
     """And give the model's own logits, which `check_head` computes."""
-    parts = models.check_head("the model", make(kind))
+    found = models.check_head("the model", make(kind))
     for name, wanted in KINDS[kind][2].items():
-        assert getattr(parts, name) == wanted
+        assert getattr(found, name) == wanted
 
 
 def test_nothing_of_a_model_changes_when_it_is_taken_apart() -> None:
@@ -168,20 +168,20 @@ def test_nothing_of_a_model_changes_when_it_is_taken_apart() -> None:
 def test_features_run_the_hooks_of_the_modules_on_the_way() -> None:
     """DeepSpeed's fetch partitioned weights. The head itself is not called."""
     model, called = make("RoBERTa"), []
-    parts = models.take_apart(model)
+    found = models.take_apart(model)
     for name in ("lm_head", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"):
         module = model.get_submodule(name)
         module.register_forward_hook(lambda m, args, out, name=name: called.append(name))
-    made = parts.features(torch.randn(3, 32))
+    made = found.features(torch.randn(3, 32))
     assert made.shape == (3, 32)
     assert called == ["lm_head.dense", "lm_head.layer_norm", "lm_head"]
 
 
 def test_model_is_whole_again_after_an_error_in_its_head() -> None:
     model = make("RoBERTa")
-    parts, decoder = models.take_apart(model), model.lm_head.decoder
+    found, decoder = models.take_apart(model), model.lm_head.decoder
     with pytest.raises(RuntimeError, match="shapes"):
-        parts.features(torch.randn(3, 31))
+        found.features(torch.randn(3, 31))
     assert model.lm_head.decoder is decoder
     assert "forward" not in model.lm_head.__dict__
 
@@ -202,6 +202,20 @@ def test_model_without_such_parts_is_refused(why: str) -> None:
     with pytest.raises(ConfigError, match=rf"^the model: expected {why}") as refused:
         models.take_apart(REFUSED[why]())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", parts.ALL_TO_ALL)
+@torch.no_grad()
+def test_mask_of_four_dimensions_is_taken_as_it_is(kind: str) -> None:
+    """Where `attend` makes one, it means the same, to the bit."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES)
+    model = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
+    ids, mask = proof.text(model), torch.ones(2, 24, dtype=torch.int64)
+    mask[1, -5:] = 0
+    hidden = [model.base_model(ids, attention_mask=m)[0] for m in (mask, models.spread(mask))]
+    assert torch.equal(hidden[0][mask.bool()], hidden[1][mask.bool()])
+    unmasked = model.base_model(ids)[0]
+    assert not torch.allclose(unmasked[1, 0], hidden[0][1, 0])
 
 
 # --- Students -------------------------------------------------------------------------------------
