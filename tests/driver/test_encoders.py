@@ -16,9 +16,8 @@ from families import FAMILIES, POSITIONS, make_family
 from safetensors.torch import load_file
 
 from distilfast import cli, data
-from distilfast.driver import heldout, results
-
-LAYERED = [kind for kind in FAMILIES if kind != "albert"]  # ALBERT's layers share their weights
+from distilfast.config import parse
+from distilfast.driver import checks, heldout, results
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ output: {folder / "run"}
     return run
 
 
-@pytest.mark.parametrize("kind", LAYERED)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_model_gives_the_students_logits_in_plain_transformers(
     kind: str, trained: Callable[[str], Trained]
 ) -> None:
@@ -105,7 +104,7 @@ def test_model_gives_the_students_logits_in_plain_transformers(
     assert None not in lines[-1].values()
 
 
-@pytest.mark.parametrize("kind", LAYERED)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_card_has_an_example_that_runs(kind: str, trained: Callable[[str], Trained]) -> None:
     """With the tokenizer's own mask token; and `fill` says what transformers' pipeline says."""
     folder = trained(kind).output / "model"
@@ -120,7 +119,31 @@ def test_card_has_an_example_that_runs(kind: str, trained: Callable[[str], Train
     assert [share for _, share in guesses] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "modernbert"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_input_has_an_id_without_a_token(kind: str, trained: Callable[[str], Trained]) -> None:
+    """A vocabulary may have more rows than tokens; special tokens are left alone."""
+    run = trained(kind)
+    _, tokenizer = run.loaded()
+    shares = ["--masking.mask=0", "--masking.random=1", "--masking.keep=0"]
+    config = parse([*run.recipe, *shares, "--masking.smoothing=0"])
+    store = data.Store.open(config.token_folder)
+    batches = checks.make_batches(config, tokenizer, store)
+    special = torch.tensor(tokenizer.all_special_ids)
+    seen = set()
+    for step in range(12):
+        for batch in batches.step(step, 0, 1, 24):
+            chosen = batch.labels != data.IGNORE_INDEX
+            assert not torch.isin(batch.labels[chosen], special).any()
+            seen.update(batch.input_ids.flatten()[chosen].tolist())
+    assert len(seen) > len(tokenizer) / 2
+    assert seen <= set(tokenizer.get_vocab().values())
+    rows = run.student.get_input_embeddings().num_embeddings
+    assert rows == max(tokenizer.get_vocab().values()) + 1 + FAMILIES[kind].spare_rows
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("roberta", marks=pytest.mark.thorough), "modernbert"]
+)
 def test_split_of_a_batch_does_not_change_the_steps(
     kind: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
