@@ -226,9 +226,9 @@ def _diffllama(state: State, old: Any, new: Any, kept: list[int], prefix: str) -
 def _esmc(state: State, old: Any, new: Any, kept: list[int], prefix: str) -> State:
     """What a layer adds is divided by sqrt(layers / 36)."""
     scale = math.sqrt(len(kept) / old.num_hidden_layers)
-    last = (".self_attn.o_proj.weight", ".self_attn.o_proj.bias")
-    last += (".mlp.down_proj.weight", ".mlp.down_proj.bias")
-    inside = {n for n in state if n.startswith(prefix) and n.endswith(last)}
+    added = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+    added_bias = (".self_attn.o_proj.bias", ".mlp.down_proj.bias")
+    inside = {n for n in state if n.startswith(prefix) and n.endswith(added + added_bias)}
     return {n: x * scale if n in inside else x for n, x in state.items()}
 
 

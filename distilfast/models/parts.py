@@ -313,8 +313,9 @@ def _follow(
 def _is_head(module: nn.Module, given: Any, width: int) -> bool:
     """Whether a module multiplies its input with a (width, D') weight."""
     weight = getattr(module, "weight", None)
-    fits = isinstance(weight, Tensor) and isinstance(given, Tensor) and weight.ndim == 2
-    return fits and weight.shape == (width, given.shape[-1])
+    if not (isinstance(weight, Tensor) and isinstance(given, Tensor)):
+        return False
+    return tuple(weight.shape) == (width, given.shape[-1])
 
 
 def _bias(

@@ -97,8 +97,8 @@ def identity(source: str, revision: str | None = None) -> str:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         return f"{source}@{config._commit_hash}"
     digest = hashlib.sha256()
-    patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*")
-    patterns += ("merges.txt", "*.model")  # byte-level and SentencePiece tokenizers
+    patterns = ["*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*"]
+    patterns += ["merges.txt", "*.model"]  # byte-level and SentencePiece tokenizers
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
