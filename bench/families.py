@@ -2,7 +2,7 @@
 
     python bench/families.py                       # all, in some ten minutes on two cores
     python bench/families.py roberta qwen2 gemma2  # some
-    python bench/families.py --write               # all, and the table of docs/models.md
+    python bench/families.py --write               # and write the table of docs/models.md
 
 For every type of model that transformers builds as a masked or a causal LM, a tiny one of six
 layers is made, with windows shorter than the text. Each is taken apart and distilled:
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ from distilfast.models.parts import difference
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results" / "families.json", ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- begin: bench/families.py -->", "<!-- end -->"
+PARTLY = "not with every choice: "
 STATES = ("right", "refused", "wrong", "not built")
 CUTS = ([0, 2, 5], [0, 3, 4], [1, 3, 4])
 # As a share of the largest: other orders of summation in tiny models give 1e-6.
@@ -108,7 +110,7 @@ def distilled(teacher: Any) -> dict[str, Any]:
             raise Wrong(f"layers {kept}: {off:.1e} of the largest logit")
     if len(refused) == len(CUTS):
         raise refused[0]
-    condition = condition or (f"not with every choice: {_line(refused[0])}" if refused else None)
+    condition = condition or (f"{PARTLY}{_line(refused[0])}" if refused else None)
     _train(teacher, student, text)
     _reload(student, text)
     return {"head": _form(parts), "condition": condition}
@@ -226,13 +228,12 @@ def run(task: str, model_type: str) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]]) -> str:
     """The part of docs/models.md that is made here."""
     count = {s: [r for r in rows if r["state"] == s] for s in STATES}
-    one = {
-        "right": "right as they are",
-        "refused": "refused by name",
-        "wrong": "wrong",
-        "not built": "not tried, as no tiny one could be built",
-    }
-    said = ", ".join(f"{len(found)} {one[state]}" for state, found in count.items())
+    conditional = sum(bool(r["condition"]) for r in count["right"])
+    said = (
+        f"{len(count['right'])} are right ({conditional} of them under a condition), "
+        f"{len(count['refused'])} are refused by name, {len(count['wrong'])} are wrong, and of "
+        f"{len(count['not built'])} no tiny one could be built"
+    )
     lines = [
         BEGIN,
         f"transformers {transformers.__version__} builds {len(rows)} kinds of masked and causal "
@@ -242,7 +243,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "| type | task | why |",
         "|---|---|---|",
-        *(f"| {r['type']} | {r['task']} | {r['why']} |" for r in count["refused"]),
+        *(f"| {r['type']} | {r['task']} | {_why(r['why'])} |" for r in count["refused"]),
         *(f"| {r['type']} | {r['task']} | not tried: {r['why']} |" for r in count["not built"]),
         "",
         "### Right under a condition",
@@ -250,7 +251,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "| type | task | condition |",
         "|---|---|---|",
         *(
-            f"| {r['type']} | {r['task']} | {r['condition']} |"
+            f"| {r['type']} | {r['task']} | {_why(r['condition'])} |"
             for r in count["right"]
             if r["condition"]
         ),
@@ -267,8 +268,25 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, END])
 
 
+def _why(said: str) -> str:
+    """A reason without the key and the numbers of the tiny model's layers."""
+    partly = said.startswith(PARTLY)
+    text = said.removeprefix(PARTLY)
+    text = re.sub(r"^(student\.layers|the model): ", "", text)
+    text = re.sub(r"^expected a family whose layers can be dropped, got an? \S+: ", "", text)
+    text = text.removesuffix("; give a smaller model with student.model")
+    text = re.sub(r"layer [1-9]\d*", "another layer", text).partition(", such as ")[0]
+    return f"not every choice of layers: {text[:150]}" if partly else text
+
+
 def write(rows: list[dict[str, Any]]) -> None:
-    """Write the results, and the part of the page that follows from them."""
+    """Write the results, and the part of the page that follows from them. Families that were not
+    run keep their rows."""
+    done = {(r["task"], r["type"]): r for r in rows}
+    if RESULTS.is_file():
+        before = json.loads(RESULTS.read_text(encoding="utf-8"))["families"]
+        done = {(r["task"], r["type"]): r for r in before} | done
+    rows = [done[kind] for kind in tiny_models.kinds() if kind in done]
     versions = {m.__name__: m.__version__ for m in (transformers, torch)}
     made = {"versions": {**versions, "distilfast": __version__}, "families": rows}
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
@@ -290,7 +308,7 @@ def main() -> int:
         rows = list(pool.map(lambda kind: run(*kind), chosen))
     count = {s: sum(r["state"] == s for r in rows) for s in STATES}
     print(", ".join(f"{state} {n}" for state, n in count.items()))
-    if args.write and not args.types:
+    if args.write:
         write(rows)
     return int(count["wrong"] > 0)
 

@@ -291,6 +291,7 @@ EXCEPTIONS = {
     "beam": Exceptional(
         refused=_always("a layer's number scales what it adds, and no field can say so")
     ),
+    "blt": Exceptional(refused=_always("it has several stacks, each with a number of layers")),
     "deberta-v2": Exceptional(required=_first_with_convolution),
     "diffllama": Exceptional(weights=_diffllama),
     "esmc": Exceptional(weights=_esmc),
@@ -306,7 +307,9 @@ EXCEPTIONS = {
     "gpt_neox_japanese": Exceptional(weights=_gpt_neox_japanese),
     "granitemoehybrid": Exceptional(required=_attention("attention", "full_attention")),
     "hy_v4": Exceptional(required=_indexers),
-    "inkling2_text": Exceptional(required=_first("only it starts the residual stream")),
+    "inkling2_text": Exceptional(
+        refused=_always("its layers read sums over blocks of layers, which others would regroup")
+    ),
     "modernbert": Exceptional(required=_first("it alone has no norm before its attention")),
     "modernbert-decoder": Exceptional(required=_first("it alone has no norm before its attention")),
     "neomme": Exceptional(required=_attention("full_attention")),

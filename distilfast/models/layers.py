@@ -45,6 +45,7 @@ LISTS = (
 # The numbers of some layers.
 INDICES = (
     "attn_layer_indices",
+    "cross_attention_layers",
     "full_attn_idxs",
     "hybrid_layer_ids",
     "local_layer_ids",
