@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     teacher without the dropped layers (`models/proof.py`).
 
     Args:
-        teacher: a masked or causal language model of transformers.
+        teacher: a masked or causal language model of transformers, in any dtype.
         config: the student's layers, architecture and initial weights.
         seed: seed of what is drawn.
 
@@ -88,7 +89,8 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     architecture = "distilbert" if to_distilbert else "same"
     student = _cut(teacher, kept, architecture, config.dropout, seed)
     if sum(p.numel() for p in teacher.parameters()) <= LARGEST:
-        prove(teacher, student, kept)
+        same = next(teacher.parameters()).dtype == torch.float32
+        prove(teacher if same else copy.deepcopy(teacher).float(), student, kept)
     else:
         twin = narrow_twin(teacher)
         prove(twin, _cut(twin, kept, architecture, config.dropout, seed), kept)

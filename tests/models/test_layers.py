@@ -280,6 +280,16 @@ def test_weights_of_another_layer_are_noticed(monkeypatch: pytest.MonkeyPatch) -
         student_of(make("RoBERTa"), [0, 2, 5])
 
 
+def test_teacher_in_bf16_has_a_student_in_fp32() -> None:
+    teacher = make("Qwen2").bfloat16()
+    made = student_of(teacher, [0, 3, 4])
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    text = proof.text(teacher)
+    wanted = proof.bypassed(teacher.float(), [0, 3, 4], text)
+    torch.testing.assert_close(own_logits(made, text), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_windows_are_as_before_the_proof() -> None:
     teacher = make("Gemma2")
     student = student_of(teacher, [0, 1, 4])
