@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -89,8 +88,11 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     architecture = "distilbert" if to_distilbert else "same"
     student = _cut(teacher, kept, architecture, config.dropout, seed)
     if sum(p.numel() for p in teacher.parameters()) <= LARGEST:
-        same = next(teacher.parameters()).dtype == torch.float32
-        prove(teacher if same else copy.deepcopy(teacher).float(), student, kept)
+        proven = teacher
+        if next(teacher.parameters()).dtype != torch.float32:
+            # Not a copy in fp32: `.bfloat16()` rounds the frequencies of rotary embeddings, too.
+            proven = _cut(teacher, list(range(layers.depth(teacher))), "same", None, seed)
+        prove(proven, student, kept)
     else:
         twin = narrow_twin(teacher)
         prove(twin, _cut(twin, kept, architecture, config.dropout, seed), kept)

@@ -286,7 +286,12 @@ def test_teacher_in_bf16_has_a_student_in_fp32() -> None:
     assert {p.dtype for p in made.parameters()} == {torch.float32}
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     text = proof.text(teacher)
-    wanted = proof.bypassed(teacher.float(), [0, 3, 4], text)
+    whole = student_of(teacher, "all").eval()
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(whole.parameters(), teacher.float().parameters(), strict=True)
+    )
+    wanted = proof.bypassed(whole, [0, 3, 4], text)
     torch.testing.assert_close(own_logits(made, text), wanted, rtol=1e-4, atol=1e-4)
 
 
