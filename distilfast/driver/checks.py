@@ -175,12 +175,7 @@ def count_steps(config: Config, epoch_size: int) -> int:
 def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
     """Check that the teachers fit the losses and the data."""
     for teacher in teachers:
-        positions = models.most_positions(teacher.model)
-        if positions is not None and config.data.max_length > positions:
-            raise ConfigError(
-                f"data.max_length: expected at most {positions}, the positions of "
-                f"{teacher.name!r}, got {config.data.max_length}"
-            )
+        _check_length(config, teacher.name, teacher.model)
         if config.loss.vocabulary and not teacher.has_head:
             raise ConfigError(
                 f"teacher: {teacher.name!r} has no masked-LM head, which kd, logit_cos and mse "
@@ -200,12 +195,8 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
 
 def check_student(config: Config, teachers: Sequence[models.Teacher], student: Any) -> None:
     """Check that a student that exists already fits the losses and the data."""
-    name, positions = config.student.model, models.most_positions(student)
-    if positions is not None and config.data.max_length > positions:
-        raise ConfigError(
-            f"data.max_length: expected at most {positions}, the positions of {name!r}, got "
-            f"{config.data.max_length}"
-        )
+    name = config.student.model
+    _check_length(config, str(name), student)
     width = student.config.hidden_size
     if config.loss.hidden_cos_weight:
         for teacher in teachers:
@@ -217,6 +208,23 @@ def check_student(config: Config, teachers: Sequence[models.Teacher], student: A
                 f"({teacher.name!r})",
                 config.loss.hidden_cos_weight,
             )
+
+
+def _check_length(config: Config, name: str, model: Any) -> None:
+    """Check that a model can read the longest text."""
+    length, positions = config.data.max_length, models.most_positions(model)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"data.max_length: expected at most {positions}, the positions of {name!r}, got "
+            f"{length}"
+        )
+    steady = models.longest_steady_text(model)
+    if steady is not None and length > steady:
+        raise ConfigError(
+            f"data.max_length: expected at most {steady} with the sparse attention of {name!r}, "
+            f"which it gives up for good at the first text of so few tokens, got {length}; set "
+            "attention_type to original_full in its config.json"
+        )
 
 
 def check_apart(model: str | None, output: Path) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distilfast import models
 from distilfast.config import Config
 from distilfast.driver import optimizers
 from distilfast.driver.checkpoint import Piece, Saved
@@ -296,7 +297,8 @@ def _initialize(
     """Make DeepSpeed's engine and its optimiser."""
     deepspeed = import_deepspeed()
     # It prints its memory use again and again, and imports modules that warn of being deprecated.
-    with alone(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with alone(), quiet, warnings.catch_warnings(), models.kept_buffers(module):
         warnings.simplefilter("ignore", DeprecationWarning)
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module.to(world.device),

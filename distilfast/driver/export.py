@@ -65,13 +65,14 @@ def export(
     """Write ``folder`` (safetensors, config, tokenizer, README.md), whole or not at all.
 
     Args:
-        model: the student. Only its class and config are used.
+        model: the student. Its class, its config and what it saves beside its weights are used.
         weights: its fp32 weights by name.
         summary: the run's measured figures, as in summary.json.
     """
     # Make a new model: the trained one may be bf16, and its config would say so.
     exported = type(model)(copy.deepcopy(model.config)).float()
-    exported.load_state_dict(weights)
+    saved = {n: b for n, b in model.named_buffers() if n in exported.state_dict()}
+    exported.load_state_dict({**saved, **weights})
     with atomic.folder(folder) as scratch:
         exported.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

@@ -105,7 +105,7 @@ class TeacherSide:
         self.config = config
         self.parts = [t.parts for t in teachers]
         for parts in self.parts:
-            parts.model.to(device, dtype)
+            models.cast(parts.model, device, dtype)
         self.weights = normalize_weights("teacher", [t.weight for t in teachers], len(teachers))
         self.heads = [parts.head for parts in self.parts]
         self.bodies: Callable[..., Any] = Bodies(self.parts)

@@ -6,11 +6,12 @@ their teacher (`proof.py`), so a family need not be known by name. What only one
 its layers is a row in `exceptions.py`.
 """
 
+from distilfast.models.casting import cast, kept_buffers
 from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.heads import check_head
 from distilfast.models.layers import depth, valid_choice
 from distilfast.models.parts import Head, Parts, attend, spread, take_apart
-from distilfast.models.positions import most_positions, set_padding
+from distilfast.models.positions import longest_steady_text, most_positions, set_padding
 from distilfast.models.pretrained import load_student, student_identity
 from distilfast.models.student import kept_layers, layers_of, make_student
 from distilfast.models.teachers import (
@@ -27,18 +28,21 @@ __all__ = [
     "Parts",
     "Teacher",
     "attend",
+    "cast",
     "check_head",
     "choose_attention",
     "depth",
     "fingerprint",
     "has_words",
     "identity",
+    "kept_buffers",
     "kept_layers",
     "layers_of",
     "load_student",
     "load_teachers",
     "load_weights",
     "loading",
+    "longest_steady_text",
     "make_student",
     "most_positions",
     "quiet",

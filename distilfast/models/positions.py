@@ -21,6 +21,19 @@ def most_positions(model: Any) -> int | None:
     return most - first_position(model) if isinstance(most, int) and most > 0 else None
 
 
+def longest_steady_text(model: Any) -> int | None:
+    """Return up to how many tokens a model treats a text the same, whatever it has read before.
+    None: any number.
+
+    BigBird gives up its sparse attention for good at the first text of up to so many tokens. A
+    longer one then has other logits than before.
+    """
+    config = model.config
+    if config.model_type != "big_bird" or config.attention_type != "block_sparse":
+        return None
+    return int(config.block_size * (5 + 2 * config.num_random_blocks))
+
+
 def set_padding(model: Any, pad_token: int) -> None:
     """Tell a model which token is padding.
 

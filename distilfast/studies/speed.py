@@ -102,7 +102,7 @@ class Runner:
         before = resident_mib("VmRSS")
         with models.quiet():
             model = self.candidate.build().eval()
-        model.to(self.device, DTYPES[self.mode.precision])
+        models.cast(model, self.device, DTYPES[self.mode.precision])
         for parameter in model.parameters():
             # Loaded weights are mapped from their file. Such pages do not count as this process's
             # memory, and are read from disk only at their first use.

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 
 from distilfast import models
-from distilfast.config import ConfigError, StudentConfig
+from distilfast.config import Config, ConfigError, DataConfig, StudentConfig
+from distilfast.driver import checks
 from distilfast.models import layers, parts, proof, student, twin
 
 SIZES = {
@@ -340,6 +341,32 @@ def test_random_student_has_the_layers_kinds_and_drawn_weights() -> None:
     for (name, a), b in zip(made[0].named_parameters(), made[1].parameters(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(made[0].lm_head.weight, teacher.lm_head.weight)
+
+
+# --- BigBird --------------------------------------------------------------------------------------
+
+
+def test_sparse_attention_is_as_before_a_model_is_taken_apart() -> None:
+    """And is refused with texts that it would treat in one way first, and in another one later."""
+    config = transformers.BigBirdConfig(
+        **{**SIZES, "num_hidden_layers": 2},
+        block_size=2,
+        num_random_blocks=1,
+        initializer_range=0.3,
+    )
+    model = transformers.BigBirdForMaskedLM(config).eval()
+    text = torch.randint(16, 96, (1, 32), generator=torch.Generator().manual_seed(0))
+    before = own_logits(model, text)
+    models.check_head("the model", model)
+    assert torch.equal(own_logits(model, text), before)
+    teacher = models.Teacher("bird", 1.0, model, True)
+    checks.check_teachers(Config(data=DataConfig(max_length=14), steps=1), [teacher])
+    with pytest.raises(
+        ConfigError, match=r"^data\.max_length: expected at most 14 with the sparse"
+    ):
+        checks.check_teachers(Config(data=DataConfig(max_length=15), steps=1), [teacher])
+    own_logits(model, text[:, :14])
+    assert not torch.allclose(own_logits(model, text), before, atol=0.1)
 
 
 # --- Large teachers -------------------------------------------------------------------------------
