@@ -48,6 +48,11 @@ def kept_layers(teacher: Any, config: StudentConfig) -> list[int]:
         ConfigError: the family's layers cannot be dropped, an index is outside the teacher, or a
             layer is missing that has to stay.
     """
+    if getattr(teacher.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"student.layers: expected an encoder or a decoder, got a {teacher.config.model_type}, "
+            "which has both: a list of layers would cut one of them alone"
+        )
     refused = layers.exceptional(teacher).refused
     why = None if refused is None else refused(teacher.config.get_text_config())
     if why is not None:
@@ -66,13 +71,14 @@ def kept_layers(teacher: Any, config: StudentConfig) -> list[int]:
 
 
 def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
-    """Make an fp32 student of the teacher's family, or a DistilBERT for a BERT.
+    """Make an fp32 student on the CPU, of the teacher's family, or a DistilBERT for a BERT.
 
     It is proven first that this student, with the teacher's weights, gives the logits of the
     teacher without the dropped layers (`models/proof.py`).
 
     Args:
-        teacher: a masked or causal language model of transformers, in any dtype.
+        teacher: a masked or causal language model of transformers, in any dtype and on any
+            device.
         config: the student's layers, architecture and initial weights.
         seed: seed of what is drawn.
 
@@ -89,7 +95,7 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     student = _cut(teacher, kept, architecture, config.dropout, seed)
     if sum(p.numel() for p in teacher.parameters()) <= LARGEST:
         proven = teacher
-        if next(teacher.parameters()).dtype != torch.float32:
+        if {(p.dtype, p.device.type) for p in teacher.parameters()} != {(torch.float32, "cpu")}:
             # Not a copy in fp32: `.bfloat16()` rounds the frequencies of rotary embeddings, too.
             proven = _cut(teacher, list(range(layers.depth(teacher))), "same", None, seed)
         prove(proven, student, kept)

@@ -312,6 +312,18 @@ def test_layer_that_has_to_stay_is_named() -> None:
         student_of(teacher, [1, 3, 4])
 
 
+@pytest.mark.parametrize("encoder_layers", [2, 4])
+def test_encoder_decoder_is_refused_by_name(encoder_layers: int) -> None:
+    """Also one whose two stacks differ in depth, where the decoder's alone could be cut."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(
+        vocab_size=96, d_model=32, encoder_layers=encoder_layers, decoder_layers=2, **heads
+    )
+    teacher = transformers.BartForConditionalGeneration(config)
+    with pytest.raises(ConfigError, match=r"^student\.layers: .* got a bart, which has both"):
+        student_of(teacher, [0])
+
+
 def test_last_layer_of_full_attention_stays() -> None:
     """Gemma 4 would make any last layer one of full attention. `alternate` gives way to it, and the
     nearest choice is one that is taken."""
@@ -332,6 +344,24 @@ def test_dropout_of_zero_is_zero_in_every_module() -> None:
         student = student_of(make(kind), [0, 3], dropout=0.0).train()
         text = proof.text(student)
         assert torch.equal(student(text).logits, student(text).logits), kind
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can tell"),
+        ),
+    ],
+)
+def test_teacher_of_several_dtypes_has_a_student_in_fp32_on_the_cpu(device: str) -> None:
+    """Some classes keep the weights of norms in fp32 when they are loaded in bf16."""
+    teacher = make("Qwen2").bfloat16().to(device)
+    teacher.model.embed_tokens.float()
+    made = student_of(teacher, [0, 3, 4])
+    assert {(p.dtype, p.device.type) for p in made.parameters()} == {(torch.float32, "cpu")}
 
 
 def test_random_student_has_the_layers_kinds_and_drawn_weights() -> None:
