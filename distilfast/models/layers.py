@@ -118,7 +118,7 @@ def keep_config(model: Any, kept: Sequence[int]) -> Any:
     """A copy of a model's configuration for the layers ``kept`` alone.
 
     Raises:
-        ConfigError: the class does not accept it.
+        ConfigError: the kinds of these layers cannot be written in its form.
     """
     whole = copy.deepcopy(model.config)
     config, n = whole.get_text_config(), depth(model)

@@ -40,16 +40,15 @@ def prove(teacher: Any, student: Any, kept: Sequence[int]) -> None:
         ConfigError: their logits differ by more than rounding.
     """
     input_ids = text(teacher)
-    with narrow(teacher), narrow(student):
-        try:
-            wanted = bypassed(teacher, kept, input_ids)
-        except Exception as error:  # what a class does in a form that it was not made for
-            said = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"student.layers: expected a {teacher.config.model_type} whose layers can be "
-                f"bypassed, to prove the student, got {type(error).__name__}: {said}"
-            ) from error
-        found = logits(student, input_ids)
+    try:
+        with narrow(teacher), narrow(student):
+            wanted, found = bypassed(teacher, kept, input_ids), logits(student, input_ids)
+    except Exception as error:  # what a class does in a form that it was not made for
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"student.layers: expected a {teacher.config.model_type} whose layers can be bypassed, "
+            f"to prove the student, got {type(error).__name__}: {said}"
+        ) from error
     off = difference(wanted, found)
     if not off <= TOLERANCE:
         kind = teacher.config.model_type

@@ -138,14 +138,25 @@ def transform(model: Any) -> list[str]:
 
 
 def _build(teacher: Any, config: Any, seed: int) -> Any:
-    """A model with drawn weights, in fp32."""
+    """A model with drawn weights, in fp32.
+
+    Raises:
+        ConfigError: the class does not accept the configuration, such as a dropout.
+    """
     import transformers
 
     like = config.model_type == teacher.config.model_type
     kind = type(teacher) if like else transformers.DistilBertForMaskedLM
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
-        return kind(config).float()
+        try:
+            return kind(config).float()
+        except Exception as error:  # what a class says to values that it was not made for
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"student: expected layers and a dropout that a {config.model_type} accepts, got "
+                f"{type(error).__name__}: {said}"
+            ) from error
 
 
 def _load(student: Any, state: dict[str, Tensor], teacher: Any) -> None:

@@ -6,6 +6,7 @@ run on a whole text for a proof is proven on this twin instead.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -13,17 +14,25 @@ import torch
 
 from distilfast.errors import ConfigError
 
-VOCABULARY, HEAD, INNER = 512, 8, 64
+VOCABULARY, HEAD, INNER = 512, 8, 16
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+# Vectors of the vocabulary, of a head, of a token, of a layer's inside.
+NARROW = {
+    VOCABULARY: ("vocab_size", "vocab_size_per_layer_input"),
+    HEAD: ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim", "v_head_dim"),
+    INNER: (
+        "ffn_dim",
+        "ffn_hidden_size",
+        "hidden_dim",
+        "intermediate_size",
+        "kv_lora_rank",
+        "moe_intermediate_size",
+        "n_inner",
+        "q_lora_rank",
+        "shared_expert_intermediate_size",
+    ),
+}
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
-INNER_WIDTHS = (
-    "ffn_dim",
-    "hidden_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "n_inner",
-    "shared_expert_intermediate_size",
-)
 
 
 def narrow_twin(model: Any) -> Any:
@@ -32,20 +41,9 @@ def narrow_twin(model: Any) -> Any:
     Raises:
         ConfigError: the class cannot be made so narrow.
     """
-    whole = copy.deepcopy(model.config)
-    config = whole.get_text_config()
-    heads = next(getattr(config, name) for name in HEADS if getattr(config, name, None))
-    small = {"vocab_size": VOCABULARY}
-    if not getattr(config, "qk_rope_head_dim", None):  # latent attention has widths of its own
-        small["head_dim"] = HEAD
-    small |= dict.fromkeys(WIDTHS, heads * HEAD) | dict.fromkeys(INNER_WIDTHS, INNER)
-    for name, value in small.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, value)
-    for name, value in config.to_dict().items():
-        if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
-            setattr(config, name, VOCABULARY - 1)
     try:
+        whole = copy.deepcopy(model.config)
+        _shrink(whole.get_text_config())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             twin = type(model)(whole).float()
@@ -60,3 +58,17 @@ def narrow_twin(model: Any) -> Any:
             f"prove a student of so large a teacher, got {type(error).__name__}: {said}"
         ) from error
     return twin.eval()
+
+
+def _shrink(config: Any) -> None:
+    """Make the widths of a configuration small. Its heads, experts and layers stay as many."""
+    small = {name: value for value, names in NARROW.items() for name in names}
+    heads = next((n for name in HEADS if (n := getattr(config, name, None))), None)
+    small |= dict.fromkeys(WIDTHS, (heads or HEAD) * HEAD)
+    for name, value in small.items():
+        if isinstance(getattr(config, name, None), int):
+            with contextlib.suppress(AttributeError):  # a property that follows from others
+                setattr(config, name, value)
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
+            setattr(config, name, VOCABULARY - 1)

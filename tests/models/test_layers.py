@@ -312,6 +312,19 @@ def test_layer_that_has_to_stay_is_named() -> None:
         student_of(teacher, [1, 3, 4])
 
 
+def test_what_a_class_says_is_one_line() -> None:
+    """To a dropout that it does not have, and to a proof that its configuration does not allow."""
+    torch.manual_seed(0)
+    differential = transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**GROUPED))
+    with pytest.raises(ConfigError, match=r"^student: .* a diffllama accepts, got [^\n]*$"):
+        student_of(differential, [0, 2], dropout=0.1)
+    windows = {i: {"sliding_window": 8} for i in range(5)}
+    config = transformers.NeoMMEConfig(**{**GROUPED, "head_dim": 16}, per_layer_config=windows)
+    neomme = transformers.NeoMMEForMaskedLM(config)
+    with pytest.raises(ConfigError, match=r"^student\.layers: .* a neomme .*bypassed, [^\n]*$"):
+        student_of(neomme, [0, 2, 5])
+
+
 @pytest.mark.parametrize("encoder_layers", [2, 4])
 def test_encoder_decoder_is_refused_by_name(encoder_layers: int) -> None:
     """Also one whose two stacks differ in depth, where the decoder's alone could be cut."""
@@ -437,6 +450,35 @@ def test_twin_of_a_large_model_is_narrow() -> None:
     assert (made.config.num_hidden_layers, made.config.hidden_size) == (32, 256)
     kept = list(range(0, 32, 2))
     proof.prove(made, student_of(made, kept), kept)
+
+
+NARROWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "no heads": ("MambaForCausalLM", {"hidden_size": 64, "state_size": 4}),
+    "a rotary part": ("GPTJForCausalLM", {"n_embd": 128, "n_head": 4, "rotary_dim": 16}),
+    "a head that follows": (
+        "FalconForCausalLM",
+        {"hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 4096},
+    ),
+    "latent attention": (
+        "DeepseekV3ForCausalLM",
+        {
+            **{**GROUPED, "num_key_value_heads": 4, "head_dim": None, "hidden_size": 128},
+            **{"moe_intermediate_size": 64, "n_routed_experts": 16, "first_k_dense_replace": 2},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NARROWED)
+def test_widths_that_follow_from_others_are_narrow_in_the_twin(kind: str) -> None:
+    name, fields = NARROWED[kind]
+    architecture = getattr(transformers, name)
+    config = architecture.config_class(**{"num_hidden_layers": 6, **fields, "vocab_size": 5000})
+    large = architecture(config)
+    made = twin.narrow_twin(large)
+    numbers = [sum(p.numel() for p in model.parameters()) for model in (made, large)]
+    assert numbers[0] < numbers[1] / 3
+    proof.prove(made, student_of(made, [0, 3, 4]), [0, 3, 4])
 
 
 def test_mistake_is_noticed_on_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
