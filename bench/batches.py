@@ -56,7 +56,7 @@ def measure_step(batches: Batches, step: int, micro: int) -> dict[str, float]:
     share = batches.step(step, 0, 1, micro)
     before = most = anonymous_mib()
     began = time.perf_counter()
-    share.counts()
+    share.count()
     counted = time.perf_counter()
     most = max(most, anonymous_mib())
     for _ in prefetch(share):
@@ -90,8 +90,8 @@ class Student:
         began = time.perf_counter()
         hidden = self.parts.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)
         head = self.parts.head
-        features = self.parts.features(hidden[batch.masked])
-        labels = batch.labels[batch.masked]
+        features = self.parts.features(hidden[batch.labelled])
+        labels = batch.labels[batch.labelled]
         linear_distillation_loss(
             *(features, head.weight, None, None, labels),
             student_bias=head.bias,

@@ -92,7 +92,11 @@ class MeanOfMeans(engine.Engine):
     """What is usual: the mean over micro-batches and ranks of each one's own mean."""
 
     def __call__(self, batch: batches.MicroBatch, targets: Any, _: Normalizers) -> Any:
-        counts = len(vocabulary_rows(batch, self.config.loss)), len(batch.masked), len(batch.tokens)
+        counts = (
+            len(vocabulary_rows(batch, self.config.loss)),
+            len(batch.labelled),
+            len(batch.tokens),
+        )
         share = SEQUENCES / len(batch.input_ids)
         own = Normalizers(*(torch.tensor(float(n * share)) for n in counts))
         return super().__call__(batch, targets, own)

@@ -63,7 +63,8 @@ class PlainLoop:
         share = self.setup.batches.step(number, 0, 1, self.config.batch.micro_sequences)
         micro = list(share)
         counted = [
-            [len(vocabulary_rows(b, self.config.loss)), len(b.masked), len(b.tokens)] for b in micro
+            [len(vocabulary_rows(b, self.config.loss)), len(b.labelled), len(b.tokens)]
+            for b in micro
         ]
         normalizers = Normalizers(*torch.tensor(counted).sum(0).float())
         parts = torch.zeros(6)

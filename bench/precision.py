@@ -94,7 +94,7 @@ def gradient(
     if dtype == BF16:
         models.use_fp32_sums(student)
     side = TeacherSide(copy.deepcopy(teachers), loss, torch.device("cpu"), dtype)
-    rows, masked = (len(x) for x in (micro_batch.vocabulary_rows(batch, loss), batch.masked))
+    rows, masked = (len(x) for x in (micro_batch.vocabulary_rows(batch, loss), batch.labelled))
     counts = Normalizers(*torch.tensor([rows, masked, len(batch.tokens)]).float())
     total, parts = Distillation(student, loss, side)(batch, side(batch), counts)
     total.backward()

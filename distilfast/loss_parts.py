@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 LOSSES = (
     Part("kd", "kd", "{divergence} at T = {T:g}", "soft-target loss, nats", "rows"),
-    Part("ce", "ce", "masked-LM cross entropy", "hard-label cross entropy, nats", "masked"),
+    Part("ce", "ce", "{objective} cross entropy", "hard-label cross entropy, nats", "labelled"),
     Part("hidden_cos", None, "hidden-state cosine", "cosine loss of hidden states", "tokens"),
     Part("logit_cos", "cos", "logit cosine", "cosine loss of logits", "rows"),
     Part("mse", "mse", "logit squared error", "squared error of logits, summed over V", "rows"),
@@ -40,8 +40,10 @@ LOGGED = {
 
 def weighted_sum(loss: Mapping[str, Any]) -> str:
     """Describe a loss, given the keys of its section: "5 x KL at T = 2, 2 x ...". A part of weight
-    0, or without one, is left out."""
+    0, or without one, is left out. With objective causal, it is one of next tokens."""
     weights = {part.title: loss.get(part.weight) for part in LOSSES}
     said = [f"{weight:g} x {title}" for title, weight in weights.items() if weight]
     divergence = {"jsd": "JSD", "reverse_kl": "reverse KL"}.get(loss.get("divergence", ""), "KL")
-    return ", ".join(said).format(T=loss.get("temperature", 1.0), divergence=divergence)
+    objective = "next-token" if loss.get("objective") == "causal" else "masked-LM"
+    temperature = loss.get("temperature", 1.0)
+    return ", ".join(said).format(T=temperature, divergence=divergence, objective=objective)

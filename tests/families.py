@@ -201,3 +201,63 @@ def make_family(kind: str, folder: Path, seed: int = 0, **settings: Any) -> Path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# --- Causal LMs -----------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
+DECODER = SIZES | {"max_position_embeddings": POSITIONS, "num_key_value_heads": 1}
+CAUSAL: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        **{"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": POSITIONS},
+        **{"initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    },
+    "llama": DECODER | {"tie_word_embeddings": False},
+    "mistral": DECODER | {"sliding_window": 16},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 4, "initializer_range": 0.2},
+}
+
+
+def end_tokenizer() -> Any:
+    """A byte-level one that has an end token and no other: no padding, no mask, no CLS."""
+    vocabulary, merges = byte_pairs((END,))
+    made = Tokenizer(models.BPE(dict(vocabulary), merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token=END,
+        bos_token=END,
+        unk_token=END,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_causal(folder: Path, kind: str, seed: int = 0, **settings: Any) -> Path:
+    """A causal LM of a family, with its tokenizer, saved as transformers saves one.
+
+    Args:
+        settings: the configuration's; a vocabulary larger than the tokenizer's is padded.
+    """
+    tokenizer = end_tokenizer()
+    end = tokenizer.eos_token_id
+    config = transformers.CONFIG_MAPPING[kind](
+        **{
+            "vocab_size": len(tokenizer),
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": None,
+        }
+        | CAUSAL[kind]
+        | settings
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # a fresh model has all its biases at 0, where a mistake hides
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

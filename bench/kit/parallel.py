@@ -141,7 +141,7 @@ class Run:
     def normalizers(self, batches: Sequence[data.MicroBatch]) -> Normalizers:
         """Of a step of these micro-batches and the other ranks'."""
         loss = self.config.loss
-        counts = [[len(vocabulary_rows(b, loss)), len(b.masked), len(b.tokens)] for b in batches]
+        counts = [[len(vocabulary_rows(b, loss)), len(b.labelled), len(b.tokens)] for b in batches]
         return Normalizers(*self.world.sum(torch.tensor(counts).sum(0)).float())
 
     def accumulate(self, batches: Sequence[data.MicroBatch]) -> None:

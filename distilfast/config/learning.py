@@ -16,14 +16,15 @@ class LossConfig:
     Args:
         temperature: T of the soft targets.
         kd_weight: weight of kd: T^2 times the divergence over the vocabulary.
-        ce_weight: weight of the masked-LM cross entropy at the masked positions.
+        ce_weight: weight of the cross entropy at the masked positions; of a causal LM, of the next
+            tokens.
         hidden_cos_weight: weight of the cosine distance between the last hidden states.
         logit_cos_weight: weight of the cosine distance between the logits.
         mse_weight: weight of the squared error of the logits, summed over the vocabulary.
         divergence: the divergence in kd; forward_kl is KL(teacher || student).
         jsd_beta: the teacher's share in the mixture of jsd.
         kd_rows: the tokens that kd, logit_cos and mse are computed on: all (except padding), or
-            the masked ones.
+            the masked ones. Of a causal LM always those that have a next token.
         ensemble: how several teachers become one: by the mean of probabilities or of logits.
         backend: the implementation of the losses.
     """

@@ -56,11 +56,11 @@ class StudentConfig:
     that exists already.
 
     Args:
-        model: hub name or folder of a masked LM with the teacher's tokenizer, such as the model/ of
-            a finished run. The student begins as this model, of any family, width and depth; of
-            another width than the teacher's with loss.hidden_cos_weight 0. The keys layers,
-            architecture, fold_token_type and copy_mlm_transform then keep their defaults. null: the
-            student is made of the teacher's layers.
+        model: hub name or folder of a language model with the teacher's tokenizer and objective,
+            such as the model/ of a finished run. The student begins as this model, of any family,
+            width and depth; of another width than the teacher's with loss.hidden_cos_weight 0. The
+            keys layers, architecture, fold_token_type and copy_mlm_transform then keep their
+            defaults. null: the student is made of the teacher's layers.
         revision: commit of the hub's repository, which pins the model.
         layers: the teacher's layers that the student keeps: alternate, which is
             round(linspace(0, L-1, ceil(L/2))); all; or a list such as [0, 2, 4, 7, 9, 11].
@@ -123,13 +123,17 @@ class DataConfig:
             written; one that is empty or JSON's null is no text.
         txt_rows: the unit of a .txt file that counts as one text.
         max_length: most tokens in an example, special tokens included. A longer text is cut into
-            several examples.
+            several examples. For a causal LM a text is its tokens and the tokenizer's end token.
         min_length: fewest tokens in an example; shorter ones are dropped.
         special_tokens: what the words [MASK] or [SEP] in a text are: text, words like others, or
             the special tokens.
         max_unknown: an example is dropped if its share of unknown tokens is this or more.
         heldout: the share of the texts that is held out for evaluation: whole texts, at least one,
             and equal ones together.
+        packing: of a causal LM, put several examples into one sequence of at most max_length
+            tokens, with attention that never crosses them and positions that restart: true; false,
+            an example a sequence; or auto, which is true where the logits of a packed sequence are
+            proven to be those of its examples alone. The gradient does not depend on it.
     """
 
     source: str | list[str | SourceSpec] | None = None
@@ -141,6 +145,7 @@ class DataConfig:
     special_tokens: Literal["text", "tokens"] = "text"
     max_unknown: float = 0.5
     heldout: float = 0.01
+    packing: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         expect(self.max_length >= 3, "data.max_length", "at least 3", self.max_length)
@@ -157,7 +162,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """The tokens that the model has to guess. They are drawn anew in every epoch.
+    """The tokens that a masked LM has to guess. They are drawn anew in every epoch.
 
     Args:
         probability: the expected share of the non-padding tokens that is chosen.
@@ -251,9 +256,11 @@ class Config:
     Args:
         teacher: hub name or folder; or, for an ensemble, a list of names or of
             {name, weight, revision}.
+        objective: what the models are trained for: masked, to guess masked tokens; causal, to guess
+            each next token; auto, as the teacher is. A resumed run keeps its objective.
         student: the student's shape and initial weights, or a model that it begins as.
         data: the text and its tokens.
-        masking: the tokens that the model has to guess.
+        masking: the tokens that a masked LM has to guess.
         loss: the loss that the student is trained with.
         optimizer: the optimiser and its schedule.
         batch: the batch of one step.
@@ -276,6 +283,7 @@ class Config:
     """
 
     teacher: str | list[str | TeacherSpec] = "bert-base-uncased"
+    objective: Literal["auto", "masked", "causal"] = "auto"
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from torch import Tensor
 from distilfast.config import BatchConfig
 from distilfast.data.masking import (
     EVALUATION_EPOCH,
-    EVALUATION_SEED,
     IGNORE_INDEX,
     Masker,
     permutation,
+    positions,
 )
+from distilfast.data.packing import pack
+from distilfast.data.shifting import Shift
 from distilfast.data.store import Store
 
 PAD_TO = 8  # the width of a batch is a multiple of this
@@ -31,20 +34,24 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The input of one forward. Row numbers count the B x L positions, sequence by sequence."""
+    """The input of one forward, of B sequences. A sequence is an example; of packed ones it holds
+    several, and their positions restart. Row numbers count the B x L positions, sequence by
+    sequence."""
 
-    input_ids: Tensor  # (B, L) int64, masked
-    attention_mask: Tensor | None  # (B, L) int64; None if there is no padding
+    input_ids: Tensor  # (B, L) int64; for a masked LM masked
+    attention_mask: Tensor | None  # (B, L) int64; None if there is no padding, or it is packed
     tokens: Tensor  # (n,) int64, the rows that are not padding
-    masked: Tensor  # (m,) int64, the rows with a label
+    labelled: Tensor  # (m,) int64, the rows with a label
     labels: Tensor  # (B * L,) int64, IGNORE_INDEX in rows without a label
+    position_ids: Tensor | None = None  # (B, L) int64; None if it is not packed
+    shifted: bool = False  # a row's label is the next token, as of a causal LM
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``. To a GPU, one copy is queued on the current stream and the host
         does not wait for it; the tensors are views of one piece of memory."""
         if device.type == "cpu":
             return self
-        fields = {name: x for name, x in vars(self).items() if x is not None}
+        fields = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         moved = copy_to(device, list(fields.values()))
         return dataclasses.replace(self, **dict(zip(fields, moved, strict=True)))
 
@@ -52,7 +59,7 @@ class MicroBatch:
         """The same forward without any rows, so that it adds nothing to a loss."""
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return dataclasses.replace(
-            self, tokens=self.tokens[:0], masked=self.masked[:0], labels=labels
+            self, tokens=self.tokens[:0], labelled=self.labelled[:0], labels=labels
         )
 
 
@@ -62,10 +69,24 @@ class Batches:
     The steps divide an endless sequence of epochs, each in its own order, at their borders. A step
     takes the examples that begin between its borders. Within a step, examples are sorted by length:
     this saves padding and does not change the gradient.
+
+    Args:
+        objective: gives the labels: a Masker, or the Shift of a causal LM.
+        pad_token: the id of padding. That of a causal LM may be any: nothing attends to it.
+        packed: put several of a step's examples into one sequence, of at most max_length tokens.
+            The held-out ones have a sequence each all the same, as they are scored one by one.
     """
 
-    def __init__(self, store: Store, masker: Masker, pad_token: int, batch: BatchConfig):
-        self.store, self.masker, self.pad_token, self.batch = store, masker, pad_token, batch
+    def __init__(
+        self,
+        store: Store,
+        objective: Masker | Shift,
+        pad_token: int,
+        batch: BatchConfig,
+        packed: bool = False,
+    ):
+        self.store, self.objective, self.pad_token, self.batch = store, objective, pad_token, batch
+        self.packed = packed
         self.lengths = {split: store.lengths(split) for split in ("train", "heldout")}
         self.sizes = store.sizes(batch)
         self.epoch_size = int(self.sizes.sum())
@@ -87,7 +108,7 @@ class Batches:
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
         """An epoch's examples in order, and each one's start within the epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = permutation(self.masker.seed, epoch, len(self.sizes))
+            order = permutation(self.objective.seed, epoch, len(self.sizes))
             sizes = self.sizes[order]
             self._epoch = epoch, order, sizes.cumsum(0) - sizes
         return self._epoch[1:]
@@ -95,18 +116,29 @@ class Batches:
     def step(self, step: int, rank: int, ranks: int, micro_sequences: int) -> Share:
         """This rank's micro-batches of a step. Every rank has the same number of them.
 
-        Each has at most ``micro_sequences`` examples, and sizes differ by at most one. A
-        micro-batch holds examples of similar length. In order of length, micro-batches go to the
+        Each has at most ``micro_sequences`` sequences, and sizes differ by at most one. A
+        micro-batch holds sequences of similar length. In order of length, micro-batches go to the
         ranks in turn, so that the ranks finish together.
         """
         examples, epochs = self.examples(step)
-        by_length = self.lengths["train"][examples].argsort(stable=True)
-        turns = -(-len(examples) // (micro_sequences * ranks))
+        order, counts = self._sequences(examples)
+        turns = -(-len(counts) // (micro_sequences * ranks))
         parts = torch.arange(turns * ranks)
-        size, larger = divmod(len(examples), len(parts))
+        size, larger = divmod(len(counts), len(parts))
         sizes = size + (parts < larger).long()
-        mine = by_length[(parts % ranks == rank).repeat_interleave(sizes)]
-        return Share(self, examples[mine], epochs[mine], sizes[rank::ranks].tolist())
+        own = (parts % ranks == rank).repeat_interleave(sizes)
+        mine = order[own.repeat_interleave(counts)]
+        return Share(self, examples[mine], epochs[mine], sizes[rank::ranks].tolist(), counts[own])
+
+    def _sequences(self, examples: Tensor) -> tuple[Tensor, Tensor]:
+        """A step's sequences, from the shortest to the longest: their examples, as (n,) places in
+        ``examples``, and the number of examples in each sequence."""
+        lengths = self.lengths["train"][examples]
+        if not self.packed:
+            return lengths.argsort(stable=True), torch.ones_like(lengths)
+        rows = pack(lengths.tolist(), self.store.record["max_length"])[::-1]
+        counts = torch.tensor([len(row) for row in rows])
+        return torch.tensor(list(itertools.chain.from_iterable(rows))), counts
 
     def heldout(
         self, rank: int, ranks: int, micro_sequences: int, limit: int | None
@@ -118,7 +150,8 @@ class Batches:
         """
         for part in self.heldout_parts(rank, ranks, micro_sequences, limit):
             examples = part if len(part) else torch.zeros(1, dtype=torch.int64)
-            batch = self._micro_batch("heldout", examples, EVALUATION_EPOCH)
+            epochs = torch.full_like(examples, EVALUATION_EPOCH)
+            batch = self._micro_batch("heldout", examples, epochs, torch.ones_like(examples))
             yield batch if len(part) else batch.without_rows()
 
     def heldout_parts(
@@ -131,25 +164,37 @@ class Batches:
         parts += [by_length[:0]] * (-len(parts) % ranks)
         return parts[rank::ranks]
 
-    def _micro_batch(self, split: str, examples: Tensor, epochs: Tensor | int) -> MicroBatch:
+    def _micro_batch(
+        self, split: str, examples: Tensor, epochs: Tensor, counts: Tensor
+    ) -> MicroBatch:
+        """The micro-batch of some examples, ``counts`` of them in each sequence."""
         lengths = self.lengths[split][examples]
-        longest = int(lengths.max())
+        last = counts.cumsum(0) - 1
+        filled = lengths.cumsum(0)[last].diff(prepend=torch.zeros(1, dtype=torch.int64))
+        longest = int(filled.max())
         width = max(longest, min(-(-longest // PAD_TO) * PAD_TO, self.store.record["max_length"]))
-        real = torch.arange(width) < lengths[:, None]
-        padded = int(lengths.min()) < width
+        columns = torch.arange(width)
+        real = columns < filled[:, None]
+        padded = int(filled.min()) < width
+        objective = self.objective.evaluating() if split == "heldout" else self.objective
+        tokens = self.store.tokens(split, examples).long()
+        tokens, known = objective.apply(tokens, lengths, examples, epochs)
         input_ids = torch.full(real.shape, self.pad_token)
-        input_ids[real] = self.store.tokens(split, examples).long()
-        masker = self.masker
-        if split == "heldout":  # the same masks for runs of different seeds
-            masker = dataclasses.replace(masker, seed=EVALUATION_SEED)
-        masked_ids, labels = masker.apply(input_ids, examples, epochs)
-        labels = labels.flatten()
+        input_ids[real] = tokens
+        labels = torch.full(real.shape, IGNORE_INDEX)
+        labels[real] = known
+        labels, places = labels.flatten(), None
+        if self.packed and split == "train":
+            places = columns - filled[:, None]  # padding is a document of its own
+            places[real] = positions(lengths)
         return MicroBatch(
-            input_ids=masked_ids,
-            attention_mask=real.long() if padded else None,
+            input_ids=input_ids,
+            attention_mask=real.long() if padded and places is None else None,
             tokens=real.flatten().nonzero()[:, 0],
-            masked=(labels != IGNORE_INDEX).nonzero()[:, 0],
+            labelled=(labels != IGNORE_INDEX).nonzero()[:, 0],
             labels=labels,
+            position_ids=places,
+            shifted=objective.shifted,
         )
 
 
@@ -161,36 +206,46 @@ class Share:
     batches: Batches
     examples: Tensor  # (n,) int64
     epochs: Tensor  # (n,) int64
-    sizes: list[int]  # of the micro-batches
+    sizes: list[int]  # of the micro-batches, in sequences
+    counts: Tensor  # (sum of the sizes,) int64, of the examples in each sequence
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The examples of each micro-batch, and their epochs."""
-        return zip(self.examples.split(self.sizes), self.epochs.split(self.sizes), strict=True)
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The examples of each micro-batch, their epochs, and how many are in each sequence."""
+        first = begin = 0
+        for size in self.sizes:
+            counts = self.counts[first : first + size]
+            end = begin + int(counts.sum())
+            yield self.examples[begin:end], self.epochs[begin:end], counts
+            first, begin = first + size, end
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        begin = 0
-        for size in self.sizes:
+        make = self.batches._micro_batch
+        for examples, epochs, counts in self.parts():
+            if len(counts):
+                yield make("train", examples, epochs, counts)
+                continue
             # With ZeRO 2 and 3 all ranks run each forward and backward together, so a rank that
             # has no example left takes one again.
-            part = slice(begin, begin + size) if size else slice(1)
-            begin += size
-            batch = self.batches._micro_batch("train", self.examples[part], self.epochs[part])
-            yield batch if size else batch.without_rows()
+            first = torch.zeros(1, dtype=torch.int64)
+            examples, epochs = (torch.cat([x, first])[:1] for x in (self.examples, self.epochs))
+            yield make("train", examples, epochs, torch.ones_like(first)).without_rows()
 
-    def counts(self) -> tuple[int, int]:
-        """The number of its tokens, and of its masked tokens."""
-        store, masker = self.batches.store, self.batches.masker
+    def count(self) -> tuple[int, int]:
+        """The number of its tokens, and of those with a label."""
+        store, objective = self.batches.store, self.batches.objective
+        if not len(self.examples):
+            return 0, 0
         lengths = self.batches.lengths["train"][self.examples]
         at_once = max(1, COUNTED // int(lengths.max()))
         pieces = (x.split(at_once) for x in (lengths, self.examples, self.epochs))
-        masked = sum(
-            masker.count(store.tokens("train", examples), lengths, examples, epochs)
+        labelled = sum(
+            objective.count(store.tokens("train", examples), lengths, examples, epochs)
             for lengths, examples, epochs in zip(*pieces, strict=True)
         )
-        return int(lengths.sum()), masked
+        return int(lengths.sum()), labelled
 
 
 def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:

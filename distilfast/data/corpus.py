@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from distilfast import atomic
-from distilfast.config import Config, ConfigError, DataConfig, SourceSpec
+from distilfast.config import Config, ConfigError, SourceSpec
 from distilfast.data import files
 from distilfast.data.masking import permutation
 from distilfast.data.store import COUNTED, FORMAT, Store, describe_texts
@@ -49,6 +49,12 @@ def prepare(config: Config, tokenizer: Any, folder: Path) -> Store:
         if _make(config, sources, tokenizer, folder, record):
             return Store.open(folder)
     store = Store.open(folder)
+    wanted = "causal" if config.objective == "causal" else "masked"
+    if store.objective != wanted:
+        raise ConfigError(
+            f"data.prepared: expected tokens for the {wanted} objective, got {str(folder)!r}, made "
+            f"for the {store.objective} one"
+        )
     if config.sources:
         _compare(store, _record(config, tokenizer, locate(config, missing_ok=True)), folder)
     if store.record["max_length"] > config.data.max_length:
@@ -119,14 +125,32 @@ def locate(config: Config, missing_ok: bool = False) -> list[Source]:
 def _record(config: Config, tokenizer: Any, sources: Sequence[Source]) -> dict[str, Any]:
     """The record of what a store is made from. Equal records mean equal tokens."""
     settings = asdict(config.data)
-    del settings["prepared"], settings["source"]
+    for key in ("prepared", "source", "packing"):
+        del settings[key]
+    causal = {}
+    if config.objective == "causal":  # old records are of masked LMs, and do not say it
+        around = _around(config, tokenizer)
+        causal = {"objective": "causal", "begin": around[0], "end": around[1]}
     return {
         "format": FORMAT,
+        **causal,
         "source": [asdict(s.spec) for s in sources],
         "files": _digests(sources),
         "tokenizer": fingerprint(tokenizer),
         **settings,
     }
+
+
+def _around(config: Config, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens before and after those of a text.
+
+    A causal LM gets the tokenizer's end token after a text, and before it what the tokenizer itself
+    puts there, such as Llama's begin token, as the teacher was trained with it.
+    """
+    if config.objective != "causal":
+        return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    begin, first = tokenizer.bos_token_id, tokenizer("a")["input_ids"][:1]
+    return first if first == [begin] else [], [tokenizer.eos_token_id]
 
 
 def _digests(sources: Sequence[Source]) -> dict[str, dict[str, str] | None]:
@@ -206,8 +230,8 @@ def _fill(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     whole = folder / "examples.arrow"
-    keys, of_sources = _tokenize(config.data, sources, tokenizer, whole)
-    seen = {key: sum(counts[key] for counts in of_sources) for key in COUNTED}
+    keys, of_sources = _tokenize(config, sources, tokenizer, whole)
+    seen = {key: sum(counts[key] for counts in of_sources) for key in of_sources[0]}
     texts = _numbered(keys)
     distinct = int(texts.max()) + 1 if len(texts) else 0
     seen["repeated"] = seen["used"] - distinct
@@ -248,7 +272,7 @@ def _fill(
 
 
 def _tokenize(
-    data: DataConfig, sources: Sequence[Source], tokenizer: Any, file: Path
+    config: Config, sources: Sequence[Source], tokenizer: Any, file: Path
 ) -> tuple[np.ndarray, list[Counter[str]]]:
     """Write the examples of all texts to an Arrow file, in order.
 
@@ -259,28 +283,41 @@ def _tokenize(
     import pyarrow
     from datasets.utils import tqdm
 
+    data, causal = config.data, config.objective == "causal"
     # Read every source before tokenising the first, so that errors show early.
     total = sum(len(batch) for source in sources for batch in source.texts(data.txt_rows))
-    cls_token, sep_token = tokenizer.cls_token_id, tokenizer.sep_token_id
-    unknown, body = tokenizer.unk_token_id, data.max_length - 2
+    begin, end = _around(config, tokenizer)
+    unknown = tokenizer.unk_token_id
+    if [unknown] == end:  # as GPT-2's
+        unknown = None
+
+    def pieces(ids: list[int]) -> Iterator[list[int]]:
+        """A text in pieces of at most max_length tokens: each with CLS and SEP, or one text of a
+        causal LM, from its begin to its end, in all of them."""
+        if causal:
+            ids = [*begin, *ids, *end] if ids else []
+            yield from (ids[i : i + data.max_length] for i in range(0, len(ids), data.max_length))
+            return
+        body = data.max_length - 2
+        yield from ([*begin, *ids[i : i + body], *end] for i in range(0, len(ids), body))
 
     def cut(ids: list[int]) -> tuple[list[list[int]], Counter[str]]:
         """The examples of a text, and how many pieces are none, by the reason."""
         kept, lost = [], Counter[str]()
-        for start in range(0, len(ids), body):
-            piece = ids[start : start + body]
-            if len(piece) + 2 < data.min_length:
+        for piece in pieces(ids):
+            if len(piece) < data.min_length:
                 lost["short"] += 1
-            elif piece.count(unknown) >= data.max_unknown * (len(piece) + 2):
+            elif piece.count(unknown) >= data.max_unknown * len(piece):
                 lost["unknown"] += 1
             else:
-                kept.append([cls_token, *piece, sep_token])
+                kept.append(piece)
         return kept, lost
 
     encode = functools.partial(tokenize, tokenizer, key="data.special_tokens")
     if data.special_tokens == "tokens":
         encode = functools.partial(tokenizer, split_special_tokens=False, verbose=False)
-    keys, of_sources = array("q"), [Counter(dict.fromkeys(COUNTED, 0)) for _ in sources]
+    counted = (*COUNTED, "cut") if causal else COUNTED
+    keys, of_sources = array("q"), [Counter(dict.fromkeys(counted, 0)) for _ in sources]
     batches = (
         (seen, batch)
         for seen, source in zip(of_sources, sources, strict=True)
@@ -304,6 +341,8 @@ def _tokenize(
                 if kept:
                     seen["used"] += 1
                     seen["pieces"] += lost.total()
+                    if causal:
+                        seen["cut"] += len(kept) + lost.total() > 1
                 else:
                     seen["unknown" if lost["unknown"] else "short" if lost else "empty"] += 1
             made = pyarrow.array(examples, column)

@@ -12,6 +12,7 @@ only integers, so every rank, device and resumed run draws the same bits.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -63,9 +64,17 @@ def permutation(seed: int, epoch: int, n_examples: int) -> Tensor:
     return ((high >> 1 << 32) | low).argsort(stable=True)
 
 
+def positions(lengths: Tensor) -> Tensor:
+    """Each token's position in its example, (n,) int64, of (B,) lengths that sum to n."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(
+        lengths
+    )
+
+
 @dataclass(frozen=True)
 class Masker:
-    """Masks batches of token ids.
+    """Masks examples: the objective of a masked LM.
 
     ``thresholds``: (V,) int64. A token is masked if a uniform 32-bit integer is below its own.
     """
@@ -74,6 +83,7 @@ class Masker:
     mask_token: int
     config: MaskingConfig
     seed: int
+    shifted = False  # a label belongs to its own position
 
     @classmethod
     def from_counts(
@@ -110,41 +120,40 @@ class Masker:
         probabilities = -torch.expm1(-high * weights)
         return cls((probabilities * 2**32).round().long(), mask_token, config, seed)
 
+    def evaluating(self) -> Masker:
+        """The one for held-out text: the same masks for runs of different seeds."""
+        return dataclasses.replace(self, seed=EVALUATION_SEED)
+
     def apply(
-        self, input_ids: Tensor, examples: Tensor, epochs: Tensor | int
+        self, tokens: Tensor, lengths: Tensor, examples: Tensor, epochs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mask a batch.
+        """Mask some examples.
 
         Args:
-            input_ids: (B, L) int64; padding is a special token and so never masked.
-            examples: (B,) int64, each sequence's number in the data set.
-            epochs: (B,) int64, or one number.
+            tokens: (n,) int64 ids, one example after the other, without padding.
+            lengths, examples, epochs: (B,) int64: of each example the number of its tokens, its
+                number in the data set, and its epoch. The lengths sum to n.
 
         Returns:
-            The (B, L) ids, with the chosen positions replaced 80/10/10 or as configured; and the
-            (B, L) labels: the original id at chosen positions, IGNORE_INDEX elsewhere.
+            The (n,) ids, with the chosen positions replaced 80/10/10 or as configured; and the (n,)
+            labels: the original id at chosen positions, IGNORE_INDEX elsewhere.
         """
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        epochs = torch.as_tensor(epochs).view(-1, 1)
-        choose, action, replacement, _ = philox(self.seed, epochs, examples[:, None], position)
-        chosen = choose < self.thresholds[input_ids]
-        labels = torch.where(chosen, input_ids, IGNORE_INDEX)
+        choose, action, replacement, _ = self._draw(lengths, examples, epochs)
+        chosen = choose < self.thresholds[tokens]
+        labels = torch.where(chosen, tokens, IGNORE_INDEX)
         to_mask = math.floor(self.config.mask * 2**32)
         to_random = math.floor((self.config.mask + self.config.random) * 2**32)
         vocab = len(self.thresholds)
-        masked = torch.where(chosen & (action < to_mask), self.mask_token, input_ids)
+        masked = torch.where(chosen & (action < to_mask), self.mask_token, tokens)
         random = chosen & (action >= to_mask) & (action < to_random)
         return torch.where(random, (replacement * vocab) >> 32, masked), labels
 
     def count(self, tokens: Tensor, lengths: Tensor, examples: Tensor, epochs: Tensor) -> int:
-        """Count the positions that `apply` masks, without making the batch.
-
-        Args:
-            tokens: (n,) ids, one example after the other, without padding.
-            lengths, examples, epochs: (B,) int64, one entry for each example. The lengths sum to n.
-        """
-        starts = lengths.cumsum(0) - lengths
-        position = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
-        examples, epochs = (x.repeat_interleave(lengths) for x in (examples, epochs))
-        choose, *_ = philox(self.seed, epochs, examples, position)
+        """Count the positions that `apply`, with the same arguments, masks."""
+        choose, *_ = self._draw(lengths, examples, epochs)
         return int((choose < self.thresholds[tokens]).sum())
+
+    def _draw(self, lengths: Tensor, examples: Tensor, epochs: Tensor) -> tuple[Tensor, ...]:
+        """Four (n,) random integers for each token."""
+        examples, epochs = (x.repeat_interleave(lengths) for x in (examples, epochs))
+        return philox(self.seed, epochs, examples, positions(lengths))

@@ -18,7 +18,8 @@ from distilfast.config import BatchConfig, ConfigError
 # The store's format, raised when the meaning of its files changes. Format 1 has neither hashes nor
 # counts of its texts, and equal texts may stand in both of its parts.
 FORMAT = 2
-# What the record counts: texts; and of those used, pieces that are no examples.
+# What the record counts: texts; and of those used, pieces that are no examples. For a causal LM
+# also how many texts were cut.
 COUNTED = ("read", "used", "repeated", "short", "unknown", "empty", "pieces")
 
 
@@ -78,6 +79,11 @@ class Store:
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
 
     @property
+    def objective(self) -> str:
+        """What the tokens are for: masked or causal."""
+        return str(self.record.get("objective", "masked"))
+
+    @property
     def identity(self) -> str:
         """A hash of the record, which holds the hashes of the texts and the settings."""
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
@@ -121,7 +127,7 @@ def describe_texts(texts: dict[str, int], settings: dict[str, Any]) -> str:
 
     Args:
         texts: the counts of a store's record, or those to be.
-        settings: with ``min_length`` and ``max_unknown``.
+        settings: with ``max_length``, ``min_length`` and ``max_unknown``.
     """
     repeated = f" ({texts['repeated']:,} repeat another)" if texts["repeated"] else ""
     reasons = {
@@ -132,4 +138,7 @@ def describe_texts(texts: dict[str, int], settings: dict[str, Any]) -> str:
     }
     lost = ", ".join(f"{texts[key]:,} {why}" for key, why in reasons.items() if texts[key])
     left = f"; left out: {lost}" if lost else ""
-    return f"{texts['read']:,} texts: {texts['used']:,} used{repeated}{left}"
+    cut = ""
+    if number := texts.get("cut"):
+        cut = f"; {number:,} longer than {settings['max_length']} tokens, cut into pieces"
+    return f"{texts['read']:,} texts: {texts['used']:,} used{repeated}{left}{cut}"

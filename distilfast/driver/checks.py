@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,10 +22,10 @@ from distilfast import config as configs
 from distilfast.config import Config
 from distilfast.data.masking import Masker
 from distilfast.driver import checkpoint
+from distilfast.driver.choices import chosen_objective, chosen_precision, packing
 from distilfast.driver.processes import World
 from distilfast.errors import ConfigError, expect, shown, writable
 from distilfast.losses import distillation_loss
-from distilfast.machine import best_precision, multiplies_bf16
 from distilfast.report.numbers import counted
 from distilfast.report.training_run import read_metrics
 
@@ -40,6 +40,7 @@ FREE_KEYS = (
     "tensorboard",
     "zero.",
     "batch.micro_sequences",
+    "data.packing",
     "data.prepared",
     "loss.backend",
 )
@@ -56,43 +57,22 @@ class Setup:
     steps: int
 
 
-def settled(config: Config, world: World) -> Config:
-    """The configuration with its precision chosen, the same on all ranks."""
-    precision = world.first(lambda: chosen_precision(config, world.device))
-    slow = world.device.type == "cpu" and precision == "bf16" and not multiplies_bf16()
-    if slow and world.rank == 0:
-        log.warning(
-            "precision bf16: this CPU has no instructions for it, fp32 is many times faster"
-        )
-    return replace(config, precision=precision)
-
-
-def chosen_precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
-    """The precision; for `auto`, that of the run to be resumed, else the best for the device."""
-    if config.precision != "auto":
-        return config.precision
-    before = Path(config.output) / "config.yaml"
-    with contextlib.suppress(ConfigError, OSError):  # `check` will report the error
-        if config.resume == "auto" and before.is_file():
-            kept = configs.parse(["--config", str(before)]).precision
-            return kept if kept != "auto" else best_precision(device)
-    return best_precision(device)
-
-
 def prepare(config: Config, world: World) -> Setup:
     """Load and check what `check` has not. Writes the tokens if they are missing, and nothing else.
 
     Raises:
         ConfigError: the first error that is found.
     """
+    config = replace(config, objective=world.first(lambda: chosen_objective(config)))
     teachers, tokenizer, student = world.together(lambda: load_models(config))
     models.choose_attention(student, world.device, config.data.max_length)
+    packed = world.together(lambda: packing(config, teachers, student))
     if world.device.type == "cpu" and config.precision == "bf16":
         models.use_fp32_sums(student)
     folder = config.token_folder
     world.first(lambda: data.prepare(config, tokenizer, folder))
     store = world.together(lambda: data.Store.open(folder))
-    batches = make_batches(config, tokenizer, store)
+    batches = make_batches(config, tokenizer, store, packed)
     return Setup(teachers, tokenizer, student, batches, count_steps(config, batches.epoch_size))
 
 
@@ -108,7 +88,12 @@ def check(config: Config, ranks: int, device: torch.device) -> None:
     for folder in (output, *(output / name for name in ("checkpoints", "model", "tensorboard"))):
         writable("output", folder)
     check_apart(config.student.model, output)
-    check_output(replace(config, precision=chosen_precision(config, device)), output)
+    chosen = replace(
+        config,
+        objective=chosen_objective(config),
+        precision=chosen_precision(config, device),
+    )
+    check_output(chosen, output)
 
 
 def check_backend(config: Config, device: torch.device) -> None:
@@ -126,8 +111,20 @@ def check_backend(config: Config, device: torch.device) -> None:
         ) from error
 
 
-def make_batches(config: Config, tokenizer: Any, store: data.Store) -> data.Batches:
-    """The masked batches of a run."""
+def make_batches(
+    config: Config, tokenizer: Any, store: data.Store, packed: bool = False
+) -> data.Batches:
+    """The batches of a run.
+
+    Args:
+        config: with its objective chosen.
+        packed: whether a sequence may hold several examples.
+    """
+    if config.objective == "causal":
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        return data.Batches(
+            store, data.Shift(config.seed), end if pad is None else pad, config.batch, packed
+        )
     special, mask_token = tokenizer.all_special_ids, tokenizer.mask_token_id
     masker = Masker.from_counts(store.counts, special, mask_token, config.masking, config.seed)
     return data.Batches(store, masker, tokenizer.pad_token_id, config.batch)
@@ -135,20 +132,23 @@ def make_batches(config: Config, tokenizer: Any, store: data.Store) -> data.Batc
 
 def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
     """Load the teachers, their tokenizer and the student, and check them."""
-    teachers, tokenizer = models.load_teachers(config.teachers)
+    objective = chosen_objective(config)
+    teachers, tokenizer = models.load_teachers(config.teachers, objective)
     check_teachers(config, teachers)
     what = "student"
     if config.student.model is None:
         student = models.make_student(teachers[0].model, config.student, config.seed)
     else:
         what = f"student.model: {config.student.model!r}"
-        student, has_head = models.load_student(config.student, tokenizer, config.seed)
+        student, has_head = models.load_student(config.student, tokenizer, config.seed, objective)
         check_student(config, teachers, student)
         if not has_head and os.environ.get("RANK", "0") == "0":
             log.warning(f"{what} has no masked-LM head: it begins with a new one")
-    for teacher in teachers:
-        models.check_head(f"teacher {teacher.name!r}", teacher.model)
-    models.check_head(what, student)
+    named = [(f"teacher {t.name!r}", t.model) for t in teachers]
+    for name, model in [*named, (what, student)]:
+        parts = models.check_head(name, model)
+        if objective == "causal":
+            models.check_causal(name, parts)
     return teachers, tokenizer, student
 
 
@@ -186,7 +186,7 @@ def check_teachers(config: Config, teachers: Sequence[models.Teacher]) -> None:
         raise ConfigError(
             f"teacher: expected one (logit_scale, logit_softcap) in an ensemble, got {scalings}"
         )
-    widths = {t.model.config.hidden_size for t in teachers}
+    widths = {t.model.config.get_text_config().hidden_size for t in teachers}
     if config.loss.hidden_cos_weight and len(widths) > 1:
         raise ConfigError(
             f"loss.hidden_cos_weight: expected 0 with teachers of different widths, got {widths}"
@@ -197,10 +197,10 @@ def check_student(config: Config, teachers: Sequence[models.Teacher], student: A
     """Check that a student that exists already fits the losses and the data."""
     name = config.student.model
     _check_length(config, str(name), student)
-    width = student.config.hidden_size
+    width = student.config.get_text_config().hidden_size
     if config.loss.hidden_cos_weight:
         for teacher in teachers:
-            other = teacher.model.config.hidden_size
+            other = teacher.model.config.get_text_config().hidden_size
             expect(
                 width == other,
                 "loss.hidden_cos_weight",
@@ -252,6 +252,8 @@ def check_output(config: Config, output: Path) -> None:
         before = configs.parse(["--config", str(output / "config.yaml")])
     except ConfigError as error:
         raise ConfigError(f"output: {output / 'config.yaml'} is damaged: {error}") from error
+    if before.objective == "auto":  # an older version's, which knew masked LMs alone
+        before = replace(before, objective="masked")
     differing = _differing(asdict(before), asdict(config))
     free: tuple[str, ...] = FREE_KEYS
     if config.data.source is None:  # the tokens are used as they are

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from distilfast import data, models
 from distilfast.config import RECIPES, BatchConfig, Config, parse
 from distilfast.data import Store
-from distilfast.driver import checks, processes
+from distilfast.driver import checks, choices, processes
 from distilfast.driver import replay as replaying
 from distilfast.driver.step import TrainingError
 from distilfast.errors import ConfigError
@@ -21,6 +22,7 @@ from distilfast.report.numbers import counted
 def prepare(arguments: Sequence[str]) -> int:
     """Make the store, and print what was read, what became of it, and the store's size."""
     config = parse(arguments, prog="distilfast prepare")
+    config = replace(config, objective=choices.chosen_objective(config))
 
     _, tokenizer, _ = checks.load_models(config)
     store = data.prepare(config, tokenizer, config.token_folder)
@@ -31,6 +33,7 @@ def prepare(arguments: Sequence[str]) -> int:
 def check(arguments: Sequence[str]) -> int:
     """Check everything that `train` checks, and print what it would do. Writes nothing."""
     config = parse(arguments, prog="distilfast check")
+    config = replace(config, objective=choices.chosen_objective(config))
 
     ranks, device = int(os.environ.get("WORLD_SIZE", "1")), processes.own_device()
     checks.check(config, ranks, device)
@@ -53,8 +56,12 @@ def check(arguments: Sequence[str]) -> int:
         print_sources(data.check(config, folder))
         print(f"tokens:   {folder}, to be made")
         print(f"steps:    {config.steps or counted(config.epochs or 0, 'epoch')}")
-    precision = checks.chosen_precision(config, device)
+    precision = choices.chosen_precision(config, device)
     print(f"batch:    {describe_batch(config.batch, ranks)}, {precision}")
+    if config.objective == "causal":
+        models.choose_attention(student, device, config.data.max_length)
+        packed = choices.packing(config, teachers, student)
+        print(f"packing:  {'several examples' if packed else 'one example'} a sequence")
     print(f"output:   {config.output}")
     return 0
 

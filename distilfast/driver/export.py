@@ -18,7 +18,7 @@ from distilfast.report.training_run import model_rows
 CARD = """\
 ---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {task}
 tags: [distillation, distilfast]
 ---
 # {name}
@@ -28,7 +28,7 @@ A {architecture} of {layers} layers and {parameters:.1f} M parameters, distilled
 
 ```python
 from transformers import pipeline
-pipeline("fill-mask", model="path/to/this/folder")("Paris is the {mask} of France.")
+pipeline("{task}", model="path/to/this/folder")("{example}")
 ```
 
 ## How it was made
@@ -40,8 +40,8 @@ pipeline("fill-mask", model="path/to/this/folder")("Paris is the {mask} of Franc
 
 ## What was measured
 
-On the held-out part of the same data, at the masked positions. Losses are cross entropies in nats;
-agreement is the share of first guesses that are the teacher's:
+On the held-out part of the same data, at {targets}. Losses are cross entropies in nats;
+agreement is the share of first guesses that are the teacher's{more}:
 
 {models}
 {undefined}
@@ -81,14 +81,19 @@ def export(
         )
 
 
-def card(model: Any, mask: str, config: Config, summary: dict[str, Any]) -> str:
-    """Format the model card. ``mask`` is the tokenizer's mask token."""
+def card(model: Any, mask: str | None, config: Config, summary: dict[str, Any]) -> str:
+    """Format the model card. ``mask`` is the tokenizer's mask token, of which a causal LM has no
+    need."""
     name = Path(config.output).name
+    causal = config.objective == "causal"
     given = config.student.model is not None
     undefined = summary["scores"]["student"]["eval_loss"] is None
     return CARD.format(
         name=name,
-        mask=mask,
+        task="text-generation" if causal else "fill-mask",
+        example="Paris is" if causal else f"Paris is the {mask} of France.",
+        targets="each next token" if causal else "the masked positions",
+        more=";\nperplexity is exp(loss), KL is KL(teacher || model) at T = 1" if causal else "",
         architecture=type(model).__name__,
         layers=summary["student_layers"],
         parameters=summary["parameters"] / 1e6,
@@ -97,7 +102,7 @@ def card(model: Any, mask: str, config: Config, summary: dict[str, Any]) -> str:
         student=f"- Student: {config.student.origin}\n" if given else "",
         given=", of the model that the student comes from" if given else "",
         data=", ".join(s.name for s in config.sources) or config.data.prepared,
-        recipe=f"Loss: {weighted_sum(vars(config.loss))}",
+        recipe=f"Loss: {weighted_sum({**vars(config.loss), 'objective': config.objective})}",
         tokens=counted(summary["tokens"], "token"),
         steps=counted(summary["steps"], "step"),
         batch=counted(config.batch.size, config.batch.unit.removesuffix("s")),

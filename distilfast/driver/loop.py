@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from distilfast import models
@@ -26,8 +25,8 @@ from distilfast.driver.checks import (
     is_complete,
     locked,
     prepare,
-    settled,
 )
+from distilfast.driver.choices import settled
 from distilfast.driver.dead_ranks import guard
 from distilfast.driver.engine import Engine
 from distilfast.driver.heldout import Evaluator
@@ -114,7 +113,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     if setup.teachers[0].has_head:
         # For an ensemble, agreement and scores are those of its first teacher, shown by name.
         shown = "teacher" if len(setup.teachers) == 1 else f"teacher {setup.teachers[0].name}"
-        scores[shown] = asdict(evaluator.teacher(teacher.predict))
+        scores[shown] = evaluator.teacher(teacher.predict).line()
     metrics = Metrics(output, start, config.tensorboard) if world.rank == 0 else None
     name, complete = f"{Path(config.output).name:>12}", False
     with (
@@ -123,7 +122,7 @@ def train(config: Config, world: World, setup: Setup, output: Path, start: int, 
     ):
 
         def evaluate(step: int) -> None:
-            line = {"step": step, **asdict(evaluator.student(runner.predict))}
+            line = {"step": step, **evaluator.student(runner.predict).line()}
             progress.evaluated(step, line)
             if metrics:
                 metrics.write(line)

@@ -10,7 +10,7 @@ from typing import Any
 from distilfast import atomic
 from distilfast.loss_parts import NOTHING_MASKED
 from distilfast.progress import Bar
-from distilfast.report.numbers import fixed, percent
+from distilfast.report.numbers import fixed, percent, perplexity
 from distilfast.report.training_run import read_metrics
 
 
@@ -78,6 +78,8 @@ class Progress(Bar):
             self.say(f"step {step}: {NOTHING_MASKED}")
             return
         shown = "" if agreement is None else f", agreement {percent(agreement)}"
+        if scores.get("eval_kl") is not None:
+            shown += f", KL {fixed(scores['eval_kl'], 3)}, perplexity {perplexity(loss)}"
         self.say(
             f"step {step}: held-out loss {fixed(loss, 3)}, accuracy {percent(accuracy)}{shown}"
         )

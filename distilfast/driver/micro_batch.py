@@ -48,13 +48,14 @@ class Normalizers:
     """
 
     rows: Tensor  # of kd, logit_cos and mse
-    masked: Tensor  # of ce
+    labelled: Tensor  # of ce
     tokens: Tensor  # of hidden_cos
 
 
 def vocabulary_rows(batch: MicroBatch, config: LossConfig) -> Tensor:
-    """The rows that the losses over the vocabulary need. The head is applied to no others."""
-    return batch.tokens if config.all_rows else batch.masked
+    """The rows that the losses over the vocabulary need. The head is applied to no others. A causal
+    LM's last token of a text predicts nothing, so it is in no such loss."""
+    return batch.tokens if config.all_rows and not batch.shifted else batch.labelled
 
 
 class Bodies(nn.Module):
@@ -73,9 +74,10 @@ class Bodies(nn.Module):
     def forward(
         self, batch: MicroBatch, tokens: Tensor | None, rows: Tensor | None, n: int
     ) -> tuple[list[Tensor], list[Tensor]]:
+        inputs = batch.input_ids, batch.attention_mask, batch.position_ids
         hidden, features = [], []
         for parts in itertools.islice(self.parts, n):
-            states = parts.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)
+            states = parts.hidden(*inputs).flatten(0, 1)
             if tokens is not None:
                 hidden.append(states[tokens])
             if rows is not None:
@@ -122,8 +124,8 @@ class TeacherSide:
 
     @torch.no_grad()
     def predict(self, batch: MicroBatch) -> Tensor:
-        """The first teacher's logits at the masked positions, (masked, V)."""
-        _, (features,) = self.bodies(batch, None, batch.masked, 1)
+        """The first teacher's logits in the rows with a label, (labelled, V)."""
+        _, (features,) = self.bodies(batch, None, batch.labelled, 1)
         return self.parts[0].logits(features, self.heads[0])
 
 
@@ -133,7 +135,7 @@ class Distillation(nn.Module):
     forward(batch, targets, normalizers) -> the loss, 0-d, and the (7,) detached PARTS. Their sums
     over the micro-batches of a step on all ranks are the loss and parts of the step.
 
-    forward(batch) -> the student's logits at the masked positions, (masked, V). Evaluation calls
+    forward(batch) -> the student's logits in the rows with a label, (labelled, V). Evaluation calls
     this, because it has to read the head in here, too.
 
     columns: how many columns of the logits all models have.
@@ -154,11 +156,11 @@ class Distillation(nn.Module):
         targets: Targets | None = None,
         normalizers: Normalizers | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        inputs = batch.input_ids, batch.attention_mask
-        if normalizers is None:
-            return self.parts.logits_at(*inputs, batch.masked)
-        config = self.config
+        inputs = batch.input_ids, batch.attention_mask, batch.position_ids
         hidden = self.parts.hidden(*inputs).flatten(0, 1)
+        if normalizers is None:
+            return self.parts.logits(self.parts.features(hidden[batch.labelled]))
+        config = self.config
         loss = hidden.new_zeros((), dtype=torch.float32)
         values = dict.fromkeys(PARTS, loss)
         if config.vocabulary or config.ce_weight:
@@ -203,7 +205,7 @@ class Distillation(nn.Module):
             divergence=config.divergence,
             jsd_beta=config.jsd_beta,
             kd_normalizer=normalizers.rows if config.vocabulary else None,
-            ce_normalizer=normalizers.masked if config.ce_weight else None,
+            ce_normalizer=normalizers.labelled if config.ce_weight else None,
             statistics=bool(config.kd_weight),
             vocab_size=self.columns,
             backend=config.backend,

@@ -17,7 +17,7 @@ from torch import Tensor
 from distilfast import data
 from distilfast.config import Config, ZeroConfig
 from distilfast.data import MicroBatch
-from distilfast.driver import checkpoint, checks, engine, processes
+from distilfast.driver import checkpoint, checks, choices, engine, processes
 from distilfast.driver.checkpoint import Saved
 from distilfast.driver.engine import Engine
 from distilfast.driver.micro_batch import PARTS, Distillation, Normalizers, TeacherSide
@@ -65,7 +65,7 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
         raise ConfigError(f"output: expected the folder of a run, got {str(output)!r}")
     # One process partitions nothing, and resume never would refuse the run's folder.
     config = dataclasses.replace(config, zero=ZeroConfig(), resume="auto")
-    config = checks.settled(config, world := processes.start())
+    config = choices.settled(config, world := processes.start())
     checks.check_output(config, output)
     checks.check_backend(config, world.device)
     setup = checks.prepare(config, world)
@@ -96,14 +96,15 @@ def replay(config: Config, step: int, ranks: int | None = None) -> bool:
     counts = torch.stack([count(config, world, share) for share in shares]).sum(0)
     pieces = Pieces(runner.deepspeed.module, teacher, Normalizers(*counts.float()))
     for rank, share in enumerate(shares):
-        for i, (batch, (examples, epochs)) in enumerate(zip(share, share.parts(), strict=True)):
+        for i, (batch, part) in enumerate(zip(share, share.parts(), strict=True)):
+            examples, epochs, _ = part
             torch.manual_seed(dropout_seed(config.seed, step - 1, i, rank))
             found = pieces.add(batch.to(world.device))
             print(f"rank {rank}, micro-batch {i + 1}, {counted(len(examples), 'example')}: {found}")
             if found.finite:
                 continue
             for example, epoch in zip(examples.split(1), epochs.split(1), strict=True):
-                (alone,) = data.Share(setup.batches, example, epoch, [1])
+                (alone,) = data.Share(setup.batches, example, epoch, [1], torch.ones(1).long())
                 found = pieces.take(alone.to(world.device))[0]
                 if not found.finite:
                     tokens = setup.batches.store.tokens("train", example)

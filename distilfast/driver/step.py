@@ -67,7 +67,7 @@ def optimiser_step(
         return None, True
     sums = world.sum(torch.stack(parts).double().sum(0))
     # The step waits for the device only here, and for the gradient norm below.
-    *values, rows, masked, tokens = torch.cat([sums, counts]).tolist()
+    *values, rows, labelled, tokens = torch.cat([sums, counts]).tolist()
     totals = dict(zip(PARTS, values, strict=True))
     if not math.isfinite(totals["loss"]):
         wrong = ", ".join(f"{k} is {v}" for k, v in totals.items() if not math.isfinite(v))
@@ -79,7 +79,7 @@ def optimiser_step(
     line = {
         "step": step + 1,
         "tokens": int(tokens),
-        **_logged(config, totals, {"rows": rows, "masked": masked, "tokens": tokens}),
+        **_logged(config, totals, {"rows": rows, "labelled": labelled, "tokens": tokens}),
         "grad_norm": norm,
         "learning_rate": rate,
         "tokens_per_second": tokens / (time.perf_counter() - began),
@@ -88,10 +88,11 @@ def optimiser_step(
 
 
 def count(config: Config, world: World, share: data.Share) -> Tensor:
-    """Count the whole step: rows of the vocabulary losses, masked tokens, tokens; (3,) int64."""
-    tokens, masked = share.counts()
-    rows = tokens if config.loss.all_rows else masked
-    (counts,) = data.copy_to(world.device, [torch.tensor([rows, masked, tokens])])
+    """Count the whole step: rows of the vocabulary losses, labels, tokens; (3,) int64."""
+    tokens, labelled = share.count()
+    all_rows = config.loss.all_rows and not share.batches.objective.shifted
+    rows = tokens if all_rows else labelled
+    (counts,) = data.copy_to(world.device, [torch.tensor([rows, labelled, tokens])])
     return world.sum(counts)
 
 
@@ -101,7 +102,7 @@ SHOWN = 16  # most examples of one rank that an error lists
 def _where(world: World, share: data.Share, parts: list[Tensor]) -> str:
     """Name the ranks and examples of the micro-batches whose parts are not finite."""
     mine: list[int] = []
-    for (examples, _), shares in zip(share.parts(), parts, strict=True):
+    for (examples, *_), shares in zip(share.parts(), parts, strict=True):
         if not shares.isfinite().all():
             mine += examples.tolist()
     found = []

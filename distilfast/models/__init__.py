@@ -6,6 +6,7 @@ their teacher (`proof.py`), so a family need not be known by name. What only one
 its layers is a row in `exceptions.py`.
 """
 
+from distilfast.models.attention import check_causal, packs
 from distilfast.models.casting import cast, kept_buffers
 from distilfast.models.fp32_sums import use_fp32_sums
 from distilfast.models.heads import check_head
@@ -19,6 +20,7 @@ from distilfast.models.teachers import (
     choose_attention,
     load_teachers,
     teacher_identity,
+    teacher_objective,
 )
 from distilfast.models.tokenizers import fingerprint, has_words, tokenize, vocabulary_size
 from distilfast.models.weights import identity, load_weights, loading, quiet
@@ -29,6 +31,7 @@ __all__ = [
     "Teacher",
     "attend",
     "cast",
+    "check_causal",
     "check_head",
     "choose_attention",
     "depth",
@@ -45,12 +48,14 @@ __all__ = [
     "longest_steady_text",
     "make_student",
     "most_positions",
+    "packs",
     "quiet",
     "set_padding",
     "spread",
     "student_identity",
     "take_apart",
     "teacher_identity",
+    "teacher_objective",
     "tokenize",
     "use_fp32_sums",
     "valid_choice",

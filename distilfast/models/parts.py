@@ -61,15 +61,25 @@ class Parts:
     softcap: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The body's last hidden states, (B, L, D).
 
         Args:
             attention_mask: (B, L), 0 at padding; None if there is none.
+            position_ids: (B, L), of packed texts, where they restart: for a model that `packs`,
+                without a mask. None: each row is one text.
         """
         mask = attend(self.model, attention_mask)
         body = self.model.get_submodule(self.body)
-        return last_hidden(body(input_ids, attention_mask=mask, **dict(self.options)))
+        options = dict(self.options)
+        if position_ids is not None:
+            options["position_ids"] = position_ids
+        return last_hidden(body(input_ids, attention_mask=mask, **options))
 
     def features(self, hidden: Tensor) -> Tensor:
         """What the head's product reads, (n, D'), from (n, D) hidden states."""

@@ -13,7 +13,7 @@ from distilfast.errors import ConfigError
 from distilfast.models import layers
 from distilfast.models.parts import take_apart
 from distilfast.models.positions import set_padding
-from distilfast.models.teachers import load_masked_lm, read_config
+from distilfast.models.teachers import AUTO, load_lm, read_config
 from distilfast.models.tokenizers import differing, fingerprint, has_words, vocabulary_size
 from distilfast.models.weights import identity, loading, refuse_quantised
 from distilfast.sources import lookup
@@ -22,21 +22,25 @@ from distilfast.sources import lookup
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 
 
-def load_student(config: StudentConfig, tokenizer: Any, seed: int) -> tuple[Any, bool]:
+def load_student(
+    config: StudentConfig, tokenizer: Any, seed: int, objective: str = "masked"
+) -> tuple[Any, bool]:
     """Load the model that a student begins as, in fp32 and in train mode.
 
     Args:
         config: with a ``model``. With ``init`` random, its files give the shape alone.
         tokenizer: the teachers'.
         seed: seed of what is drawn.
+        objective: masked or causal.
 
     Returns:
         The model, and whether its head comes from its files. A head that they do not have starts as
         the identity.
 
     Raises:
-        ConfigError: the model cannot be loaded, is no encoder, needs code of its own, has another
-            tokenizer or too few embeddings, or counts its positions from another padding token.
+        ConfigError: the model cannot be loaded, is of another objective, needs code of its own, has
+            another tokenizer or too few embeddings, or counts its positions from another padding
+            token.
     """
     import transformers
 
@@ -44,7 +48,7 @@ def load_student(config: StudentConfig, tokenizer: Any, seed: int) -> tuple[Any,
     source = lookup.model_source("student.model", config.model, config.revision)
     revision = config.revision if source == config.model else None
     what = f"student.model: {config.model!r}"
-    own = read_config(source, what, revision)
+    own = read_config(source, what, revision, objective)
     _check_tokenizer(source, what, revision, tokenizer)
     if config.dropout is not None:
         layers.set_dropout(own, config.dropout)
@@ -53,12 +57,14 @@ def load_student(config: StudentConfig, tokenizer: Any, seed: int) -> tuple[Any,
         if config.init == "random":
             refuse_quantised(own, what)
             with loading(what):
-                model = transformers.AutoModelForMaskedLM.from_config(own, dtype=torch.float32)
+                auto = getattr(transformers, AUTO[objective])
+                model = auto.from_config(own, dtype=torch.float32)
             has_head = True
         else:
-            model, has_head = load_masked_lm(source, what, config=own, revision=revision)
+            model, has_head = load_lm(objective, source, what, config=own, revision=revision)
     _check_rows(model, what, tokenizer)
-    _set_padding(model, what, tokenizer.pad_token_id)
+    if objective == "masked":
+        _set_padding(model, what, tokenizer.pad_token_id)
     return model.train(), has_head
 
 

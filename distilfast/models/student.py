@@ -87,8 +87,9 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
             be proven.
     """
     kind = teacher.config.model_type
-    to_distilbert = kind == "bert" and config.architecture in ("auto", "distilbert")
-    if config.architecture == "distilbert" and kind not in ("bert", "distilbert"):
+    masked_bert = kind == "bert" and not teacher.config.is_decoder
+    to_distilbert = masked_bert and config.architecture in ("auto", "distilbert")
+    if config.architecture == "distilbert" and not masked_bert and kind != "distilbert":
         raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
     kept = kept_layers(teacher, config)
     architecture = "distilbert" if to_distilbert else "same"

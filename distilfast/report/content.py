@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from distilfast.errors import shortened
-from distilfast.report.numbers import count, counted, duration, fixed, percent
+from distilfast.report.numbers import count, counted, duration, fixed, percent, perplexity
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,19 @@ class ModelRow:
     name: str
     parameters: int
     size_mib: float  # size of the weights
-    eval_loss: float | None  # cross entropy in nats at masked positions
-    eval_accuracy: float | None  # share of masked tokens that are the first guess, 0 to 1
+    eval_loss: float | None  # cross entropy in nats at the targets: masked tokens, or next ones
+    eval_accuracy: float | None  # share of targets that are the first guess, 0 to 1
     eval_agreement: float | None  # share of first guesses that are the teacher's
     train_time_s: float | None
     steps: int | None
     note: str = ""
     teacher: bool | None = None  # None, as in older files: it is one if it has no agreement
+    eval_kl: float | None = None  # KL(teacher || model) in nats, of causal LMs alone
+
+    @property
+    def perplexity(self) -> str:
+        """That of a causal LM, as it is shown; a masked LM has none."""
+        return perplexity(None if self.eval_kl is None else self.eval_loss)
 
     @property
     def is_teacher(self) -> bool:
@@ -39,8 +45,9 @@ class Blocks:
     """A model's losses on blocks of held-out examples, for `paired.paired`."""
 
     examples: int  # in all blocks
-    tokens: list[int]  # of each block, its masked tokens
+    tokens: list[int]  # of each block, its targets
     losses: list[float]  # of each block, the sum of their losses in nats
+    target: str = "masked token"
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,18 @@ def read_report(path: Path) -> Report:
 
 def models_table(rows: Iterable[ModelRow], title: str = "") -> Table:
     """Tabulate models as the page does, for a terminal or a model card."""
-    columns = "model, held-out loss, accuracy, agreement, parameters, MiB, steps, training time"
+    rows = list(rows)
+    causal = any(row.eval_kl is not None for row in rows)
+    kl = "perplexity, KL, " if causal else ""
+    columns = (
+        f"model, held-out loss, {kl}accuracy, agreement, parameters, MiB, steps, training time"
+    )
     cells = [
         [
-            *(row.name, fixed(row.eval_loss, 3), percent(row.eval_accuracy)),
-            *(percent(row.eval_agreement), count(row.parameters), fixed(row.size_mib, 1)),
-            *(fixed(row.steps, 0), duration(row.train_time_s)),
+            *(row.name, fixed(row.eval_loss, 3)),
+            *((row.perplexity, fixed(row.eval_kl, 3)) if causal else ()),
+            *(percent(row.eval_accuracy), percent(row.eval_agreement), count(row.parameters)),
+            *(fixed(row.size_mib, 1), fixed(row.steps, 0), duration(row.train_time_s)),
         ]
         for row in rows
     ]

@@ -19,6 +19,13 @@ def percent(share: float | None) -> str:
     return f"{text} %" if share is not None and math.isfinite(share) else text
 
 
+def perplexity(loss: float | None) -> str:
+    """exp of a loss in nats: of how many equally likely tokens it would be the loss."""
+    if loss is None or not loss < 700:  # beyond it, exp is infinite
+        return fixed(loss and math.inf, 1)
+    return fixed(math.exp(loss), 1)
+
+
 def counted(number: float, noun: str) -> str:
     """1, "task" -> "1 task"; 1234, "batch" -> "1,234 batches"."""
     ending = "" if number == 1 else "es" if noun.endswith(("s", "tch")) else "s"

@@ -88,6 +88,7 @@ def _render(report: Report) -> str:
         charts=[forest(chart) for chart in report.charts],
         styles=styles,
         best=_best_students(report),
+        causal=any(row.eval_kl is not None for row in report.models),
         levels=levels_of(report),
         heldout=heldout,
         training=training,

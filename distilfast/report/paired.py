@@ -57,7 +57,7 @@ def paired(ours: Blocks | None, theirs: Blocks | None) -> Paired | None:
 
 def held_out(blocks: Blocks) -> str:
     """Say how much was held out."""
-    tokens = counted(sum(blocks.tokens), "masked token")
+    tokens = counted(sum(blocks.tokens), blocks.target)
     return f"{counted(blocks.examples, 'held-out example')} with {tokens}"
 
 

@@ -20,7 +20,8 @@ SQUEEZE = 2.0  # they may if the rest would else have less than half of it
 SMOOTHING = 50  # the window of the running mean is 1/50 of a run
 HELDOUT_TITLES = {
     "eval_loss": ("Held-out loss", "nats"),
-    "eval_accuracy": ("Held-out accuracy", "share of masked tokens"),
+    "eval_accuracy": ("Held-out accuracy", "share of tokens"),
+    "eval_kl": ("Held-out KL to the teacher", "nats"),
 }
 
 

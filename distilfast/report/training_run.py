@@ -13,7 +13,7 @@ from distilfast.errors import shortened
 from distilfast.loss_parts import NOTHING_MASKED, weighted_sum
 from distilfast.report.content import Blocks, ModelRow, Report
 from distilfast.report.merging import flat_keys
-from distilfast.report.numbers import count, counted, fixed, percent
+from distilfast.report.numbers import count, counted, fixed, percent, perplexity
 from distilfast.report.paired import held_out
 
 SHOWN = {"untrained student": "student before training"}  # names of summary.json, where others show
@@ -93,6 +93,9 @@ def training_report(
     if last["eval_loss"] is not None:
         lead = f"Held-out loss {fixed(last['eval_loss'], 3)}, accuracy "
         lead += f"{percent(last['eval_accuracy'])} after {steps}."
+        if last.get("eval_kl") is not None:
+            lead = f"Held-out perplexity {perplexity(last['eval_loss'])}, KL to the teacher "
+            lead += f"{fixed(last['eval_kl'], 3)} nats after {steps}."
     return replace(
         report,
         title=f"{name}: {count(summary['parameters'])} parameters",

@@ -33,7 +33,7 @@ from distilfast.config import (
     parse,
     to_yaml,
 )
-from distilfast.driver import checks
+from distilfast.driver import checks, choices
 from distilfast.driver.processes import World
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -412,33 +412,33 @@ def test_precision_is_what_the_cpu_multiplies_fast(
 ) -> None:
     monkeypatch.setattr(machine, "multiplies_bf16", lambda: fast)
     cpu = torch.device("cpu")
-    assert checks.chosen_precision(config_of(tmp_path / "run"), cpu) == expected
+    assert choices.chosen_precision(config_of(tmp_path / "run"), cpu) == expected
     for asked in ("bf16", "fp32"):
         given = config_of(tmp_path / "run", f"--precision={asked}")
-        assert checks.chosen_precision(given, cpu) == asked
+        assert choices.chosen_precision(given, cpu) == asked
 
 
 def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "multiplies_bf16", lambda: False)
     written, cpu = config_of(tmp_path, "--precision=bf16"), torch.device("cpu")
     (tmp_path / "config.yaml").write_text(config.to_yaml(written), encoding="utf-8")
-    assert checks.chosen_precision(config_of(tmp_path), cpu) == "bf16"
-    assert checks.chosen_precision(config_of(tmp_path, "--resume=never"), cpu) == "fp32"
+    assert choices.chosen_precision(config_of(tmp_path), cpu) == "bf16"
+    assert choices.chosen_precision(config_of(tmp_path, "--resume=never"), cpu) == "fp32"
     # a file that somebody has edited decides nothing
     (tmp_path / "config.yaml").write_text(config.to_yaml(config_of(tmp_path)), encoding="utf-8")
-    assert checks.chosen_precision(config_of(tmp_path), cpu) == "fp32"
+    assert choices.chosen_precision(config_of(tmp_path), cpu) == "fp32"
     (tmp_path / "config.yaml").write_text("steps: none", encoding="utf-8")
-    assert checks.chosen_precision(config_of(tmp_path), cpu) == "fp32"
+    assert choices.chosen_precision(config_of(tmp_path), cpu) == "fp32"
 
 
 def test_settled_configuration_is_what_the_run_is_written_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(machine, "multiplies_bf16", lambda: False)
-    monkeypatch.setattr(checks, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(choices, "multiplies_bf16", lambda: False)
     world = World(0, 1, torch.device("cpu"))
-    settled = checks.settled(config_of(tmp_path / "run"), world)
+    settled = choices.settled(config_of(tmp_path / "run"), world)
     assert settled.precision == "fp32"
     assert not caplog.records
-    checks.settled(config_of(tmp_path / "run", "--precision=bf16"), world)
+    choices.settled(config_of(tmp_path / "run", "--precision=bf16"), world)
     assert "no instructions" in caplog.text

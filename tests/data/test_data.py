@@ -1115,8 +1115,8 @@ def test_split_of_a_step_changes_no_example(
     assert max(sizes) - min(sizes) <= 1
     assert examples_of(made) == examples_of(list(batches.step(step, 0, 1, n)))
     for share, mine in zip(shares, dealt, strict=True):
-        counts = sum(len(b.tokens) for b in mine), sum(len(b.masked) for b in mine)
-        assert share.counts() == counts
+        counts = sum(len(b.tokens) for b in mine), sum(len(b.labelled) for b in mine)
+        assert share.count() == counts
 
 
 def test_step_that_spans_epochs_is_masked_by_each(store: Store) -> None:
@@ -1133,7 +1133,7 @@ def test_counts_do_not_depend_on_the_pieces_counted(
     found = set()
     for tokens in (1, 100, 10**6):
         monkeypatch.setattr("distilfast.data.batches.COUNTED", tokens)
-        found.add(share.counts())
+        found.add(share.count())
     assert len(found) == 1
 
 
@@ -1144,7 +1144,7 @@ def test_spare_batch_counts_nothing(store: Store) -> None:
     assert [len(b.tokens) > 0 for b in last] == [True, False, False, False]
     for batch in last[1:]:
         assert batch.input_ids.shape[0] == 1
-        assert len(batch.masked) == 0
+        assert len(batch.labelled) == 0
         assert (batch.labels == IGNORE_INDEX).all()
 
 
@@ -1207,7 +1207,7 @@ def test_size_of_a_step_costs_no_memory(tokenizer: Any, tmp_path: Path) -> None:
     held = []
     for sequences in (256, 8192):
         share = make_batches(made, sequences).step(0, 0, 1, 32)
-        share.counts()
+        share.count()
         for number, _ in enumerate(data.prefetch(share)):
             if number == len(share) - 2:
                 held.append(held_bytes())
@@ -1239,9 +1239,9 @@ def check_fields(batch: MicroBatch) -> None:
     flat = kept.flatten()
     assert batch.tokens.tolist() == [i for i in range(n_rows * width) if flat[i]]
     labelled = [i for i in range(n_rows * width) if batch.labels[i] != IGNORE_INDEX]
-    assert batch.masked.tolist() == labelled
+    assert batch.labelled.tolist() == labelled
     assert set(labelled) <= set(batch.tokens.tolist())
-    assert (batch.labels[batch.masked] >= 5).all()
+    assert (batch.labels[batch.labelled] >= 5).all()
 
 
 def test_fields_of_a_batch_agree(store: Store) -> None:
@@ -1251,7 +1251,7 @@ def test_fields_of_a_batch_agree(store: Store) -> None:
     for batch in made:
         check_fields(batch)
     assert len({batch.input_ids.shape[1] for batch in made}) > 1
-    assert sum(len(batch.masked) for batch in made) > 100
+    assert sum(len(batch.labelled) for batch in made) > 100
 
 
 def test_batch_moves_whole(store: Store) -> None:
@@ -1261,7 +1261,7 @@ def test_batch_moves_whole(store: Store) -> None:
         for name, value in vars(batch).items():
             there = getattr(moved, name)
             assert (there is None) == (value is None)
-            if value is not None:
+            if isinstance(value, Tensor):
                 assert there.device.type == "meta"
                 assert (there.shape, there.dtype) == (value.shape, value.dtype)
 
@@ -1300,12 +1300,14 @@ def test_memory_is_pinned_for_a_gpu_alone(device: str, monkeypatch: pytest.Monke
     labels = torch.tensor([4, 5])
     batch = MicroBatch(torch.tensor([[1, 2]]), None, torch.tensor([0, 1]), labels[:0], labels)
     (moved,) = data.prefetch(data.on_device([batch], torch.device(device)))
-    assert [x is None or x.tolist() for x in vars(moved).values()] == [
+    assert [x.tolist() if isinstance(x, Tensor) else x for x in vars(moved).values()] == [
         [[1, 2]],
-        True,
+        None,
         [0, 1],
         [],
         [4, 5],
+        None,
+        False,
     ]
     assert asked == {"cuda": [True], "cpu": [], "meta": [False]}[device]
     assert streams == ([threading.current_thread(), None] if device == "cuda" else [])
@@ -1323,7 +1325,7 @@ def test_masks_change_from_epoch_to_epoch(store: Store) -> None:
 def test_masked_share_of_the_training_text_is_the_one_asked_for(store: Store) -> None:
     batches = make_batches(store, len(store.train), probability=0.2)
     made = [b for step in range(60) for b in batches.step(step, 0, 1, len(store.train))]
-    masked, total = sum(len(b.masked) for b in made), sum(len(b.tokens) for b in made)
+    masked, total = sum(len(b.labelled) for b in made), sum(len(b.tokens) for b in made)
     assert total > 50_000
     assert abs(masked / total - 0.2) < 5 * (0.2 * 0.8 / total) ** 0.5
 
@@ -1339,7 +1341,7 @@ def test_heldout_batches_hold_every_text_once(ranks: int, micro: int, store: Sto
     batches.step(5, 0, 1, 8)
     dealt, spare = deal(batches, ranks, micro, None)
     assert len(spare) < ranks
-    assert all(len(b.masked) == 0 and (b.labels == -100).all() for b in spare)
+    assert all(len(b.labelled) == 0 and (b.labels == -100).all() for b in spare)
     assert examples_of(dealt) == wanted
     texts = sorted(row for b in dealt for row in unmasked(b))
     assert texts == sorted(rows(store.heldout))

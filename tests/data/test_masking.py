@@ -73,6 +73,16 @@ def draw_ids(counts: Tensor, shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.multinomial(counts.double(), n, True, generator=generator).view(shape)
 
 
+def apply(
+    masker: Masker, ids: Tensor, examples: Tensor, epochs: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Mask (B, L) ids: B examples of L tokens each. The epochs are one number, or (B,)."""
+    lengths = torch.full_like(examples, ids.shape[1])
+    epochs = torch.as_tensor(epochs, device=ids.device).expand(len(ids))
+    masked, labels = masker.apply(ids.flatten(), lengths, examples, epochs)
+    return masked.view(ids.shape), labels.view(ids.shape)
+
+
 def within(count: int | float | Tensor, n: int, probability: float, sigmas: float = 5) -> bool:
     """Whether a binomial count is as near to its mean as chance leaves it."""
     return abs(float(count) - n * probability) <= sigmas * math.sqrt(
@@ -139,9 +149,9 @@ def test_philox_leaves_its_arguments_alone() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_masks_are_the_same_bits_on_a_gpu() -> None:
     masker, ids = make_masker(), draw_ids(zipf(1000), (8, 64))
-    wanted = masker.apply(ids, torch.arange(8), 3)
+    wanted = apply(masker, ids, torch.arange(8), 3)
     moved = Masker(masker.thresholds.cuda(), MASK, masker.config, masker.seed)
-    got = moved.apply(ids.cuda(), torch.arange(8).cuda(), 3)
+    got = apply(moved, ids.cuda(), torch.arange(8).cuda(), 3)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(wanted, got, strict=True))
 
 
@@ -221,7 +231,7 @@ def test_special_tokens_and_padding_are_never_masked() -> None:
     masker = make_masker(counts, probability=0.7)
     ids = torch.randint(0, 20, (400, 32), generator=torch.Generator().manual_seed(1))
     ids[:, 20:] = PAD
-    masked, labels = masker.apply(ids, torch.arange(400), 0)
+    masked, labels = apply(masker, ids, torch.arange(400), 0)
     special = ids < 5
     assert (labels[special] == IGNORE_INDEX).all()
     assert torch.equal(masked[special], ids[special])
@@ -234,7 +244,7 @@ def test_no_draw_masks_a_special_token(drawn: int, monkeypatch: pytest.MonkeyPat
     masker, ids = make_masker(torch.full((20,), 50)), torch.arange(20)[None]
     draws = (torch.full_like(ids, drawn),) * 4
     monkeypatch.setattr(masking, "philox", lambda *_: draws)
-    labels = masker.apply(ids, torch.tensor([0]), 0)[1][0]
+    labels = apply(masker, ids, torch.tensor([0]), 0)[1][0]
     assert (labels[:5] == IGNORE_INDEX).all()
     assert ((labels[5:] != IGNORE_INDEX) == (drawn == 0)).all()
 
@@ -242,7 +252,7 @@ def test_no_draw_masks_a_special_token(drawn: int, monkeypatch: pytest.MonkeyPat
 def test_labels_are_the_original_tokens_and_nothing_else_changes() -> None:
     masker, ids = make_masker(), draw_ids(zipf(1000), (200, 64))
     before = ids.clone()
-    masked, labels = masker.apply(ids, torch.arange(200), 0)
+    masked, labels = apply(masker, ids, torch.arange(200), 0)
     chosen = labels != IGNORE_INDEX
     assert torch.equal(ids, before)
     assert torch.equal(labels[chosen], ids[chosen])
@@ -255,7 +265,7 @@ def test_empirical_share_is_the_one_asked_for() -> None:
     """Text with the corpus' own frequencies, and each token at its own rate."""
     counts = zipf(1000)
     masker, ids = make_masker(counts), draw_ids(counts, (3000, 128))
-    labels = masker.apply(ids, torch.arange(3000), 0)[1]
+    labels = apply(masker, ids, torch.arange(3000), 0)[1]
     chosen = labels != IGNORE_INDEX
     assert within(chosen.sum(), ids.numel(), 0.15)
     for token in (5, 6, 20, 100, 500):
@@ -276,7 +286,7 @@ def test_chosen_tokens_are_replaced_in_the_shares_asked_for(
     mask, random, keep = shares
     masker = make_masker(mask=mask, random=random, keep=keep, probability=0.4, smoothing=0.0)
     ids = torch.randint(5, vocab, (2000, 128), generator=torch.Generator().manual_seed(2))
-    masked, labels = masker.apply(ids, torch.arange(2000), 0)
+    masked, labels = apply(masker, ids, torch.arange(2000), 0)
     chosen = labels != IGNORE_INDEX
     n, after = int(chosen.sum()), masked[chosen]
     assert n > 90_000
@@ -296,7 +306,7 @@ def test_choice_and_replacement_are_independent() -> None:
     """[MASK]'s share is the same for tokens that are often chosen and for those that seldom are."""
     counts = zipf(1000)
     masker, ids = make_masker(counts, probability=0.3), draw_ids(counts, (3000, 128))
-    masked, labels = masker.apply(ids, torch.arange(3000), 0)
+    masked, labels = apply(masker, ids, torch.arange(3000), 0)
     frequent = (ids < 50) & (labels != IGNORE_INDEX)
     rare = (ids > 500) & (labels != IGNORE_INDEX)
     for group in (frequent, rare):
@@ -307,7 +317,7 @@ def test_choice_and_replacement_are_independent() -> None:
 
 
 def lone(masker: Masker, row: Tensor, example: int, epoch: int) -> tuple[Tensor, Tensor]:
-    masked, labels = masker.apply(row[None], torch.tensor([example]), epoch)
+    masked, labels = apply(masker, row[None], torch.tensor([example]), epoch)
     return masked[0], labels[0]
 
 
@@ -315,9 +325,9 @@ def test_masks_do_not_depend_on_the_batch() -> None:
     """Alone, in a batch, in another order, twice in a batch: the same bits."""
     masker, ids = make_masker(), draw_ids(zipf(1000), (16, 40))
     examples = torch.arange(100, 116)
-    together = masker.apply(ids, examples, 2)
+    together = apply(masker, ids, examples, 2)
     order = torch.tensor([3, 3, 15, 0, 7])
-    shuffled = masker.apply(ids[order], examples[order], 2)
+    shuffled = apply(masker, ids[order], examples[order], 2)
     for i in range(16):
         alone = lone(masker, ids[i], 100 + i, 2)
         assert all(torch.equal(a[i], b) for a, b in zip(together, alone, strict=True))
@@ -329,8 +339,8 @@ def test_masks_do_not_depend_on_the_padding() -> None:
     masker, ids = make_masker(), draw_ids(zipf(1000), (4, 30))
     for width in (0, 1, 34):
         padded = torch.cat([ids, torch.full((4, width), PAD)], 1)
-        masked, labels = masker.apply(padded, torch.arange(4), 0)
-        wanted = masker.apply(ids, torch.arange(4), 0)
+        masked, labels = apply(masker, padded, torch.arange(4), 0)
+        wanted = apply(masker, ids, torch.arange(4), 0)
         assert torch.equal(masked[:, :30], wanted[0])
         assert torch.equal(labels[:, :30], wanted[1])
         assert (masked[:, 30:] == PAD).all()
@@ -341,14 +351,14 @@ def test_masks_do_not_depend_on_the_other_tokens() -> None:
     masker, ids = make_masker(), draw_ids(zipf(1000), (1, 30))
     other = ids.clone()
     other[0, 10:] = draw_ids(zipf(1000), (1, 20), seed=9)
-    one, two = (masker.apply(x, torch.tensor([6]), 0) for x in (ids, other))
+    one, two = (apply(masker, x, torch.tensor([6]), 0) for x in (ids, other))
     assert all(torch.equal(a[:, :10], b[:, :10]) for a, b in zip(one, two, strict=True))
 
 
 def test_epochs_may_be_given_row_by_row() -> None:
     masker, ids = make_masker(), draw_ids(zipf(1000), (6, 40))
     examples, epochs = torch.arange(6), torch.tensor([4, 5, 4, 4, 9, 5])
-    together = masker.apply(ids, examples, epochs)
+    together = apply(masker, ids, examples, epochs)
     for i in range(6):
         alone = lone(masker, ids[i], i, int(epochs[i]))
         assert all(torch.equal(a[i], b) for a, b in zip(together, alone, strict=True))
@@ -381,8 +391,8 @@ def test_masks_of_another_key_are_independent(change: dict[str, int]) -> None:
     one = make_masker(counts, seed=56, **config)
     two = make_masker(counts, seed=change.get("seed", 56), **config)
     examples = 1000 * torch.arange(n_rows)
-    first = one.apply(ids, examples, 0)[1] != IGNORE_INDEX
-    other = two.apply(ids, examples + change.get("example", 0), change.get("epoch", 0))[1]
+    first = apply(one, ids, examples, 0)[1] != IGNORE_INDEX
+    other = apply(two, ids, examples + change.get("example", 0), change.get("epoch", 0))[1]
     second = (other != IGNORE_INDEX).roll(change.get("shift", 0), dims=1)
     assert within(first.sum(), first.numel(), probability)
     assert within((first & second).sum(), first.numel(), probability**2)
@@ -391,16 +401,16 @@ def test_masks_of_another_key_are_independent(change: dict[str, int]) -> None:
 def test_masks_of_one_key_are_the_same() -> None:
     ids = draw_ids(zipf(1000), (8, 64))
     examples = torch.arange(8) + 2**33
-    one, two = (make_masker(seed=2**40 + 1).apply(ids, examples, 11) for _ in range(2))
+    one, two = (apply(make_masker(seed=2**40 + 1), ids, examples, 11) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_masks_leave_the_global_generators_alone() -> None:
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     torch.manual_seed(1)
-    one = make_masker().apply(draw_ids(zipf(1000), (2, 9)), torch.arange(2), 0)
+    one = apply(make_masker(), draw_ids(zipf(1000), (2, 9)), torch.arange(2), 0)
     torch.manual_seed(2)
-    two = make_masker().apply(draw_ids(zipf(1000), (2, 9)), torch.arange(2), 0)
+    two = apply(make_masker(), draw_ids(zipf(1000), (2, 9)), torch.arange(2), 0)
     after = torch.get_rng_state()
     torch.manual_seed(2)
     assert torch.equal(after, torch.get_rng_state())
@@ -458,6 +468,6 @@ def test_streams_are_frozen() -> None:
 def test_masks_are_frozen() -> None:
     masker = make_masker(torch.tensor([0, 0, 9, 9, 0] + [30] * 20), probability=0.4)
     ids = torch.tensor([[CLS, *range(5, 24), SEP]])
-    masked, labels = masker.apply(ids, torch.tensor([6]), 3)
+    masked, labels = apply(masker, ids, torch.tensor([6]), 3)
     assert masked[0].tolist() == FROZEN_MASKED
     assert labels[0].tolist() == FROZEN_LABELS + [-100] * 3

@@ -647,7 +647,7 @@ def test_non_finite_loss_reaches_no_weight_and_is_taken_apart(
         int(example)
         for rank in range(ranks)
         for share in [setup.batches.step(step - 1, rank, ranks, 1)]
-        for (examples, _), batch in zip(share.parts(), share, strict=True)
+        for (examples, *_), batch in zip(share.parts(), share, strict=True)
         for example in examples
         if token in batch.input_ids
     }
@@ -696,7 +696,7 @@ def test_replay_says_where_a_step_on_its_way_is_not_finite(
 
 def test_ranks_have_to_share_the_output(whole: tuple[list[str], Path], tmp_path: Path) -> None:
     recipe, folder = whole
-    config = configs.parse(recipe)
+    config = configs.parse([*recipe, "--objective=masked"])
     checks.check_shared(config, folder)
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(configs.ConfigError, match="output: expected a folder that all ranks"):
@@ -800,7 +800,8 @@ def test_run_leaves_what_it_promises(whole: tuple[list[str], Path]) -> None:
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "model", "report.html", "summary.json"} <= names
     assert not [n for n in names if "tmp" in n]
-    assert configs.parse(["--config", str(folder / "config.yaml")]) == configs.parse(recipe)
+    written = configs.parse(["--config", str(folder / "config.yaml")])
+    assert written == configs.parse([*recipe, "--objective=masked"])
     lines = metrics(folder)
     steps = [line for line in lines if "loss" in line]
     keys = {"step", "tokens", "loss", "kd", "ce", "hidden_cos", "agreement", "grad_norm"}
@@ -983,7 +984,7 @@ def test_micro_batch_waits_for_nothing_on_a_gpu(
     lengths = on.setup.batches.lengths["train"]
     examples = (lengths < 24 if padded else lengths == 24).nonzero()[:4, 0]
     assert len(examples) == 4
-    share = data.Share(on.setup.batches, examples, torch.zeros(4).long(), [4])
+    share = data.Share(on.setup.batches, examples, torch.zeros(4).long(), [4], torch.ones(4).long())
     assert [batch.attention_mask is None for batch in share] == [not padded]
     for number in range(2):
         torch.cuda.synchronize()

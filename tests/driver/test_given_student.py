@@ -128,7 +128,7 @@ def plain_gradient(config: configs.Config, setup: checks.Setup, losses: dict[str
     rows, T = batch.tokens, config.loss.temperature
     a, b = z[rows], t[rows]
     kd = T**2 * F.kl_div((a / T).log_softmax(-1), (b / T).softmax(-1), reduction="batchmean")
-    ce = F.cross_entropy(z[batch.masked], batch.labels[batch.masked])
+    ce = F.cross_entropy(z[batch.labelled], batch.labels[batch.labelled])
     mse = (a - b).square().sum(-1).mean()
     cosine = (1 - F.cosine_similarity(a, b, dim=-1)).mean()
     parts = {"kd": kd, "ce": ce, "mse": mse, "logit_cos": cosine}

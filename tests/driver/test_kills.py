@@ -30,6 +30,7 @@ import launches
 import pytest
 import torch
 from conftest import ROOT, make_corpus, make_teacher
+from families import make_causal
 from safetensors.torch import load_file
 
 from distilfast import train
@@ -186,7 +187,8 @@ def go_through(
 
 
 def recipe_of(folder: Path, steps: int, *changes: str) -> list[str]:
-    """A run of steps with dropout that take milliseconds, with a checkpoint at every other."""
+    """A run of steps with dropout that take milliseconds, with a checkpoint at every other. Among
+    the changes may be another teacher."""
     teacher, corpus = make_teacher(folder / "teacher", 2), make_corpus(folder / "text.txt")
     config = folder / "recipe.yaml"
     config.write_text(
@@ -250,6 +252,16 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     """Before the folder has its name, at a random moment, and one rank of two in its write."""
     kills = [Kill("manifest", 2, (0,)), at_random(0, 0)], [Kill("writing", 4, (1,))]
     assert_unharmed(both(tmp_path, 10, kills))
+
+
+def test_killed_causal_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Packed, on two ranks at stage 3."""
+    causal = make_causal(tmp_path / "gpt2", "gpt2")
+    recipe = recipe_of(tmp_path, 8, f"--teacher={causal}", "--precision=fp32", "--zero.stage=3")
+    straight = tmp_path / "straight"
+    launch(2, [*recipe, f"--output={straight}", "--checkpoint.keep=1000"])
+    kills = [Kill("manifest", 2, (0,)), at_random(1, 1)]
+    assert_unharmed(go_through(straight, tmp_path / "killed", 2, recipe, kills))
 
 
 def test_run_killed_before_its_folder_was_its_own_starts_again(tmp_path: Path) -> None:

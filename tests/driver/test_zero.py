@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_teacher
-from families import make_family
+from families import make_causal, make_family
 from launches import torchrun
 from torch import Tensor
 
@@ -39,6 +39,8 @@ LAYOUTS = [
 ]
 MODELS = ("tied", "untied")  # one teacher and all tokens; an ensemble and the masked tokens alone
 FAMILIES = ("roberta", "modernbert")  # positions from the padding on, windows; no token types
+# Packed: one teacher with a tied head; an ensemble whose heads are untied and of other sizes.
+CAUSAL = ("gpt2", "llama")
 FAMILY_LAYOUTS = [*((stage, "none") for stage in range(4)), (3, "parameters")]
 SHARDED = (  # teachers
     ("tied", "none", "fp32"),
@@ -199,7 +201,7 @@ def everything(world: processes.World, folder: Path) -> dict[Any, Any]:
     found: dict[Any, Any] = {"ranks": world.ranks}
     for layout in LAYOUTS:
         changes = layout_changes(layout)
-        for name in (*MODELS, *(FAMILIES if layout in FAMILY_LAYOUTS else ())):
+        for name in (*MODELS, *((*FAMILIES, *CAUSAL) if layout in FAMILY_LAYOUTS else ())):
             run = Run(world, folder / f"{name}.yaml", *changes)
             found[name, *layout] = train_and_score(run)
         if layout[0] > 0:
@@ -216,6 +218,10 @@ def everything(world: processes.World, folder: Path) -> dict[Any, Any]:
             place = folder / f"checkpoints-{world.ranks}-{precision}-{layout[0]}-{layout[1]}"
             both = (*changes, f"--precision={precision}")
             found["resume", precision, *layout] = stop_and_resume(world, recipe, place, *both)
+        if layout in FAMILY_LAYOUTS:
+            place = folder / f"causal-{world.ranks}-{layout[0]}-{layout[1]}"
+            same = stop_and_resume(world, folder / "gpt2.yaml", place, *changes)
+            found["resume", "causal", *layout] = same
         place = folder / f"elastic-{world.ranks}-{layout[0]}-{layout[1]}"
         run = Run(world, recipe, *changes)
         run.steps(0, 2)
@@ -260,8 +266,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path
         "untied": f"[{folder / 'untied-0'}, {{name: {folder / 'untied-1'}, weight: 3.0}}]",
     }
     teachers |= {kind: str(make_family(kind, folder / kind)) for kind in FAMILIES}
+    teachers["gpt2"] = str(make_causal(folder / "gpt2", "gpt2"))
+    llamas = [
+        make_causal(folder / f"llama-{i}", "llama", seed=i, vocab_size=rows)
+        for i, rows in enumerate((383, 400))
+    ]
+    teachers["llama"] = f"[{llamas[0]}, {{name: {llamas[1]}, weight: 3.0}}]"
     for name in teachers:
-        tokens = folder / (f"tokens-{name}" if name in FAMILIES else "tokens")
+        tokens = folder / (f"tokens-{name}" if name in (*FAMILIES, *CAUSAL) else "tokens")
         text = f"""\
 teacher: {teachers[name]}
 student: {{dropout: 0}}
@@ -307,7 +319,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [*product(MODELS, LAYOUTS), *product(FAMILIES, FAMILY_LAYOUTS)],
+    [*product(MODELS, LAYOUTS), *product((*FAMILIES, *CAUSAL), FAMILY_LAYOUTS)],
     ids=str,
 )
 def test_layout_does_not_change_the_weights(
@@ -320,7 +332,7 @@ def test_layout_does_not_change_the_weights(
     assert distance(wanted["weights"][0], wanted["weights"][2]) > 1e-3
     assert got["values"] == pytest.approx(wanted["values"], rel=1e-6)
     for a, b in zip(got["scores"], wanted["scores"], strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-6)  # a KL is a difference of logarithms
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -346,7 +358,7 @@ def test_bf16_sum_loses_nothing(found: dict[Any, Any], layout: tuple[int, str]) 
 
 def test_resume_is_to_the_bit(found: dict[Any, Any]) -> None:
     resumed = {key: same for key, same in found.items() if key[0] == "resume"}
-    assert len(resumed) == 8 + 7
+    assert len(resumed) == 8 + 7 + len(FAMILY_LAYOUTS)
     assert all(resumed.values()), resumed
 
 

@@ -877,7 +877,7 @@ def predict(model: Any) -> Any:
     """The model's guesses as the driver asks for them."""
 
     def logits_of(batch: data.MicroBatch) -> Tensor:
-        inputs = batch.input_ids, batch.attention_mask, batch.masked
+        inputs = batch.input_ids, batch.attention_mask, batch.labelled
         return models.take_apart(model.eval()).logits_at(*inputs)
 
     return logits_of
@@ -952,7 +952,7 @@ def test_scores_of_ranks_sum_to_those_of_one(held: Held) -> None:
     evaluator = Evaluator(held.batches, ALONE, 7, None)
     evaluator.teacher(predict(held.teacher))
     wanted = evaluator.student(predict(held.student))
-    loss, right, agreeing, total = together.sum(1).tolist()
+    loss, right, agreeing, total, _ = together.sum(1).tolist()
     assert loss / total == pytest.approx(wanted.eval_loss, rel=1e-5)
     assert right / total == pytest.approx(wanted.eval_accuracy)
     assert agreeing / total == pytest.approx(wanted.eval_agreement)
