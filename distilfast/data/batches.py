@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class MicroBatch:
             return self
         fields = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         moved = copy_to(device, list(fields.values()))
-        return dataclasses.replace(self, **dict(zip(fields, moved, strict=True)))
+        changed: dict[str, Any] = dict(zip(fields, moved, strict=True))
+        return dataclasses.replace(self, **changed)
 
     def without_rows(self) -> MicroBatch:
         """The same forward without any rows, so that it adds nothing to a loss."""
