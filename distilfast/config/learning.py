@@ -113,8 +113,9 @@ class BatchConfig:
         sequences: examples in a step; 4096 if both this and tokens are null.
         tokens: tokens in a step, without padding. An example belongs to the step that its first
             token falls into.
-        micro_sequences: most examples in a forward. A rank accumulates as many micro-batches as
-            this, the batch and the number of ranks require; the gradient does not depend on it.
+        micro_sequences: most sequences in a forward, each of one example or packed. A rank
+            accumulates as many micro-batches as this, the batch and the number of ranks require;
+            the gradient does not depend on it.
         warmup_from: sequences or tokens of the first step; they rise linearly from there. Early in
             training, small batches learn more from each example; later, a larger batch does what a
             lower learning rate would (Smith et al. 2018, "Don't decay the learning rate, increase

@@ -137,9 +137,9 @@ class Batches:
         lengths = self.lengths["train"][examples]
         if not self.packed:
             return lengths.argsort(stable=True), torch.ones_like(lengths)
-        rows = pack(lengths.tolist(), self.store.record["max_length"])[::-1]
-        counts = torch.tensor([len(row) for row in rows])
-        return torch.tensor(list(itertools.chain.from_iterable(rows))), counts
+        sequences = pack(lengths.tolist(), self.store.record["max_length"])
+        counts = torch.tensor([len(sequence) for sequence in sequences])
+        return torch.tensor(list(itertools.chain.from_iterable(sequences))), counts
 
     def heldout(
         self, rank: int, ranks: int, micro_sequences: int, limit: int | None

@@ -1,7 +1,7 @@
-"""Packing: several documents in one row of a batch, to save padding.
+"""Packing: several examples in one sequence of a batch, to save padding.
 
-Best fit decreasing (Johnson 1973, "Near-optimal bin packing algorithms"): from the longest document
-to the shortest, each goes into the fullest row that has room for it.
+Best fit decreasing (Johnson 1973, "Near-optimal bin packing algorithms"): from the longest example
+to the shortest, each goes into the fullest sequence that has room for it.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide documents over rows. A pure function of the arguments.
+    """Divide examples over sequences. A pure function of the arguments.
 
     Args:
-        lengths: of the documents, in tokens; none is above ``capacity``.
-        capacity: most tokens in a row.
+        lengths: of the examples, in tokens; none is above ``capacity``.
+        capacity: most tokens in a sequence.
 
     Returns:
-        The rows, from the longest to the shortest in all; in each the indices of its documents,
-        from the longest to the shortest.
+        The sequences, from the shortest to the longest; in each the indices of its examples, from
+        the longest to the shortest.
     """
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
-    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[document]
-        place = bisect.bisect_left(open_rows, (length, 0))
-        if place == len(open_rows):
-            rows.append([document])
-            room, row = capacity - length, len(rows) - 1
+    sequences: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that a sequence has room for, its index), sorted
+    for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[example]
+        place = bisect.bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            sequences.append([example])
+            room, index = capacity - length, len(sequences) - 1
         else:
-            room, row = open_rows.pop(place)
-            rows[row].append(document)
+            room, index = rooms.pop(place)
+            sequences[index].append(example)
             room -= length
         if room:
-            bisect.insort(open_rows, (room, row))
-    return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+            bisect.insort(rooms, (room, index))
+    return sorted(sequences, key=lambda sequence: sum(lengths[i] for i in sequence))

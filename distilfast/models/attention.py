@@ -1,5 +1,5 @@
-"""Prove which tokens a causal model attends to: none that comes later, and in a packed row none of
-another document.
+"""Prove which tokens a causal model attends to: none that comes later, and none of another document
+in a packed sequence.
 
 transformers masks other documents where positions restart and no mask is given. Not every class
 follows: some compute their positions themselves, and a recurrent state goes on into the next
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from distilfast.errors import ConfigError
 from distilfast.models.parts import Parts, difference, evaluating
-from distilfast.models.positions import most_positions
 from distilfast.models.proof import TOLERANCE, narrow, text
 
-# Two rows of documents, in tokens: of one token, of the whole row, and longer than a window.
+# The documents of two packed sequences, in tokens: of one token, and longer than a window.
 PACKED = ((7, 1, 11, 5), (1, 3, 20))
+SHORT = ((1, 2, 1), (3, 1))  # for a model with fewer positions
 
 
 @torch.no_grad()
@@ -52,8 +52,7 @@ def packs(parts: Parts) -> bool:
     """
     model = parts.model
     input_ids = text(model)
-    longest = most_positions(model) or input_ids.shape[1]
-    rows = PACKED if longest >= 24 else ((1, 2, 1), (3, 1))
+    rows = PACKED if input_ids.shape[1] >= sum(PACKED[0]) else SHORT
     width = sum(rows[0])
     input_ids = input_ids[:, :width]
     places = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
