@@ -159,18 +159,22 @@ def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
 def narrow(model: Any) -> Iterator[None]:
     """Make a model's windows shorter than the text for a while."""
     holders = [model.config, model.config.get_text_config(), *model.modules()]
-    before = [
-        (holder, name, value)
+    changes = [
+        (holder, name, value, WINDOW)
         for holder in holders
         for name in WINDOWS
         if type(value := getattr(holder, name, None)) is int and value > WINDOW
     ]
-    for holder, name, _ in before:
-        setattr(holder, name, WINDOW)
+    for module in model.modules():  # GPT-Neo's window is a mask that it makes when it is built
+        mask = getattr(module, "bias", None)
+        if getattr(module, "attention_type", None) == "local" and isinstance(mask, Tensor):
+            changes.append((module, "bias", mask, mask & ~mask.tril(-WINDOW)))
+    for holder, name, _, small in changes:
+        setattr(holder, name, small)
     try:
         yield
     finally:
-        for holder, name, value in before:
+        for holder, name, value, _ in changes:
             setattr(holder, name, value)
 
 

@@ -72,7 +72,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "num_layers": 6,
             "num_heads": 4,
             "attention_types": [[["global", "local"], 3]],
-            "window_size": 4,
+            "window_size": 32,
         },
         {},
     ),
