@@ -116,6 +116,9 @@ class BatchConfig:
         micro_sequences: most sequences in a forward, each of one example or packed. A rank
             accumulates as many micro-batches as this, the batch and the number of ranks require;
             the gradient does not depend on it.
+        activation_checkpointing: the student's layers keep their inputs alone for the backward,
+            which computes the rest again. Less memory, one more forward of the student's layers,
+            the same gradient.
         warmup_from: sequences or tokens of the first step; they rise linearly from there. Early in
             training, small batches learn more from each example; later, a larger batch does what a
             lower learning rate would (Smith et al. 2018, "Don't decay the learning rate, increase
@@ -126,6 +129,7 @@ class BatchConfig:
     sequences: int | None = None
     tokens: int | None = None
     micro_sequences: int = 32
+    activation_checkpointing: bool = False
     warmup_from: int | None = None
     warmup_steps: int = 0
 

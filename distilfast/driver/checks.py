@@ -39,6 +39,7 @@ FREE_KEYS = (
     "resume",
     "tensorboard",
     "zero.",
+    "batch.activation_checkpointing",
     "batch.micro_sequences",
     "data.packing",
     "data.prepared",
@@ -149,6 +150,8 @@ def load_models(config: Config) -> tuple[list[models.Teacher], Any, Any]:
         parts = models.check_head(name, model)
         if objective == "causal":
             models.check_causal(name, parts)
+    if config.batch.activation_checkpointing:
+        models.checkpoint_activations(student, "batch.activation_checkpointing")
     return teachers, tokenizer, student
 
 

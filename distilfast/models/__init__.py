@@ -14,7 +14,12 @@ from distilfast.models.layers import depth, valid_choice
 from distilfast.models.parts import Head, Parts, attend, spread, take_apart
 from distilfast.models.positions import longest_steady_text, most_positions, set_padding
 from distilfast.models.pretrained import load_student, student_identity
-from distilfast.models.student import kept_layers, layers_of, make_student
+from distilfast.models.student import (
+    checkpoint_activations,
+    kept_layers,
+    layers_of,
+    make_student,
+)
 from distilfast.models.teachers import (
     Teacher,
     choose_attention,
@@ -33,6 +38,7 @@ __all__ = [
     "cast",
     "check_causal",
     "check_head",
+    "checkpoint_activations",
     "choose_attention",
     "depth",
     "fingerprint",

@@ -130,6 +130,31 @@ def _cut(teacher: Any, kept: list[int], architecture: str, dropout: float | None
     return student
 
 
+def checkpoint_activations(model: Any, what: str) -> None:
+    """Make each of a model's layers keep its inputs alone for the backward (Chen et al. 2016,
+    arXiv:1604.06174), by transformers' own means.
+
+    The backward runs each layer's forward again, with the draws of its dropout: the gradients are
+    the same to the bit. In eval mode nothing changes.
+
+    Args:
+        what: the key that asks for it, which begins an error.
+
+    Raises:
+        ConfigError: the family's layers cannot be computed again.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # its name in older versions
+        enable = model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"{what}: expected false with a {model.config.model_type}, whose layers transformers "
+            "cannot compute again"
+        ) from error
+
+
 def transform(model: Any) -> list[str]:
     """The names of the weights between a model's body and its head's product."""
     parts = take_apart(model)

