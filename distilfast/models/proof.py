@@ -159,7 +159,7 @@ def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
 def narrow(model: Any) -> Iterator[None]:
     """Make a model's windows shorter than the text for a while."""
     holders = [model.config, model.config.get_text_config(), *model.modules()]
-    changes = [
+    changes: list[tuple[Any, str, Any, Any]] = [
         (holder, name, value, WINDOW)
         for holder in holders
         for name in WINDOWS
