@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distilfast.errors import ConfigError
-from distilfast.models.parts import Parts, difference, evaluating, probe, take_apart
+from distilfast.models.parts import Parts, difference, evaluating, last_hidden, probe, take_apart
 
 # As a share of the largest logit. The same head differs by 6e-7 in another order of summation
 # (measured up to width 768). A softcap c shows once the largest logit is above c / 180.
@@ -41,6 +41,8 @@ def check_head(what: str, model: Any) -> Parts:
         if not own.any():
             raise ConfigError(f"{what}: expected logits that say something, got zeros alone")
         ours = parts.logits_at(input_ids, mask, rows)
+        if parts.softcap is not None:
+            _check_softcap(what, parts, input_ids, mask, rows, own)
     found = difference(own, ours)
     if not found <= HEAD_TOLERANCE:
         raise ConfigError(
@@ -48,6 +50,33 @@ def check_head(what: str, model: Any) -> Parts:
             f"got a difference of {found:.1e} of the largest logit, probably {_cause(own, ours)}"
         )
     return parts
+
+
+def _check_softcap(
+    what: str, parts: Parts, input_ids: Tensor, mask: Tensor, rows: Tensor, own: Tensor
+) -> None:
+    """Check a softcap on logits so large that it shows: on hidden states that are multiplied.
+
+    A class may have the field and not read it, which small logits would not tell.
+    """
+    assert parts.softcap is not None
+    louder = 2 * parts.softcap / float(own.abs().max())
+    body = parts.model.get_submodule(parts.body)
+
+    def multiplied(module: Any, args: Any, output: Any) -> None:
+        last_hidden(output).mul_(louder)
+
+    hook = body.register_forward_hook(multiplied)
+    try:
+        loud = parts.model(input_ids, attention_mask=mask).logits.flatten(0, 1)[rows]
+        found = difference(loud, parts.logits_at(input_ids, mask, rows))
+    finally:
+        hook.remove()
+    if not found <= HEAD_TOLERANCE:
+        raise ConfigError(
+            f"{what}: expected a {parts.model.config.model_type} with a softcap of "
+            f"{parts.softcap:g}, as its configuration says, got logits without"
+        )
 
 
 def _cause(own: Tensor, ours: Tensor) -> str:

@@ -163,14 +163,19 @@ def _follows(config: Any, name: str, n: int) -> bool:
 
 
 def set_dropout(config: Any, value: float) -> None:
-    """Set all dropouts of the body and the masked-LM head. 0 also stops the dropping of layers."""
+    """Set all dropouts of the body and the masked-LM head.
+
+    0 also stops the dropping of layers, and the noise that routers add to their input.
+    """
     own = config.get_text_config()
     for name, before in own.to_dict().items():
         number = isinstance(before, int | float) and not isinstance(before, bool)
-        if not number or "drop" not in name or name.startswith(OTHER_HEADS):
+        if not number or name.startswith(OTHER_HEADS):
             continue
-        if "layerdrop" not in name or value == 0:
+        if "drop" in name and "layerdrop" not in name:
             setattr(own, name, value)
+        elif value == 0 and ("layerdrop" in name or "jitter" in name):
+            setattr(own, name, 0.0)
 
 
 def keep_weights(model: Any, config: Any, kept: Sequence[int]) -> dict[str, Tensor]:
@@ -221,7 +226,11 @@ def pick(
 
 def valid_choice(model: Any, kept: Sequence[int]) -> tuple[list[int], str | None]:
     """The nearest choice of as many layers that the family allows, and why ``kept`` is not one;
-    None if it is."""
+    None if it is.
+
+    Raises:
+        ConfigError: none of as many layers is near.
+    """
     required, n = exceptional(model).required, depth(model)
     config, choice, why = model.config.get_text_config(), list(kept), None
     if required is None:
@@ -242,4 +251,7 @@ def valid_choice(model: Any, kept: Sequence[int]) -> tuple[list[int], str | None
             break
         fixed.add(near[0])
         choice = sorted({*choice, near[0]} - {near[1]})
-    return list(range(n)), why
+    raise ConfigError(
+        f"student.layers: expected layers that a {model.config.model_type} can do with, got "
+        f"{list(kept)}: {why}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -91,18 +92,15 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
     to_distilbert = masked_bert and config.architecture in ("auto", "distilbert")
     if config.architecture == "distilbert" and not masked_bert and kind != "distilbert":
         raise ConfigError(f"student.architecture: expected same for a {kind} teacher")
+    if any(p.device.type == "meta" or not p.numel() for p in teacher.parameters()):
+        raise ConfigError(
+            f"student.layers: expected a {kind} with its weights here, to copy some of them, got "
+            "one that is partitioned or offloaded"
+        )
     kept = kept_layers(teacher, config)
     architecture = "distilbert" if to_distilbert else "same"
     student = _cut(teacher, kept, architecture, config.dropout, seed)
-    if sum(p.numel() for p in teacher.parameters()) <= LARGEST:
-        proven = teacher
-        if {(p.dtype, p.device.type) for p in teacher.parameters()} != {(torch.float32, "cpu")}:
-            # Not a copy in fp32: `.bfloat16()` rounds the frequencies of rotary embeddings, too.
-            proven = _cut(teacher, list(range(layers.depth(teacher))), "same", None, seed)
-        prove(proven, student, kept)
-    else:
-        twin = narrow_twin(teacher)
-        prove(twin, _cut(twin, kept, architecture, config.dropout, seed), kept)
+    _prove(teacher, student, kept, architecture, seed)
     if config.init == "random":
         return _build(teacher, student.config, seed).train()
     if to_distilbert and not config.fold_token_type:
@@ -111,6 +109,20 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
         drawn = _build(teacher, student.config, seed).state_dict()
         student.load_state_dict({n: drawn[n] for n in transform(student)}, strict=False)
     return student.train()
+
+
+def _prove(teacher: Any, student: Any, kept: list[int], architecture: str, seed: int) -> None:
+    """Prove a student: on a narrow twin of a large teacher, or on the teacher itself."""
+    if sum(p.numel() for p in teacher.parameters()) > LARGEST:
+        with contextlib.suppress(ConfigError):  # not every class can be made narrow
+            twin = narrow_twin(teacher)
+            prove(twin, _cut(twin, kept, architecture, None, seed), kept)
+            return
+    proven = teacher
+    if {(p.dtype, p.device.type) for p in teacher.parameters()} != {(torch.float32, "cpu")}:
+        # Not a copy in fp32: `.bfloat16()` rounds the frequencies of rotary embeddings, too.
+        proven = _cut(teacher, list(range(layers.depth(teacher))), "same", None, seed)
+    prove(proven, student, kept)
 
 
 def _cut(teacher: Any, kept: list[int], architecture: str, dropout: float | None, seed: int) -> Any:

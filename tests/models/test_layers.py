@@ -219,6 +219,20 @@ def test_mask_of_four_dimensions_is_taken_as_it_is(kind: str) -> None:
     assert not torch.allclose(unmasked[1, 0], hidden[0][1, 0])
 
 
+def test_softcap_that_the_class_does_not_read_is_noticed() -> None:
+    """Its logits are so small that a softcap of 30 would not show."""
+    model = make("Granite", logits_scaling=1e4)
+    assert float(own_logits(model, proof.text(model)).abs().max()) < 30 / 180
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ConfigError, match=r"^the model: expected a granite with a softcap of 30, "):
+        models.check_head("the model", model)
+    capped = make("Gemma2")
+    with torch.no_grad():
+        capped.model.norm.weight.fill_(-1 + 1e-4)  # a Gemma's norm multiplies by 1 + its weight
+    assert float(own_logits(capped, proof.text(capped)).abs().max()) < 30 / 180
+    assert models.check_head("the model", capped).softcap == 30
+
+
 # --- Students -------------------------------------------------------------------------------------
 
 
@@ -479,6 +493,27 @@ def test_widths_that_follow_from_others_are_narrow_in_the_twin(kind: str) -> Non
     numbers = [sum(p.numel() for p in model.parameters()) for model in (made, large)]
     assert numbers[0] < numbers[1] / 3
     proof.prove(made, student_of(made, [0, 3, 4]), [0, 3, 4])
+
+
+def test_teacher_that_has_no_twin_is_proven_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any) -> Any:
+        raise ConfigError("student.layers: no twin")
+
+    ran: list[Any] = []
+    prove = proof.prove
+    monkeypatch.setattr(student, "LARGEST", 0)
+    monkeypatch.setattr(student, "narrow_twin", refuse)
+    monkeypatch.setattr(student, "prove", lambda t, *rest: (ran.append(t), prove(t, *rest)))
+    teacher = make("RoBERTa")
+    student_of(teacher, [0, 3])
+    assert ran == [teacher]
+
+
+def test_teacher_without_its_weights_is_refused() -> None:
+    with torch.device("meta"):
+        teacher = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))
+    with pytest.raises(ConfigError, match=r"^student\.layers: expected a roberta with its weights"):
+        student_of(teacher, [0, 3])
 
 
 def test_mistake_is_noticed_on_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
