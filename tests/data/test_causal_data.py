@@ -25,7 +25,7 @@ LONG = " ".join(["mountain river"] * 30)
 
 
 def config(source: Path, objective: str = "causal", **settings: Any) -> configs.Config:
-    own = {"source": str(source), "max_length": 24, "heldout": 0.1} | settings
+    own = {"source": str(source), "max_length": 24, "min_length": 3, "heldout": 0.1} | settings
     given = [f"--data.{key}={value}" for key, value in own.items()]
     return configs.parse([f"--objective={objective}", "--steps=1", *given])
 
@@ -59,7 +59,7 @@ def test_text_is_its_tokens_and_the_end_token(tmp_path: Path, tokenizer: Any) ->
     """Nothing before it, and no word of it is the end token."""
     lines = ["the river of the city", "a queen in the city and <|endoftext|> of old", "east"]
     (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
-    made = config(tmp_path / "text.txt", max_length=64, min_length=3, heldout=0.01)
+    made = config(tmp_path / "text.txt", max_length=64, heldout=0.01)
     store = data.prepare(made, tokenizer, tmp_path / "t")
     found = documents(store) + documents(store, "heldout")
     plain = [tokenizer(line, split_special_tokens=True)["input_ids"] for line in lines]
@@ -77,7 +77,7 @@ def test_begin_token_stays_where_the_tokenizer_puts_one(tmp_path: Path, tokenize
     place = ("<s>", own.bos_token_id)
     own.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [place])
     (tmp_path / "text.txt").write_text("the river of the city\nwater and land", encoding="utf-8")
-    store = data.prepare(config(tmp_path / "text.txt", min_length=3), own, tmp_path / "t")
+    store = data.prepare(config(tmp_path / "text.txt"), own, tmp_path / "t")
     for row in documents(store):
         assert row[0] == own.bos_token_id
         assert row[-1] == 0
@@ -85,7 +85,7 @@ def test_begin_token_stays_where_the_tokenizer_puts_one(tmp_path: Path, tokenize
 
 def test_long_text_is_cut_into_pieces_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "text.txt").write_text(f"{LONG}\nthe river\n{LONG} east\n", encoding="utf-8")
-    made = config(tmp_path / "text.txt", min_length=3, max_length=24)
+    made = config(tmp_path / "text.txt")
     store = data.prepare(made, tokenizer, tmp_path / "t")
     assert store.record["texts"]["cut"] == 2
     said = data.describe_texts(store.record["texts"], store.record)
@@ -172,10 +172,12 @@ def test_labels_are_the_next_tokens(store: Store, packed: bool, batch: dict[str,
             assert b.shifted
             assert (b.position_ids is not None) == packed
             assert not packed or b.attention_mask is None
+        sequences = sum(len(b.input_ids) for b in made if len(b.tokens))
+        assert (sequences < 0.9 * len(wanted)) == packed
 
 
 def test_rank_without_a_sequence_takes_a_forward_without_rows(store: Store) -> None:
-    """Four short texts are two sequences, and there are four ranks."""
+    """Four short texts are one sequence, and there are four ranks."""
     batches = Batches(store, Shift(56), 0, BatchConfig(4), packed=True)
     short = store.lengths("train").argsort()[:4]
     batches.examples = lambda step: (short, torch.zeros(4).long())  # type: ignore[method-assign]
@@ -183,7 +185,7 @@ def test_rank_without_a_sequence_takes_a_forward_without_rows(store: Store) -> N
     made = [list(share) for share in shares]
     assert [len(x) for x in made] == [1] * 4
     rows = [len(batch.labelled) for (batch,) in made]
-    assert 0 in rows
+    assert rows.count(0) == 3
     assert sum(rows) == int(store.lengths("train")[short].sum()) - 4
     assert sum(share.count()[1] for share in shares) == sum(rows)
 
