@@ -10,7 +10,6 @@ import gc
 import math
 import sys
 import warnings
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class Run:
         return {name: weight.clone() for name, weight in self.engine.weights().items()}
 
     def score(self) -> dict[str, Any]:
-        return asdict(self.evaluator.student(self.engine.predict))
+        return self.evaluator.student(self.engine.predict).line()
 
 
 def layout_changes(layout: tuple[int, str]) -> tuple[str, str]:
