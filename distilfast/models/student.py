@@ -87,6 +87,11 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
         ConfigError: the layers or the architecture do not fit the teacher, or the student cannot
             be proven.
     """
+    if config.model is not None:
+        raise ConfigError(
+            "student.model: expected null, as this student is made of the teacher's layers, got "
+            f"{config.model!r}"
+        )
     kind = teacher.config.model_type
     masked_bert = kind == "bert" and not teacher.config.is_decoder
     to_distilbert = masked_bert and config.architecture in ("auto", "distilbert")

@@ -157,7 +157,7 @@ def read_config(source: str, what: str, revision: str | None, objective: str) ->
     if type(config) not in auto._model_mapping:
         raise ConfigError(
             f"{what}: expected a model that transformers has as a {objective} LM, got one of type "
-            f"{config.model_type!r}"
+            f"{config.model_type!r}, with objective {objective}"
         )
     if objective_of(config) != objective:
         raise ConfigError(

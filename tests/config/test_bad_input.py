@@ -770,7 +770,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("broken config.json", lambda f: (f / "config.json").write_text("{ no"), "config.json"),
     ("empty config.json", lambda f: (f / "config.json").write_text(""), "config.json"),
     ("no object", lambda f: (f / "config.json").write_text("[]"), "model_type"),
-    ("gpt2", lambda f: with_config(f, model_type="gpt2"), "as a masked LM"),
+    ("gpt2", lambda f: with_config(f, model_type="gpt2"), "expected all weights of a GPT2LMHead"),
     ("unheard-of type", lambda f: with_config(f, model_type="unheard-of"), "unheard-of"),
     ("own code", lambda f: with_config(f, model_type="x", auto_map={"AutoConfig": "x.X"}), "code"),
     ("words for numbers", lambda f: with_config(f, hidden_size="wide"), "hidden_size"),

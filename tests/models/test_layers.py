@@ -509,6 +509,11 @@ def test_teacher_that_has_no_twin_is_proven_itself(monkeypatch: pytest.MonkeyPat
     assert ran == [teacher]
 
 
+def test_model_that_exists_is_not_made_of_layers() -> None:
+    with pytest.raises(ConfigError, match=r"^student\.model: expected null, .* got 'other'"):
+        models.make_student(make("RoBERTa"), StudentConfig(model="other"), 1)
+
+
 def test_teacher_without_its_weights_is_refused() -> None:
     with torch.device("meta"):
         teacher = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))
