@@ -279,7 +279,9 @@ def test_objective_of_the_other_kind_is_refused(
     gpt2, run = recipe("gpt2", tmp_path / "run"), tmp_path / "run"
     said = refusal([*gpt2, "--objective=masked"], capfd)
     assert said.startswith("teacher: ")
-    assert said.endswith("transformers has as a masked LM, got one of type 'gpt2'")
+    assert said.endswith(
+        "transformers has as a masked LM, got one of type 'gpt2', with objective masked"
+    )
     bert = [*gpt2, f"--teacher={teacher}"]
     said = refusal([*bert, "--objective=causal"], capfd)
     assert said.endswith("expected a causal LM, got a bert saved by BertForMaskedLM")
