@@ -119,9 +119,12 @@ def make_student(teacher: Any, config: StudentConfig, seed: int) -> Any:
 def _prove(teacher: Any, student: Any, kept: list[int], architecture: str, seed: int) -> None:
     """Prove a student: on a narrow twin of a large teacher, or on the teacher itself."""
     if sum(p.numel() for p in teacher.parameters()) > LARGEST:
+        twin = small = None
         with contextlib.suppress(ConfigError):  # not every class can be made narrow
             twin = narrow_twin(teacher)
-            prove(twin, _cut(twin, kept, architecture, None, seed), kept)
+            small = _cut(twin, kept, architecture, None, seed)
+        if small is not None:  # outside of the suppression: a difference on the twin is one
+            prove(twin, small, kept)
             return
     proven = teacher
     if {(p.dtype, p.device.type) for p in teacher.parameters()} != {(torch.float32, "cpu")}:

@@ -525,5 +525,8 @@ def test_mistake_is_noticed_on_the_twin(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(student, "LARGEST", 0)
     monkeypatch.setattr(layers, "LISTS", ())
     monkeypatch.setattr(layers, "_follows", lambda *_: False)
+    teacher, prove = make("Qwen2"), proof.prove
+    # Only the twin is asked: what it shows is not given a second chance.
+    monkeypatch.setattr(student, "prove", lambda t, *rest: t is teacher or prove(t, *rest))
     with pytest.raises(ConfigError, match=r"^student\.layers: expected "):
-        student_of(make("Qwen2"), [0, 2, 5])
+        student_of(teacher, [0, 2, 5])
